@@ -1,0 +1,166 @@
+// Tensors in, argument structs out: the metadata checks of the C++ side. Messages name the op, the argument, what was
+// expected and what came. Everything is validated before torch is asked for anything, because a failure inside
+// torch's stable shim loses its message.
+#pragma once
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <optional>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "args.h"
+#include "layout.h"
+
+// The namespace of the ops; the test build that emulates AVX-512 uses another one.
+#ifndef QK_OPS
+#define QK_OPS qkernels
+#endif
+
+namespace qk {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// STD_TORCH_CHECK would prefix file and line; users get the sentence alone.
+template <class... Parts>
+[[noreturn]] inline void fail(const char* op, const Parts&... parts) {
+  std::ostringstream out;
+  out << "qkernels::" << op << ": ";
+  (out << ... << parts);
+  throw std::runtime_error(out.str());
+}
+template <class... Parts>
+inline void check(bool ok, const char* op, const Parts&... parts) {
+  if (!ok) fail(op, parts...);
+}
+
+inline const char* type_name(ScalarType t) { return torch::headeronly::toString(t); }
+
+inline std::string shape_of(const Tensor& t) {
+  std::ostringstream out;
+  out << "[";
+  for (int64_t i = 0; i < t.dim(); i++) out << (i ? ", " : "") << t.size(i);
+  out << "]";
+  return out.str();
+}
+
+inline Dtype float_type(const char* op, const char* name, ScalarType t) {
+  switch (t) {
+    case ScalarType::Float: return Dtype::f32;
+    case ScalarType::Half: return Dtype::f16;
+    case ScalarType::BFloat16: return Dtype::bf16;
+    default: fail(op, name, " must be float32, float16 or bfloat16, got ", type_name(t));
+  }
+}
+
+// t has this dtype and is contiguous; sizes are checked where they are given (-1: any).
+inline void expect(const char* op, const char* name, const Tensor& t, ScalarType type, std::vector<int64_t> sizes) {
+  check(t.scalar_type() == type, op, name, " must be ", type_name(type), ", got ", type_name(t.scalar_type()));
+  bool same = t.dim() == int64_t(sizes.size());
+  for (size_t i = 0; same && i < sizes.size(); i++) same = sizes[i] < 0 || t.size(int64_t(i)) == sizes[i];
+  if (!same) {
+    std::ostringstream want;
+    want << "[";
+    for (size_t i = 0; i < sizes.size(); i++) {
+      if (i) want << ", ";
+      if (sizes[i] < 0) want << "*";
+      else want << sizes[i];
+    }
+    want << "]";
+    fail(op, name, " must be ", want.str(), ", got ", shape_of(t));
+  }
+  check(t.is_contiguous(), op, name, " must be contiguous; call .contiguous() on it");
+}
+
+// [..., D] rows: the last dimension dense, rows a constant stride apart. Returns that stride in elements.
+inline int64_t row_stride(const char* op, const char* name, const Tensor& t) {
+  check(t.dim() == 2, op, name, " must have 2 dimensions, got ", shape_of(t));
+  if (t.size(0) <= 1) {
+    check(t.size(1) <= 1 || t.stride(1) == 1, op, name, " must be dense in its last dimension");
+    return t.size(1);
+  }
+  check(t.size(1) <= 1 || t.stride(1) == 1, op, name, " must be dense in its last dimension");
+  return t.stride(0);
+}
+
+template <class T = void>
+const T* data(const Tensor& t) {
+  return static_cast<const T*>(t.const_data_ptr());
+}
+template <class T = void>
+const T* data(const std::optional<Tensor>& t) {
+  return t ? static_cast<const T*>(t->const_data_ptr()) : nullptr;
+}
+template <class T = void>
+T* mutable_data(const Tensor& t) {
+  return static_cast<T*>(t.mutable_data_ptr());
+}
+
+// The tensors and numbers of one packed weight, in the order every schema lists them:
+//   Tensor codes, Tensor scale, Tensor? zero, Tensor? block_scale, Tensor? block_zero, Tensor? table,
+//   int bits, int group_size, int n, int k
+inline Weight make_weight(const char* op, const Tensor& codes, const Tensor& scale, const std::optional<Tensor>& zero,
+                          const std::optional<Tensor>& block_scale, const std::optional<Tensor>& block_zero,
+                          const std::optional<Tensor>& table, int64_t bits, int64_t group, int64_t n, int64_t k) {
+  Weight w{};
+  check(layout::planes(int(bits)).count > 0, op, "bits must be 2, 3, 4, 5, 6 or 8, got ", bits);
+  check(n > 0 && k > 0, op, "a weight needs n > 0 and k > 0, got n = ", n, ", k = ", k);
+  check(group >= 16 && group % 16 == 0, op, "group_size must be a positive multiple of 16, got ", group);
+  const bool two_level = block_scale.has_value();
+  check(!two_level || layout::kBlockGroup % group == 0, op, "two-level scales need a group_size that divides 256, got ", group);
+  const int64_t kp = layout::padded_k(k, group, two_level), blocks = layout::padded_n(n) / 64, groups = kp / group;
+  expect(op, "codes", codes, ScalarType::Char, {blocks * 64, kp * bits / 8});
+  w.codes = data<uint8_t>(codes);
+  w.n = n, w.k = k, w.kp = kp, w.bits = int(bits), w.group = int(group);
+  const ScalarType st = scale.scalar_type();
+  if (two_level) {
+    check(st == ScalarType::Char || st == ScalarType::Byte, op, "two-level scale must be int8, or uint8 pairs of nibbles, got ", type_name(st));
+    w.scale_kind = st == ScalarType::Char ? Scale::two_level : Scale::two_nibble;
+    expect(op, "block_scale", *block_scale, ScalarType::Half, {blocks, kp / layout::kBlockGroup, 64});
+    w.block_scale = data<uint16_t>(block_scale);
+  } else {
+    switch (st) {
+      case ScalarType::Float: w.scale_kind = Scale::f32; break;
+      case ScalarType::Half: w.scale_kind = Scale::f16; break;
+      case ScalarType::BFloat16: w.scale_kind = Scale::bf16; break;
+      case ScalarType::Float8_e8m0fnu: w.scale_kind = Scale::e8m0; break;
+      case ScalarType::Float8_e4m3fn: w.scale_kind = Scale::e4m3; break;
+      default: fail(op, "scale must be float32, float16, bfloat16, float8_e8m0fnu, float8_e4m3fn, or int8/uint8 with a block_scale, got ", type_name(st));
+    }
+  }
+  expect(op, "scale", scale, st, {blocks, groups, 64});
+  w.scale = data(scale);
+  w.zero_kind = Zero::symmetric;
+  if (w.scale_kind == Scale::two_nibble) {
+    check(!zero && block_zero, op, "uint8 two-level scales hold their minima: they need block_zero and no zero");
+    w.zero_kind = Zero::minimum;
+  } else if (zero) {
+    const ScalarType zt = zero->scalar_type();
+    const bool integer = zt == ScalarType::Byte && !two_level;
+    check(integer || zt == st, op, "zero must be uint8 (zero points) or of the scale's type ", type_name(st), " (minima), got ", type_name(zt));
+    check(!two_level || block_zero, op, "two-level minima need block_zero");
+    expect(op, "zero", *zero, zt, {blocks, groups, 64});
+    w.zero = data(zero);
+    w.zero_kind = integer ? Zero::integer : Zero::minimum;
+  } else {
+    check(!block_zero, op, "block_zero needs zero");
+  }
+  if (block_zero) {
+    check(two_level, op, "block_zero needs block_scale");
+    expect(op, "block_zero", *block_zero, ScalarType::Half, {blocks, kp / layout::kBlockGroup, 64});
+    w.block_zero = data<uint16_t>(block_zero);
+  }
+  if (table) {
+    check(bits == 4, op, "a table of 16 values needs bits = 4, got ", bits);
+    expect(op, "table", *table, ScalarType::Char, {16});
+    w.table = data<int8_t>(table);
+  }
+  return w;
+}
+
+}  // namespace qk

@@ -1,0 +1,242 @@
+// Float and int32 vectors of the instruction set at hand, on GCC's vector extensions: one source for every set, and
+// no x86 header in the scalar path. W lanes: 16 (AVX-512), 8 (AVX2), 4 (the baseline of any machine).
+// With QK_EMULATE_AVX512 the 16-lane version is lowered to AVX2, so that its code runs where AVX-512 is missing.
+#pragma once
+#include <cstring>
+
+#include "isa.h"
+
+#if defined(QK_ISA_AVX2) || defined(QK_ISA_AVX512)
+#include <immintrin.h>
+#endif
+#if defined(QK_ISA_AVX512) && !defined(QK_EMULATE_AVX512)
+#define QK_NATIVE_AVX512 1
+#endif
+
+namespace qk::QK_ISA {
+namespace {
+
+#if defined(QK_ISA_AVX512)
+constexpr int W = 16;
+#elif defined(QK_ISA_AVX2)
+constexpr int W = 8;
+#else
+constexpr int W = 4;
+#endif
+
+typedef float VF __attribute__((vector_size(4 * W)));
+typedef int32_t VI __attribute__((vector_size(4 * W)));
+typedef uint32_t VU __attribute__((vector_size(4 * W)));
+typedef uint16_t VH __attribute__((vector_size(2 * W)));
+typedef int8_t VB __attribute__((vector_size(W)));
+
+QK_INLINE VF splat(float v) { return VF{} + v; }
+QK_INLINE VI splat_i(int32_t v) { return VI{} + v; }
+
+template <class V, class P>
+QK_INLINE V load_raw(const P* p) {
+  V v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+template <class V, class P>
+QK_INLINE void store_raw(P* p, V v) {
+  std::memcpy(p, &v, sizeof v);
+}
+QK_INLINE VF load(const float* p) { return load_raw<VF>(p); }
+QK_INLINE void store(float* p, VF v) { store_raw(p, v); }
+
+// a * b + c, fused where the set has it.
+QK_INLINE VF fma(VF a, VF b, VF c) {
+#if defined(QK_NATIVE_AVX512)
+  return (VF)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(QK_ISA_AVX512)
+  typedef float Half __attribute__((vector_size(32)));
+  VF out;
+  for (int i = 0; i < 2; i++) {
+    const Half r = (Half)_mm256_fmadd_ps(_mm256_loadu_ps((const float*)&a + 8 * i), _mm256_loadu_ps((const float*)&b + 8 * i),
+                                         _mm256_loadu_ps((const float*)&c + 8 * i));
+    std::memcpy((char*)&out + 32 * i, &r, 32);
+  }
+  return out;
+#elif defined(QK_ISA_AVX2)
+  return (VF)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#else
+  return a * b + c;
+#endif
+}
+QK_INLINE VF vmax(VF a, VF b) { return a > b ? a : b; }
+QK_INLINE VF vmin(VF a, VF b) { return a < b ? a : b; }
+QK_INLINE VF vabs(VF a) { return (VF)((VI)a & splat_i(0x7fffffff)); }
+QK_INLINE VF to_float(VI v) { return __builtin_convertvector(v, VF); }
+// To the nearest integer, ties to even; |v| < 2^22.
+QK_INLINE VI round_int(VF v) {
+  const VF magic = splat(12582912.f);  // 1.5 * 2^23: the sum's low mantissa bits are the integer
+  return (VI)(v + magic) - (VI)magic;
+}
+
+QK_INLINE float reduce_add(VF v) {
+  float lane[W];
+  store(lane, v);
+  for (int n = W / 2; n > 0; n /= 2)
+    for (int i = 0; i < n; i++) lane[i] += lane[i + n];
+  return lane[0];
+}
+QK_INLINE float reduce_max(VF v) {
+  float lane[W];
+  store(lane, v);
+  for (int n = W / 2; n > 0; n /= 2)
+    for (int i = 0; i < n; i++) lane[i] = lane[i] > lane[i + n] ? lane[i] : lane[i + n];
+  return lane[0];
+}
+
+// exp to 2 ulp: 2^round(x / ln 2) times a degree-6 polynomial of the rest; 0 below -87.3, +inf above 88.7; NaN stays.
+QK_INLINE VF vexp(VF x) {
+  const VF clipped = vmin(vmax(x, splat(-87.3f)), splat(88.7f));
+  const VI n = round_int(clipped * splat(1.44269504f));
+  const VF nf = to_float(n);
+  VF r = fma(nf, splat(-0.693145752f), clipped);
+  r = fma(nf, splat(-1.42860677e-6f), r);
+  VF p = splat(1.3888889e-3f);
+  p = fma(p, r, splat(8.3333333e-3f));
+  p = fma(p, r, splat(4.1666667e-2f));
+  p = fma(p, r, splat(1.6666667e-1f));
+  p = fma(p, r, splat(0.5f));
+  p = fma(p, r, splat(1.f));
+  p = fma(p, r, splat(1.f));
+  // 2^n in two factors, so that n = 128 does not overflow the exponent before the product does.
+  const VI half = n >> 1;
+  const VF scaled = p * (VF)((half + 127) << 23) * (VF)((n - half + 127) << 23);
+  const VF low = x < splat(-87.3f) ? splat(0.f) : scaled;
+  const VF high = x > splat(88.7f) ? splat(__builtin_inff()) : low;
+  return x == x ? high : x;
+}
+
+QK_INLINE float half_to_float(uint16_t h) {
+#if defined(QK_ISA_AVX2) || defined(QK_ISA_AVX512)
+  return _cvtsh_ss(h);
+#else
+  const uint32_t sign = uint32_t(h & 0x8000) << 16, rest = h & 0x7fff;
+  uint32_t bits;
+  if (rest >= 0x7c00) bits = 0x7f800000 | (rest & 0x3ff) << 13;
+  else if (rest >= 0x400) bits = (rest << 13) + (112u << 23);
+  else {  // subnormal: an exact product with 2^-24
+    const float f = float(rest) * 5.9604644775390625e-8f;
+    std::memcpy(&bits, &f, 4);
+  }
+  bits |= sign;
+  float out;
+  std::memcpy(&out, &bits, 4);
+  return out;
+#endif
+}
+QK_INLINE uint16_t float_to_half(float f) {
+#if defined(QK_ISA_AVX2) || defined(QK_ISA_AVX512)
+  return _cvtss_sh(f, 0);
+#else
+  uint32_t u;
+  std::memcpy(&u, &f, 4);
+  const uint32_t sign = u >> 16 & 0x8000, rest = u & 0x7fffffff;
+  if (rest > 0x7f800000) return uint16_t(sign | 0x7e00 | (rest >> 13 & 0x1ff));  // quiet NaN
+  if (rest >= 0x477ff000) return uint16_t(sign | 0x7c00);  // rounds to 2^16: infinity
+  if (rest < 0x38800000) {                                 // subnormal: let a float addition round at 2^-24
+    float g;
+    std::memcpy(&g, &rest, 4);
+    g += 0.5f;  // the ulp of [0.5, 1) is 2^-24
+    uint32_t v;
+    std::memcpy(&v, &g, 4);
+    return uint16_t(sign | (v - 0x3f000000));
+  }
+  const uint32_t rounded = rest + 0xfff + (rest >> 13 & 1);  // ties to even
+  return uint16_t(sign | (rounded - 0x38000000) >> 13);
+#endif
+}
+QK_INLINE float bf16_to_float(uint16_t b) {
+  const uint32_t u = uint32_t(b) << 16;
+  float f;
+  std::memcpy(&f, &u, 4);
+  return f;
+}
+QK_INLINE uint16_t float_to_bf16(float f) {
+  uint32_t u;
+  std::memcpy(&u, &f, 4);
+  if ((u & 0x7fffffff) > 0x7f800000) return uint16_t(u >> 16 | 0x40);
+  return uint16_t((u + 0x7fff + (u >> 16 & 1)) >> 16);
+}
+
+QK_INLINE VF load_half(const uint16_t* p) {
+#if defined(QK_NATIVE_AVX512)
+  return (VF)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
+#elif defined(QK_ISA_AVX512)
+  VF out;
+  const __m256 lo = _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)), hi = _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p + 1));
+  std::memcpy(&out, &lo, 32);
+  std::memcpy((char*)&out + 32, &hi, 32);
+  return out;
+#elif defined(QK_ISA_AVX2)
+  return (VF)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
+#else
+  VF out = {};
+  for (int i = 0; i < W; i++) out[i] = half_to_float(p[i]);
+  return out;
+#endif
+}
+QK_INLINE void store_half(uint16_t* p, VF v) {
+#if defined(QK_NATIVE_AVX512)
+  _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT));
+#elif defined(QK_ISA_AVX2)
+  _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));
+#else
+  for (int i = 0; i < W; i++) p[i] = float_to_half(v[i]);
+#endif
+}
+QK_INLINE VF load_bf16(const uint16_t* p) {
+  return (VF)(__builtin_convertvector(load_raw<VH>(p), VU) << 16);
+}
+QK_INLINE void store_bf16(uint16_t* p, VF v) {
+  const VU u = (VU)v;
+  const VU rounded = (u + 0x7fff + (u >> 16 & 1)) >> 16, nan = u >> 16 | 0x40;
+  store_raw(p, __builtin_convertvector(v == v ? rounded : nan, VH));
+}
+QK_INLINE VF load_i8(const int8_t* p) { return __builtin_convertvector(load_raw<VB>(p), VF); }
+
+// Loads and stores by a storage type known at compile time: `Io<Dtype::f16>::load(p, i)`.
+template <Dtype T>
+struct Io;
+template <>
+struct Io<Dtype::f32> {
+  using type = float;
+  static QK_INLINE VF load(const float* p) { return QK_ISA::load(p); }
+  static QK_INLINE void store(float* p, VF v) { QK_ISA::store(p, v); }
+  static QK_INLINE float get(const float* p) { return *p; }
+  static QK_INLINE void put(float* p, float v) { *p = v; }
+};
+template <>
+struct Io<Dtype::f16> {
+  using type = uint16_t;
+  static QK_INLINE VF load(const uint16_t* p) { return load_half(p); }
+  static QK_INLINE void store(uint16_t* p, VF v) { store_half(p, v); }
+  static QK_INLINE float get(const uint16_t* p) { return half_to_float(*p); }
+  static QK_INLINE void put(uint16_t* p, float v) { *p = float_to_half(v); }
+};
+template <>
+struct Io<Dtype::bf16> {
+  using type = uint16_t;
+  static QK_INLINE VF load(const uint16_t* p) { return load_bf16(p); }
+  static QK_INLINE void store(uint16_t* p, VF v) { store_bf16(p, v); }
+  static QK_INLINE float get(const uint16_t* p) { return bf16_to_float(*p); }
+  static QK_INLINE void put(uint16_t* p, float v) { *p = float_to_bf16(v); }
+};
+
+// Calls f with an Io of the type at hand: `with_type(args.type, [&](auto io) { ... decltype(io)::type ... })`.
+template <class F>
+QK_INLINE void with_type(Dtype type, F f) {
+  switch (type) {
+    case Dtype::f32: return f(Io<Dtype::f32>{});
+    case Dtype::f16: return f(Io<Dtype::f16>{});
+    case Dtype::bf16: return f(Io<Dtype::bf16>{});
+  }
+}
+
+}  // namespace
+}  // namespace qk::QK_ISA

@@ -1,0 +1,55 @@
+// A team of threads that runs one kernel after the other. A kernel is `void k(const Args&, Team&)`, executed by
+// every thread; it has no parallel construct inside, so one team serves a single op as well as a whole decode step.
+#pragma once
+#include <atomic>
+#include <cstdint>
+#include <thread>
+
+#if defined(__x86_64__)
+#define QK_PAUSE() __builtin_ia32_pause()
+#else
+#define QK_PAUSE() ((void)0)
+#endif
+
+namespace qk {
+
+struct Range {
+  int64_t begin, end;
+};
+
+struct alignas(64) Barrier {
+  std::atomic<int64_t> arrived{0};
+  alignas(64) std::atomic<int64_t> generation{0};
+  alignas(64) std::atomic<int64_t> next{0};  // for work handed out dynamically; reset by Team::sync
+};
+
+struct Team {
+  int rank;
+  int size;
+  Barrier* barrier;
+
+  // The static share of this thread in `count` items, in whole multiples of `grain`.
+  Range share(int64_t count, int64_t grain = 1) const {
+    const int64_t chunks = (count + grain - 1) / grain;
+    const int64_t begin = chunks * rank / size * grain, end = chunks * (rank + 1) / size * grain;
+    return {begin, end < count ? end : count};
+  }
+
+  // Waits for every thread of the team. Spins, then yields, so that a busy core does not stall the others.
+  void sync() {
+    if (size == 1) return;
+    const int64_t generation = barrier->generation.load(std::memory_order_acquire);
+    if (barrier->arrived.fetch_add(1, std::memory_order_acq_rel) == size - 1) {
+      barrier->arrived.store(0, std::memory_order_relaxed);
+      barrier->next.store(0, std::memory_order_relaxed);
+      barrier->generation.store(generation + 1, std::memory_order_release);
+      return;
+    }
+    for (int spins = 0; barrier->generation.load(std::memory_order_acquire) == generation; spins++) {
+      if (spins < 2000) QK_PAUSE();
+      else std::this_thread::yield();
+    }
+  }
+};
+
+}  // namespace qk

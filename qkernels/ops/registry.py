@@ -1,0 +1,80 @@
+"""One definition per op, repeated in every namespace that implements it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+# Tensors and numbers of one packed weight, in the order every schema lists them (see docs/design.md).
+WEIGHT = (
+    "Tensor codes, Tensor scale, Tensor? zero, Tensor? block_scale, Tensor? block_zero, Tensor? table, "
+    "int bits, int group_size, int n, int k"
+)
+# A ragged batch over a paged cache.
+RAGGED = "Tensor query_start, Tensor kv_len, Tensor page_table"
+
+NATIVE = "qkernels"
+REFERENCE = "qkernels_reference"
+
+
+@dataclass(frozen=True)
+class OpDef:
+    """Schema without the namespace, the fake (which also checks), and autograd if there is one."""
+
+    name: str
+    schema: str
+    fake: Callable[..., Any] | None
+    backward: Callable[..., Any] | None = None
+    setup_context: Callable[..., Any] | None = None
+
+
+_defs: dict[str, OpDef] = {}
+_libraries: dict[str, torch.library.Library] = {}
+
+
+def _add(op: OpDef, namespace: str) -> None:
+    library = _libraries[namespace]
+    library.define(op.name + op.schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order))
+    qualified = f"{namespace}::{op.name}"
+    if op.fake is not None:
+        torch.library.register_fake(qualified, op.fake, lib=library)
+    if op.backward is not None:
+        torch.library.register_autograd(qualified, op.backward, setup_context=op.setup_context, lib=library)
+
+
+def define_namespace(namespace: str) -> torch.library.Library:
+    """Opens a namespace that has every op defined so far and every later one; returns its library."""
+    if namespace not in _libraries:
+        _libraries[namespace] = torch.library.Library(namespace, "DEF")
+        for op in _defs.values():
+            _add(op, namespace)
+    return _libraries[namespace]
+
+
+def define(
+    name: str,
+    schema: str,
+    *,
+    fake: Callable[..., Any] | None,
+    reference: Callable[..., Any] | None = None,
+    backward: Callable[..., Any] | None = None,
+    setup_context: Callable[..., Any] | None = None,
+) -> None:
+    """Defines an op in every open namespace.
+
+    schema: "(Tensor x, ...) -> Tensor", without the name. fake: computes output shapes and raises on bad metadata, the
+    same way as the kernels do. reference: the float32 definition, registered in `qkernels_reference`.
+    """
+    op = OpDef(name, schema, fake, backward, setup_context)
+    _defs[name] = op
+    for namespace in _libraries:
+        _add(op, namespace)
+    if reference is not None:
+        _libraries[REFERENCE].impl(name, reference, "CompositeExplicitAutograd")
+
+
+define_namespace(NATIVE)
+define_namespace(REFERENCE)
