@@ -164,7 +164,7 @@ class _Rounding:
         clips = _CLIPS.get(self.spec.bits, _FINE_CLIPS) if search else (1.0,)
         if dtype == torch.float8_e8m0fnu:
             clips = (1.0, 0.5) if search else (1.0,)
-        lo, hi = torch.aminmax(self.x, dim=2)
+        lo, hi = self.x.amin(dim=2), self.x.amax(dim=2)  # aminmax takes five times both
         scale, zero = self._clipped(lo, hi, clips[0], dtype)
         if len(clips) == 1:
             return scale, zero
