@@ -225,7 +225,8 @@ def build_cuda(out: Path, directory: Path) -> dict[str, object]:
     # A CPU-only torch has no libtorch_cuda. Empty libraries with the two sonames leave the NEEDED
     # entries through which the symbols are found where torch has CUDA.
     stub = f"{shlex.join(cxx())} -shared -nostdlib -Wl,-soname,$name -x c /dev/null"
-    link = f"-ccbin={cxx()[-1]} -shared -cudart=static -Xlinker=--no-as-needed"
+    # They go in by -l: nvcc puts -Xlinker behind the files it is given, but before -l.
+    link = f"-ccbin={cxx()[-1]} -shared -cudart=static -Xlinker=--no-as-needed -L."
     rules = [
         "rule nvcc",
         f"  command = {compile} -MMD -MF $out.d -c $in -o $out > $out.log 2>&1"
@@ -237,15 +238,16 @@ def build_cuda(out: Path, directory: Path) -> dict[str, object]:
         f"  command = {stub} -o $out",
         "  description = $out",
         "rule link",
-        f"  command = {shlex.quote(nvcc)} {link} $in -o $out",
+        f"  command = {shlex.quote(nvcc)} {link} -ltorch_cpu -ltorch_cuda $in -o $out",
         "  description = $out",
     ]
-    objects = ["libtorch_cpu.so", "libtorch_cuda.so"]
-    for name in objects:
-        rules += [f"build {name}: stub", f"  name = {name}"]
+    stubs = ["libtorch_cpu.so", "libtorch_cuda.so"]
+    rules += [line for name in stubs for line in (f"build {name}: stub", f"  name = {name}")]
+    objects = []
     for source in sorted((CSRC / "cuda").glob("*.cu")):
         objects.append(f"{source.stem}.o")
         rules.append(f"build {objects[-1]}: nvcc {relative(source, directory)}")
+    objects += ["|", *stubs]  # ninja: needed, but not in $in
     run_ninja(directory, rules, objects, out)
     nvcc_version = compiler_version([nvcc])
     return {"targets": list(archs), "compiler": nvcc_version, "headers": torch.version}
