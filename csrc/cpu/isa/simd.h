@@ -30,7 +30,8 @@ typedef uint32_t VU __attribute__((vector_size(4 * W)));
 typedef uint16_t VH __attribute__((vector_size(2 * W)));
 typedef int8_t VB __attribute__((vector_size(W)));
 
-QK_INLINE VF splat(float v) { return VF{} + v; }
+// v - 0 is v, even for -0, so that this is a broadcast alone; 0 + v is an addition.
+QK_INLINE VF splat(float v) { return v - VF{}; }
 QK_INLINE VI splat_i(int32_t v) { return VI{} + v; }
 
 template <class V, class P>
