@@ -36,16 +36,17 @@ format: $(VENV)/lint.stamp
 bench: $(VENV)/bench.stamp $(VENV)/model.stamp qkernels/_C_cpu.so
 	$(BIN)/python -m pytest bench --benchmark-only
 
-# The op tests against a copy of the package whose library checks memory and undefined behaviour.
-# Both preloads matter: without libstdc++ ASan misses the exceptions that the ops throw. Python
-# itself leaks at exit by design.
-SANITIZE_TESTS = $(wildcard $(foreach stem,pack linear embedding quantize_act norm gate kv_append \
+# The op tests in a copy of the tree whose libraries check memory and undefined behaviour. Both
+# preloads matter: without libstdc++ ASan misses the exceptions that the ops throw. Leaks are not
+# looked for: Python itself leaves memory behind at exit.
+SANITIZE_TESTS = $(wildcard $(foreach stem,pack linear embedding quantize_act act norm gate kv_append \
   attention sample,tests/test_$(stem)*.py))
 sanitize: $(VENV)/test.stamp
 	$(BIN)/python setup.py native --sanitize
+	cd build/sanitize && \
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
-	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=build/sanitize \
-	$(BIN)/pytest --quiet $(SANITIZE_TESTS)
+	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	$(CURDIR)/$(BIN)/python -m pytest --quiet $(SANITIZE_TESTS)
 
 clean:
 	rm -rf build dist *.egg-info qkernels/*.so qkernels/build_info.json
