@@ -132,7 +132,9 @@ def run_ninja(directory: Path, rules: list[str], objects: list[str], out: Path) 
         raise stop("building needs ninja. Type\n    pip install ninja\n")
     command = [sys.executable, "-m", "ninja"] if bundled else ["ninja"]
     jobs = os.environ.get("MAX_JOBS")
-    subprocess.run([*command, "-C", str(directory), *(["-j", jobs] if jobs else [])], check=True)
+    command += ["-C", str(directory), *(["-j", jobs] if jobs else [])]
+    if subprocess.run(command).returncode != 0:
+        raise stop("compiling failed; the compiler's message is above")
 
 
 def build_cpu(
