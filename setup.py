@@ -3,7 +3,7 @@
     pip install --no-build-isolation .     (or -e .)
     python setup.py native                 the libraries alone, beside the sources: for development
     python setup.py native --avx512emu     build/avx512emu: the AVX-512 kernels on an AVX2 machine
-    python setup.py native --sanitize      build/sanitize: the package under ASan and UBSan
+    python setup.py native --sanitize      build/sanitize: package and tests under ASan, UBSan
     python setup.py native --cuda          build/cuda/_C_cuda.so alone, whatever torch is installed
 
 Environment: CXX, CUDA_HOME, MAX_JOBS, TORCH_CUDA_ARCH_LIST ("8.0;9.0a+PTX"), QKERNELS_CUDA=0 (no
@@ -28,8 +28,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from setuptools import Distribution, setup
-from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_py import build_py
+
+try:
+    from setuptools.command.bdist_wheel import bdist_wheel
+except ImportError:
+    raise SystemExit(
+        "qkernels: building needs setuptools >= 77. Type\n"
+        "    pip install 'setuptools>=77' ninja 'torch>=2.11'\n"
+    ) from None
 
 ROOT = Path(__file__).resolve().parent
 CSRC = ROOT / "csrc"
@@ -71,9 +78,7 @@ class Torch:
         install = "pip install 'torch>=2.11' setuptools ninja"
         hint = f"Type\n    {install} && pip install --no-build-isolation .\n"
         if root is None:
-            raise stop(
-                f"building needs torch >= 2.11 in this environment, and there is none. {hint}"
-            )
+            raise stop(f"building needs torch >= 2.11 here, and there is none. {hint}")
         facts = runpy.run_path(str(root / "version.py"))
         version = str(facts["__version__"])
         if tuple(map(int, re.findall(r"\d+", version)[:2])) < OLDEST_TORCH:
@@ -111,6 +116,11 @@ def common_flags(torch: Torch, directory: Path) -> tuple[list[str], list[str]]:
     return ["-std=c++20", "-O3", TORCH_TARGET], ["-fPIC", "-fvisibility=hidden", *hide]
 
 
+def rule(name: str, command: str, *, depfile: bool = False) -> list[str]:
+    depends = ["  depfile = $out.d", "  deps = gcc"] if depfile else []
+    return [f"rule {name}", f"  command = {command}", "  description = $out", *depends]
+
+
 def run_ninja(directory: Path, rules: list[str], objects: list[str], out: Path) -> None:
     """Writes directory/build.ninja, whose rule `link` makes `out` of `objects`, and runs it."""
     directory.mkdir(parents=True, exist_ok=True)
@@ -122,7 +132,9 @@ def run_ninja(directory: Path, rules: list[str], objects: list[str], out: Path) 
         raise stop("building needs ninja. Type\n    pip install ninja\n")
     command = [sys.executable, "-m", "ninja"] if bundled else ["ninja"]
     jobs = os.environ.get("MAX_JOBS")
-    subprocess.run([*command, "-C", str(directory), *(["-j", jobs] if jobs else [])], check=True)
+    command += ["-C", str(directory), *(["-j", jobs] if jobs else [])]
+    if subprocess.run(command).returncode != 0:
+        raise stop("compiling failed; the compiler's message is above")
 
 
 def build_cpu(
@@ -132,13 +144,13 @@ def build_cpu(
     if sys.platform != "linux":
         raise stop(f"the libraries build on Linux only so far, not on {sys.platform}")
     torch = Torch.find()
-    isas = dict(X86_ISAS)
-    if platform.machine() not in ("x86_64", "AMD64"):
-        isas = {"scalar": X86_ISAS["scalar"]}
+    x86 = platform.machine() in ("x86_64", "AMD64")
+    isas = {name: isa for name, isa in X86_ISAS.items() if x86 or name == "scalar"}
     flags = [flag for flags in common_flags(torch, directory) for flag in flags]
-    # Without -ffp-contract=off GCC fuses a * b + c where it likes: decoding would not be bitwise, and a fused op could
-    # differ from its parts. Kernels ask for a fused multiply-add with fma().
-    flags += ["-ffp-contract=off", "-g0", "-fno-math-errno", "-Wall", "-Wextra", "-Wno-unused-parameter", "-Wno-psabi"]
+    # Left alone, GCC fuses a * b + c where it likes: decoding would not be bitwise, and a fused op
+    # could differ from its parts. Kernels ask for a fused multiply-add with fma().
+    flags += ["-g0", "-ffp-contract=off", "-fno-math-errno"]
+    flags += ["-Wall", "-Wextra", "-Wno-unused-parameter", "-Wno-psabi"]
     flags += ["-Wno-maybe-uninitialized"]  # GCC 12 warns of its own AVX-512 header
     libraries = relative(torch.root / "lib", directory)
     link = f"-shared -L{libraries} -ltorch_cpu -Wl,--no-undefined"
@@ -148,18 +160,10 @@ def build_cpu(
         link += f" {checks}"
     if emulate_avx512:
         flags += ["-DQK_EMULATE_AVX512", "-DQK_OPS=qkernels_avx512emu"]
-        isas["avx512"] = f"-DQK_ISA_AVX512 {AVX2}"
-    compile = f"{with_ccache(cxx())} {shlex.join(flags)}"
-    rules = [
-        "rule cc",
-        f"  command = {compile} $more -MMD -MF $out.d -c $in -o $out",
-        "  description = $out",
-        "  depfile = $out.d",
-        "  deps = gcc",
-        "rule link",
-        f"  command = {shlex.join(cxx())} $in -o $out {link}",
-        "  description = $out",
-    ]
+        isas = {**isas, "avx512": f"-DQK_ISA_AVX512 {AVX2}"} if x86 else isas
+    compile = f"{with_ccache(cxx())} {shlex.join(flags)} $more -MMD -MF $out.d -c $in -o $out"
+    rules = rule("cc", compile, depfile=True)
+    rules += rule("link", f"{shlex.join(cxx())} $in -o $out {link}")
     units: list[tuple[str, Path, str]] = []  # object, source, flags
     for source in sorted((CSRC / "cpu").glob("*.cpp")):
         include = relative(torch.root / "include", directory)
@@ -224,20 +228,10 @@ def build_cuda(out: Path, directory: Path) -> dict[str, object]:
     stub = f"{shlex.join(cxx())} -shared -nostdlib -Wl,-soname,$name -x c /dev/null"
     # They go in by -l: nvcc puts -Xlinker behind the files it is given, but before -l.
     link = f"-ccbin={cxx()[-1]} -shared -cudart=static -Xlinker=--no-as-needed -L."
-    rules = [
-        "rule nvcc",
-        f"  command = {compile} -MMD -MF $out.d -c $in -o $out > $out.log 2>&1"
-        " || (cat $out.log; exit 1)",
-        "  description = $out",
-        "  depfile = $out.d",
-        "  deps = gcc",
-        "rule stub",
-        f"  command = {stub} -o $out",
-        "  description = $out",
-        "rule link",
-        f"  command = {shlex.quote(nvcc)} {link} -ltorch_cpu -ltorch_cuda $in -o $out",
-        "  description = $out",
-    ]
+    report = "> $out.log 2>&1 || (cat $out.log; exit 1)"
+    rules = rule("nvcc", f"{compile} -MMD -MF $out.d -c $in -o $out {report}", depfile=True)
+    rules += rule("stub", f"{stub} -o $out")
+    rules += rule("link", f"{shlex.quote(nvcc)} {link} -ltorch_cpu -ltorch_cuda $in -o $out")
     stubs = ["libtorch_cpu.so", "libtorch_cuda.so"]
     rules += [line for name in stubs for line in (f"build {name}: stub", f"  name = {name}")]
     objects = []
@@ -263,9 +257,7 @@ def build_native(package: Path) -> None:
     (package / "build_info.json").write_text(json.dumps(info, indent=2) + "\n")
     for name, facts in built.items():
         targets = ", ".join(facts["targets"])  # type: ignore[arg-type]
-        print(
-            f"qkernels: built {name} for {targets} ({facts['compiler']}, torch {facts['headers']})"
-        )
+        print(f"qkernels: built {name} for {targets} with {facts['compiler']}")
     for name, why in skipped.items():
         print(f"qkernels: did not build {name}: {why}")
 
@@ -281,14 +273,15 @@ def native(arguments: list[str]) -> None:
         out = BUILD / "avx512emu"
         build_cpu(out / "_C_cpu_avx512emu.so", out, emulate_avx512=True)
     elif chosen.sanitize:
-        out = BUILD / "sanitize" / "qkernels"
-        shutil.rmtree(out, ignore_errors=True)
-        shutil.copytree(
-            ROOT / "qkernels", out, ignore=shutil.ignore_patterns("*.so", "__pycache__")
-        )
-        objects = BUILD / "sanitize" / "objects"
-        build_cpu(objects / "_C_cpu.so", objects, sanitize=True)
-        shutil.copy2(objects / "_C_cpu.so", out)
+        tree = BUILD / "sanitize"
+        for name in ("qkernels", "tests"):
+            shutil.rmtree(tree / name, ignore_errors=True)
+            shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("*.so"))
+        shutil.copy2(ROOT / "pyproject.toml", tree)
+        build_cpu(tree / "qkernels" / "_C_cpu.so", tree / "objects", sanitize=True)
+        emulated = tree / "build" / "avx512emu"
+        library = emulated / "_C_cpu_avx512emu.so"
+        build_cpu(library, emulated, emulate_avx512=True, sanitize=True)
     elif chosen.cuda:
         build_cuda(BUILD / "cuda" / "_C_cuda.so", BUILD / "cuda")
     else:
