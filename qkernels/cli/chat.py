@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import sys
+from contextlib import closing
 from typing import Any
 
+from . import speed
 from .errors import BadInput, describe
 from .loading import Loaded, LoadOptions, load
 from .output import Answer, note, status, warn
-from .speed import Stopwatch
 
 HELP = """\
 /reset          forget the conversation, keep the system message
@@ -52,30 +53,26 @@ class Conversation:
     def ask(self, text: str) -> None:
         """Streams the answer to `text`. What was answered before Ctrl-C stays in the conversation."""
         self.messages.append({"role": "user", "content": text})
-        out, pieces = Answer(), []
-        watch = Stopwatch(self.loaded)
-        interrupted = False
+        out = Answer()
         try:
-            for piece in watch.run(lambda: self.loaded.decoder.chat(self.messages, stream=True, **self.options)):
-                out.write(piece)
-                pieces.append(piece)
-        except KeyboardInterrupt:
-            interrupted = True
+            stream = self.loaded.decoder.chat(self.messages, stream=True, **self.options)
         except ValueError as error:  # a conversation longer than the context, for one: it can be reset
             self.messages.pop()
-            out.end()
             warn(describe(error))
             return
-        out.end()
-        answer = "".join(pieces)
-        if answer:
-            self.messages.append({"role": "assistant", "content": answer})
+        interrupted = False
+        with closing(stream):
+            try:
+                for piece in stream:
+                    out.write(piece)
+            except KeyboardInterrupt:
+                interrupted = True
+            out.end()
+        if stream.text:
+            self.messages.append({"role": "assistant", "content": stream.text})
         else:
             self.messages.pop()
-        if interrupted:
-            note("interrupted")
-        else:
-            note(watch.short())
+        note("interrupted" if interrupted else speed.short(stream))
 
 
 def _lines(terminal: bool) -> Any:

@@ -45,14 +45,17 @@ def load(options: LoadOptions) -> Loaded:
         if options.threads is not None:
             torch.set_num_threads(options.threads)
         with bad_input(ValueError, TypeError, RuntimeError, KeyError, ImportError, NotImplementedError, OSError):
-            spec = None
+            spec, act = None, options.act
             if options.spec is not None:
-                size = {} if options.group_size is None else {"group_size": options.group_size}
-                spec = qk.QuantSpec.parse(options.spec, **size)
+                from qkernels.quant.spec import scheme_act
+
+                spec = qk.QuantSpec.from_scheme(options.spec, options.group_size)
+                if act == "auto":  # the A16 of W4A16 asks for float activations, an A8 for int8
+                    act = scheme_act(options.spec)
             decoder = qk.QuantDecoder.from_pretrained(
                 path,
                 spec=spec,
-                act=options.act,
+                act=act,
                 kv_dtype=options.kv_dtype,
                 max_seq_len=options.context,
                 progress=progress,
