@@ -274,19 +274,32 @@ def start(*words: Any, env: dict[str, str] | None = None, **kwargs: Any) -> subp
     return subprocess.Popen(command, env=env, **kwargs)
 
 
-def read_until(fd: int, wanted: bytes, seconds: float = 30.0) -> bytes:
-    """What comes from `fd` until `wanted` has come; fails after `seconds`, or at the end."""
-    got, deadline = b"", time.monotonic() + seconds
-    while wanted not in got:
-        ready, _, _ = select.select([fd], [], [], max(0.0, deadline - time.monotonic()))
-        assert ready, f"{wanted!r} did not come within {seconds} s; got {got!r}"
-        try:
-            more = os.read(fd, 4096)
-        except OSError:  # a pseudo-terminal whose other side was closed
-            more = b""
-        assert more, f"{wanted!r} did not come; got {got!r}"
-        got += more
-    return got
+class Reader:
+    """Reads a pipe or a pseudo-terminal up to texts that are expected."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+        self._held = b""
+
+    def until(self, wanted: bytes, seconds: float = 60.0) -> bytes:
+        """What comes up to and with `wanted`; fails after `seconds`, or at the end."""
+        deadline = time.monotonic() + seconds
+        while wanted not in self._held:
+            ready, _, _ = select.select([self._fd], [], [], max(0.0, deadline - time.monotonic()))
+            assert ready, f"{wanted!r} did not come within {seconds} s; got {self._held!r}"
+            try:
+                more = os.read(self._fd, 4096)
+            except OSError:  # a pseudo-terminal whose other side was closed
+                more = b""
+            assert more, f"{wanted!r} did not come; got {self._held!r}"
+            self._held += more
+        at = self._held.index(wanted) + len(wanted)
+        got, self._held = self._held[:at], self._held[at:]
+        return got
+
+    def rest(self) -> bytes:
+        """What was read and not asked for yet."""
+        return self._held
 
 
 def test_pieces_arrive_one_by_one_and_ctrl_c_ends_with_130(model: Path) -> None:
@@ -294,13 +307,14 @@ def test_pieces_arrive_one_by_one_and_ctrl_c_ends_with_130(model: Path) -> None:
         *("generate", model, "x"), env={"FAKE_PAUSE": "0.2"}, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
     assert process.stdout is not None
-    got = read_until(process.stdout.fileno(), b"Paris")
-    assert got == b"Paris"  # the rest is not decoded yet: pieces are flushed as they come
-    got += read_until(process.stdout.fileno(), b" is")
+    reader = Reader(process.stdout.fileno())
+    got = reader.until(b"Paris")
+    assert (got, reader.rest()) == (b"Paris", b"")  # pieces are flushed as they come: no more is decoded yet
+    got += reader.until(b" is")
     process.send_signal(signal.SIGINT)
     rest, errors = process.communicate(timeout=20)
     assert process.returncode == 130
-    text = (got + rest).decode()
+    text = (got + reader.rest() + rest).decode()
     assert text.endswith("\n")
     assert ANSWER.startswith(text[:-1])
     assert text != ANSWER
@@ -315,7 +329,7 @@ def test_a_reader_that_goes_away(model: Path) -> None:
         *("generate", model, "x"), env={"FAKE_PAUSE": "0.05"}, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
     assert process.stdout is not None
-    read_until(process.stdout.fileno(), b"Paris")
+    Reader(process.stdout.fileno()).until(b"Paris")
     process.stdout.close()
     process.stdout = None
     _, errors = process.communicate(timeout=20)
@@ -330,18 +344,19 @@ def test_ctrl_c_in_a_chat_ends_the_answer_and_ctrl_d_the_program(model: Path) ->
         *("chat", model), env={"FAKE_PAUSE": "0.3"}, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True
     )
     os.close(theirs)
+    reader = Reader(ours)
     try:
-        read_until(ours, b"> ")
+        reader.until(b"> ")
         os.write(ours, b"hello\n")
-        read_until(ours, b"Paris is")
+        reader.until(b"Paris is")
         process.send_signal(signal.SIGINT)
-        read_until(ours, b"interrupted")
-        read_until(ours, b"> ")
+        reader.until(b"interrupted")
+        reader.until(b"> ")
         process.send_signal(signal.SIGINT)  # at the prompt: nothing but a new prompt
-        read_until(ours, b"> ")
+        reader.until(b"> ")
         os.write(ours, b"again\n")
-        read_until(ours, b"first token")  # a whole answer, with its numbers
-        read_until(ours, b"> ")
+        reader.until(b"first token")  # a whole answer, with its numbers
+        reader.until(b"> ")
         os.write(ours, b"\x04")
         assert process.wait(timeout=20) == 0
     finally:
@@ -354,8 +369,9 @@ def test_a_terminal_gets_colours_and_a_progress_bar_and_no_foreign_controls(mode
     ours, theirs = pty.openpty()
     process = start(*("generate", model, "x"), env={"FAKE_TEXT": "red \x1b[31m"}, stdout=theirs, stderr=theirs)
     os.close(theirs)
+    reader = Reader(ours)
     try:
-        got = read_until(ours, b"of KV per token")
+        got = reader.until(b"of KV per token")
         assert b"\x1b[" in got  # the dim numbers
         assert b"\x1b[31m" not in got
         assert "red \ufffd[31m".encode() in got

@@ -20,18 +20,22 @@ READER_GONE = 141  # 128 + SIGPIPE
 class Commands(TyperGroup):
     """Every error becomes one line on stderr and an exit code; a traceback comes only with --debug."""
 
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            output.note("interrupted")
+            raise typer.Exit(INTERRUPTED) from None
+        except BrokenPipeError:
+            output.drop_stdout()
+            raise typer.Exit(READER_GONE) from None
+
     def main(self, args: Any = None, standalone_mode: bool = True, **extra: Any) -> Any:
         words = list(sys.argv[1:] if args is None else args)
         code = 0
         try:
             result = super().main(args=words, standalone_mode=False, **extra)
             code = result if isinstance(result, int) else 0
-        except (KeyboardInterrupt, typer.Abort):
-            output.note("interrupted")
-            code = INTERRUPTED
-        except BrokenPipeError:
-            output.drop_stdout()
-            code = READER_GONE
         except Exception as error:
             if "--debug" in words:
                 raise

@@ -1,0 +1,1 @@
+"""`qkernels info`."""
