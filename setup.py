@@ -42,7 +42,9 @@ def write_cpu_rules(out: Path, build: Path, *, emulate_avx512: bool = False, san
     cxx = os.environ.get("CXX", "g++")
     if shutil.which("ccache") and not cxx.startswith("ccache"):
         cxx = f"ccache {cxx}"
-    flags = ["-std=c++20", "-O3", "-g0", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-Wall", "-Wextra",
+    # Without -ffp-contract=off GCC fuses a * b + c where it likes: decoding would not be bitwise, and a fused op could
+    # differ from its parts. Kernels ask for a fused multiply-add with fma().
+    flags = ["-std=c++20", "-O3", "-ffp-contract=off", "-g0", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-Wall", "-Wextra",
              "-Wno-unused-parameter", "-Wno-psabi", f"-DTORCH_TARGET_VERSION={STABLE_ABI_TARGET}"]
     link = ["-shared", f"-L{lib}", "-ltorch_cpu", "-Wl,--no-undefined", "-lc10"]
     if sanitize:

@@ -39,7 +39,24 @@ inline void check(bool ok, const char* op, const Parts&... parts) {
   if (!ok) fail(op, parts...);
 }
 
-inline const char* type_name(ScalarType t) { return torch::headeronly::toString(t); }
+// As PyTorch writes it in Python, so that these messages and those of qkernels/ops/checks.py are the same.
+inline const char* type_name(ScalarType t) {
+  switch (t) {
+    case ScalarType::Float: return "float32";
+    case ScalarType::Half: return "float16";
+    case ScalarType::BFloat16: return "bfloat16";
+    case ScalarType::Double: return "float64";
+    case ScalarType::Byte: return "uint8";
+    case ScalarType::Char: return "int8";
+    case ScalarType::Short: return "int16";
+    case ScalarType::Int: return "int32";
+    case ScalarType::Long: return "int64";
+    case ScalarType::Bool: return "bool";
+    case ScalarType::Float8_e8m0fnu: return "float8_e8m0fnu";
+    case ScalarType::Float8_e4m3fn: return "float8_e4m3fn";
+    default: return torch::headeronly::toString(t);
+  }
+}
 
 inline std::string shape_of(const Tensor& t) {
   std::ostringstream out;

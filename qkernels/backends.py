@@ -1,0 +1,269 @@
+"""Who computes: an ordered table of rows per op, and the choice among them.
+
+A row names an op namespace and says, for a case, why it cannot serve it. The first row of the table that can is taken.
+Passing over a row that stands for the device is a fallback: it warns once per op and case, with the reasons, or raises.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from importlib import metadata
+from typing import Any
+
+import torch
+
+from .ops.registry import NATIVE, REFERENCE
+
+Case = Mapping[str, Any]
+ENTRY_POINTS = "qkernels.backends"
+POLICIES = ("warn", "error", "ignore")
+
+
+class FallbackWarning(UserWarning):
+    """A faster row could not serve a case."""
+
+
+class FallbackError(RuntimeError):
+    """The same, where `on_fallback="error"`."""
+
+
+def _anything(case: Case) -> str | None:
+    return None
+
+
+@dataclass(frozen=True)
+class Row:
+    """One implementation of one op.
+
+    op: its name. name: of the backend ("cpu", "cuda", "reference"), what `set_backend` takes. namespace: of torch.ops.
+    device: the device type it stands for; None: any. supports: case -> the reason why not, or None. A case holds what the
+    caller of `select` gave: constants such as weight=WeightKind(...), act="int8".
+    """
+
+    op: str
+    name: str
+    namespace: str
+    device: str | None = None
+    supports: Callable[[Case], str | None] = _anything
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The row taken for a case, and why each row before it was not."""
+
+    row: Row
+    reasons: tuple[tuple[str, str], ...] = ()
+
+
+_rows: dict[str, list[Row]] = {}
+_generic: list[Row] = []  # serve every op that has no row of that name
+_choices: dict[Any, Any] = {}  # (op, device, case, backend) -> the callable op
+_warned: set[Any] = set()
+_lock = threading.RLock()
+_plugins_loaded = False
+_backend = "auto"
+_policy = "warn"
+
+
+def register_row(row: Row, *, before: str | None = None) -> None:
+    """Adds a row to the table of its op: last among those that stand for a device, or before the row named `before`.
+
+    Packages outside this one call it from an entry point of the group "qkernels.backends" (a function without
+    arguments). Raises ValueError for a second row of the same op and name, or an unknown `before`.
+    """
+    with _lock:
+        rows = _rows.setdefault(row.op, [])
+        if any(other.name == row.name for other in rows):
+            raise ValueError(f"qkernels: {row.op} has a row named {row.name!r} already")
+        names = [other.name for other in rows]
+        if before is not None and before not in names:
+            raise ValueError(f"qkernels: {row.op} has no row named {before!r}; it has {names}")
+        rows.insert(len(rows) if before is None else names.index(before), row)
+        _choices.clear()
+
+
+def rows(op: str) -> list[Row]:
+    """The table of an op, in order: its own rows, then the ones that every op has."""
+    _load_plugins()
+    own = _rows.get(op, [])
+    generic = [r for r in _generic if r.name not in {o.name for o in own}]
+    return [*own, *(Row(op, r.name, r.namespace, r.device, r.supports) for r in generic)]
+
+
+def choose(op: str, device: str, case: Case) -> Choice:
+    """The row for a case, without warning. Raises RuntimeError if none serves it."""
+    table = rows(op)
+    candidates = [row for row in table if row.device in (None, device)]
+    if _backend != "auto":
+        candidates.sort(key=lambda row: row.name != _backend)
+        if not any(row.name == _backend for row in candidates):
+            names = sorted({row.name for row in table})
+            raise RuntimeError(f"qkernels::{op}: backend {_backend!r} has no row for device {device}; rows: {names}")
+    reasons = []
+    for row in candidates:
+        reason = row.supports(case)
+        if reason is None and not _implemented(row, device):
+            reason = f"{row.namespace} has no kernel of it for {device}"
+        if reason is None:
+            return Choice(row, tuple(reasons))
+        reasons.append((row.name, reason))
+    told = "; ".join(f"{name}: {reason}" for name, reason in reasons) or f"none stands for device {device}"
+    raise RuntimeError(f"qkernels::{op}: no backend serves {describe(case)} on {device}: {told}")
+
+
+def select(op: str, device: torch.device, **case: Any) -> Callable[..., Any]:
+    """The op of the row for this case, ready to call: `select("norm", x.device)(x, weight, bias, eps, center)`.
+
+    case: hashable constants that rows decide by. Cached per case; traceable by torch.compile. Raises RuntimeError if no
+    row serves the case, FallbackError where one is passed over and the policy is "error".
+    """
+    key = (op, device.type, tuple(case.items()), _backend)
+    if torch.compiler.is_dynamo_compiling():
+        return _overload(_resolve_for_trace(op, device.type, tuple(case.items()), _backend, _policy), op)
+    found = _choices.get(key)
+    if found is None:
+        found = _choices[key] = _overload(_resolve(op, device.type, case), op)
+    return found
+
+
+def _overload(namespace: str, op: str) -> Callable[..., Any]:
+    return getattr(getattr(torch.ops, namespace), op).default
+
+
+@torch.compiler.assume_constant_result
+def _resolve_for_trace(op: str, device: str, case: tuple[tuple[str, Any], ...], backend: str, policy: str) -> str:
+    # backend and policy are arguments so that a trace is guarded by them.
+    return _resolve(op, device, {name: _kind(value) for name, value in case})
+
+
+def _resolve(op: str, device: str, case: Case) -> str:
+    if device == "meta":
+        return NATIVE
+    with _lock:
+        choice = choose(op, device, case)
+        if choice.reasons and _policy != "ignore":
+            _report(op, device, case, choice)
+    return choice.row.namespace
+
+
+def _report(op: str, device: str, case: Case, choice: Choice) -> None:
+    told = "; ".join(f"{name}: {reason}" for name, reason in choice.reasons)
+    text = f"qkernels::{op} of {describe(case)} on {device} runs on the {choice.row.name!r} row, not a faster one ({told})"
+    if _policy == "error":
+        raise FallbackError(text)
+    key = (op, device, tuple(case.items()))
+    if key not in _warned:
+        _warned.add(key)
+        warnings.warn(text, FallbackWarning, stacklevel=5)
+
+
+def _kind(value: Any) -> Any:
+    """A WeightKind that tracing may have handed on as a plain tuple."""
+    from .quant.weight import WeightKind
+
+    return WeightKind(*value) if isinstance(value, tuple) and len(value) == len(WeightKind._fields) else value
+
+
+def describe(case: Case) -> str:
+    return ", ".join(str(v) if k == "weight" else f"{k} {v}" for k, v in case.items()) or "any input"
+
+
+def _implemented(row: Row, device: str) -> bool:
+    name = f"{row.namespace}::{row.op}"
+    keys = ("CompositeExplicitAutograd", "CompositeImplicitAutograd", device.upper())
+    return any(torch._C._dispatch_has_kernel_for_dispatch_key(name, key) for key in keys)
+
+
+def set_backend(name: str = "auto", *, on_fallback: str | None = None) -> None:
+    """Which row computes, process-wide.
+
+    name: "auto" takes the first of the table that can; another ("reference", "cpu", "cuda", or a plugin's) comes before
+    all others. The environment variable QKERNELS_BACKEND sets it at import. on_fallback: what happens when a row is
+    passed over because it cannot serve a case: "warn" once per case, "error", or "ignore"; None leaves it as it is.
+    Raises ValueError for an unknown name or policy.
+    """
+    global _backend, _policy
+    if on_fallback is not None and on_fallback not in POLICIES:
+        raise ValueError(f"on_fallback must be one of {POLICIES}, got {on_fallback!r}")
+    known = names()
+    if name not in known:
+        raise ValueError(f"unknown backend {name!r}; there are {known}")
+    with _lock:
+        _backend = name
+        _policy = on_fallback or _policy
+        _choices.clear()
+        _warned.clear()
+
+
+def names() -> list[str]:
+    """What `set_backend` takes."""
+    _load_plugins()
+    every = [row.name for table in _rows.values() for row in table] + [row.name for row in _generic]
+    return ["auto", *dict.fromkeys(every)]
+
+
+def current() -> tuple[str, str]:
+    """The backend and the policy in force."""
+    return _backend, _policy
+
+
+@contextlib.contextmanager
+def backend(name: str = "auto", *, on_fallback: str | None = None) -> Iterator[None]:
+    """`set_backend` for the duration of a `with` block."""
+    before = current()
+    set_backend(name, on_fallback=on_fallback)
+    try:
+        yield
+    finally:
+        set_backend(before[0], on_fallback=before[1])
+
+
+def _load_plugins() -> None:
+    global _plugins_loaded
+    with _lock:
+        if _plugins_loaded:
+            return
+        _plugins_loaded = True
+        for entry in metadata.entry_points(group=ENTRY_POINTS):
+            try:
+                entry.load()()
+            except Exception as error:  # a broken plugin must not take the package down, but must be heard of
+                warnings.warn(f"qkernels: the backend plugin {entry.value!r} failed: {error!r}", stacklevel=2)
+
+
+def _from_environment() -> None:
+    name = os.environ.get("QKERNELS_BACKEND", "auto")
+    try:
+        set_backend(name)
+    except ValueError as error:
+        raise ValueError(f"QKERNELS_BACKEND: {error}") from None
+
+
+# What the CPU kernels of linear take; the other ops take every weight.
+_LINEAR_BITS = (4, 8)
+_LINEAR_SCALES = ("float32", "float16", "bfloat16", "int8", "uint4")
+
+
+def _cpu_linear(case: Case) -> str | None:
+    weight = case["weight"]
+    if weight.bits not in _LINEAR_BITS:
+        return f"the kernels take 4- and 8-bit codes, not {weight.bits}"
+    if weight.table:
+        return "the kernels take no table of values"
+    if weight.scale not in _LINEAR_SCALES:
+        return f"the kernels take no {weight.scale} scales"
+    return None
+
+
+_generic += [
+    Row("*", "cuda", NATIVE, "cuda"),
+    Row("*", "cpu", NATIVE, "cpu"),
+    Row("*", "reference", REFERENCE),
+]
+for _op in ("linear", "linear_quant"):
+    register_row(Row(_op, "cpu", NATIVE, "cpu", _cpu_linear))

@@ -1,0 +1,153 @@
+"""y = x W^T + bias over packed weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from ..backends import select
+from ..quant.spec import round_up
+from ..quant.weight import PackedWeight
+from . import checks
+from .act import QuantAct
+from .registry import WEIGHT, define
+
+ACTS = ("int8", "float")
+_N, _K = 9, 10  # positions of n and k in the arguments of `linear`, where W starts at 1
+
+
+def check_linear(x: Tensor, *args: Any) -> None:
+    *weight, bias, act, act_group = args
+    checks.float_type("linear", "x", x.dtype)
+    checks.rows("linear", "x", x)
+    checks.weight("linear", *weight)
+    n, k = weight[-2:]
+    if x.shape[1] != k:
+        checks.fail("linear", f"x must be [*, {k}], got {list(x.shape)}")
+    if bias is not None:
+        checks.expect("linear", "bias", bias, torch.float32, [n])
+    if act not in ACTS:
+        checks.fail("linear", f'act must be "int8" or "float", got "{act}"')
+    if act == "int8":
+        checks.act_group("linear", act_group)
+    checks.same_device("linear", "x", x.device, codes=weight[0], bias=bias)
+
+
+def _linear_fake(x: Tensor, *args: Any) -> Tensor:
+    check_linear(x, *args)
+    return x.new_empty((x.shape[0], args[_N - 1]))
+
+
+def check_linear_quant(act_codes: Tensor, act_scale: Tensor, act_sums: Tensor, *args: Any) -> None:
+    op = "linear_quant"
+    *weight, bias, dtype = args
+    checks.weight(op, *weight)
+    n, k = weight[-2:]
+    if act_codes.dim() != 2 or act_scale.dim() != 2:
+        checks.fail(op, f"act_codes and act_scale must have 2 dimensions, got {list(act_codes.shape)} and {list(act_scale.shape)}")
+    m, kx = act_codes.shape
+    groups = act_scale.shape[1]
+    group = kx // groups if groups > 0 else 0
+    if groups < 1 or kx % groups or group < 16 or group % 16 or kx != round_up(k, group):
+        checks.fail(op, f"act_codes must have k = {k} columns rounded up to whole groups of act_scale, got {list(act_codes.shape)} and {list(act_scale.shape)}")
+    checks.expect(op, "act_codes", act_codes, torch.int8, [m, kx])
+    checks.expect(op, "act_scale", act_scale, torch.float32, [m, groups])
+    checks.expect(op, "act_sums", act_sums, torch.int16, [m, kx // 16])
+    if bias is not None:
+        checks.expect(op, "bias", bias, torch.float32, [n])
+    checks.float_type(op, "dtype", dtype)
+    checks.same_device(op, "act_codes", act_codes.device, act_scale=act_scale, act_sums=act_sums, codes=weight[0], bias=bias)
+
+
+def _linear_quant_fake(act_codes: Tensor, act_scale: Tensor, act_sums: Tensor, *args: Any) -> Tensor:
+    check_linear_quant(act_codes, act_scale, act_sums, *args)
+    return act_codes.new_empty((act_codes.shape[0], args[-4]), dtype=args[-1])
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weight, bias = inputs[0], inputs[1:11], inputs[11]
+    if bias is not None and bias.requires_grad:
+        raise RuntimeError("qkernels::linear: bias is fixed: only x may require a gradient; add a trainable bias to the result")
+    ctx.save_for_backward(*(t for t in weight[:6] if t is not None))
+    ctx.given = [t is not None for t in weight[:6]]
+    ctx.numbers = weight[6:]
+    ctx.x_dtype = x.dtype
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    """To x alone: weights are constants. The rounding of int8 activations counts as the identity."""
+    saved = iter(ctx.saved_tensors)
+    tensors = [next(saved) if given else None for given in ctx.given]
+    weight = select("dequantize", grad.device)(*tensors, *ctx.numbers, torch.float32)
+    return ((grad.float() @ weight).to(ctx.x_dtype), *(None for _ in range(13)))
+
+
+define(
+    "linear",
+    f"(Tensor x, {WEIGHT}, Tensor? bias, str act, int act_group) -> Tensor",
+    fake=_linear_fake,
+    reference=checks.checked(check_linear, reference.linear),
+    backward=_backward,
+    setup_context=_setup_context,
+)
+define(
+    "linear_quant",
+    f"(Tensor act_codes, Tensor act_scale, Tensor act_sums, {WEIGHT}, Tensor? bias, ScalarType dtype) -> Tensor",
+    fake=_linear_quant_fake,
+    reference=checks.checked(check_linear_quant, reference.linear_quant),
+)
+
+
+def default_act_group(weight: PackedWeight) -> int:
+    """Columns that share an activation scale: a weight group; with two-level scales a block of 256, so that the
+    integer parts of the scales can multiply integer sums."""
+    return 256 if weight.spec.two_level else weight.group
+
+
+def resolve_act(act: str, device: torch.device) -> str:
+    """"auto" is "int8" on a CPU, whose integer dot products are its fastest, and "float" elsewhere."""
+    if act == "auto":
+        return "int8" if device.type == "cpu" else "float"
+    return act
+
+
+def linear(
+    x: Tensor, weight: PackedWeight, bias: Tensor | None = None, *, act: str = "auto", act_group: int | None = None
+) -> Tensor:
+    """x [..., K] float32, float16 or bfloat16 -> [..., N] of the same dtype; accumulated in float32.
+
+    bias [N] float32; act: "int8" quantizes x by row and act_group columns first, "float" does not, "auto" depends on
+    the device. act_group: a multiple of 16; None is `default_act_group`. Rows of x must be dense. The gradient goes to
+    x alone. Raises RuntimeError for anything that does not fit.
+    """
+    act = resolve_act(act, x.device)
+    group = 0 if act == "float" else default_act_group(weight) if act_group is None else act_group
+    rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    if weight.perm is not None:
+        rows = _permuted(rows, weight)
+    op = select("linear", x.device, weight=weight.kind, act=act, act_group=group)
+    y = op(rows, *weight.op_args(), bias, act, group)
+    return y if x.dim() == 2 else y.reshape(*x.shape[:-1], weight.n)
+
+
+def linear_quant(
+    act: QuantAct, weight: PackedWeight, bias: Tensor | None = None, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """QuantAct of x [M, K] -> [M, N] of dtype: what `linear` with act="int8" does after quantizing.
+
+    Raises RuntimeError for anything that does not fit, also for act-order weights, whose columns x must be sorted by
+    before it is quantized.
+    """
+    if weight.perm is not None:
+        checks.fail("linear_quant", "an act-order weight needs its activations sorted before they are quantized; use linear")
+    op = select("linear_quant", act.codes.device, weight=weight.kind, act="int8", act_group=act.group)
+    return op(*act, *weight.op_args(), bias, dtype)
+
+
+def _permuted(x: Tensor, weight: PackedWeight) -> Tensor:
+    if x.shape[1] != weight.k:
+        checks.fail("linear", f"x must be [*, {weight.k}], got {list(x.shape)}")
+    return x[:, weight.perm]
