@@ -15,7 +15,8 @@ import torch
 
 from .checkpoints import CheckpointError, GGUFFile
 from .models import Family, ModelConfig, WeightDef, family_of_gguf, family_of_hf
-from .quant import PackedWeight, PlainWeight, QuantSpec, quantize
+from .quant import PackedWeight, PlainWeight, QuantSpec
+from .quant.quantize import quantize
 
 Weight = PackedWeight | torch.Tensor
 

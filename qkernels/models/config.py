@@ -254,7 +254,8 @@ class GgufKeys:
         """Raises unless `key` is missing or has one of the values `off`, with which it changes nothing."""
         self._read.add(key)
         value = self._values.get(key)
-        if value is not None and value not in off:
+        scalar = isinstance(value, (bool, int, float, str))  # else an array, which no `off` is
+        if value is not None and not (scalar and value in off):
             raise UnsupportedModelError(f"GGUF metadata: {self.architecture}.{key} = {value!r} is not supported")
 
     def refuse_the_rest(self) -> None:
