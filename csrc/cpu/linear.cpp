@@ -1,0 +1,151 @@
+// Boundary of the ops linear and linear_quant.
+#include "../check.h"
+#include "run.h"
+
+namespace qk {
+namespace {
+
+// Scales of activations and weights meet in spans of min(G, Ga) columns, whose int32 sums must not overflow:
+// 32768 * 255 * 127 plus the symmetric start of 32768 * 128 * 127 stays below 2^31.
+constexpr int64_t kMaxSpan = 32768;
+
+void check_supported(const char* op, const Weight& w) {
+  check(w.bits == 4 || w.bits == 8, op, "codes of ", w.bits, " bits are not supported by the CPU kernels; they take 4 and 8");
+  check(!w.table, op, "a table of code values is not supported by the CPU kernels");
+  check(w.scale_kind != Scale::e8m0 && w.scale_kind != Scale::e4m3, op,
+        "scales of 8-bit floats are not supported by the CPU kernels; they take float32, float16, bfloat16 and two-level scales");
+}
+
+void check_bias(const char* op, const std::optional<Tensor>& bias, int64_t n) {
+  if (bias) expect(op, "bias", *bias, ScalarType::Float, {n});
+}
+
+void check_groups(const char* op, int64_t group, int64_t act_group) {
+  check(act_group >= 16 && act_group % 16 == 0, op, "act_group must be a positive multiple of 16, got ", act_group);
+  check(group % act_group == 0 || act_group % group == 0, op, "one of group_size and act_group must divide the other, got ", group,
+        " and ", act_group);
+  const int64_t span = group < act_group ? group : act_group;
+  check(span <= kMaxSpan, op, "int8 activations need a group_size or act_group of at most ", kMaxSpan, ", got ", span);
+}
+
+// One allocation, cut into pieces that start on cache lines.
+class Scratch {
+ public:
+  int64_t reserve(int64_t bytes) {
+    const int64_t at = size_;
+    size_ += layout::round_up(bytes, 64);
+    return at;
+  }
+  void allocate(const Tensor& like) {
+    store_ = torch::stable::new_empty(like, {size_}, ScalarType::Byte);
+    base_ = mutable_data<char>(store_);
+  }
+  template <class T = void>
+  T* at(int64_t offset) const {
+    return reinterpret_cast<T*>(base_ + offset);
+  }
+
+ private:
+  int64_t size_ = 0;
+  Tensor store_;
+  char* base_ = nullptr;
+};
+
+// linear(Tensor x, <weight>, Tensor? bias, str act, int act_group) -> Tensor
+Tensor linear(const Tensor& x, const Tensor& codes, const Tensor& scale, const std::optional<Tensor>& zero,
+              const std::optional<Tensor>& block_scale, const std::optional<Tensor>& block_zero,
+              const std::optional<Tensor>& table, int64_t bits, int64_t group, int64_t n, int64_t k,
+              const std::optional<Tensor>& bias, std::string act, int64_t act_group) {
+  const char* op = "linear";
+  LinearArgs a{};
+  a.w = make_weight(op, codes, scale, zero, block_scale, block_zero, table, bits, group, n, k);
+  check_supported(op, a.w);
+  a.x_stride = row_stride(op, "x", x);
+  a.x_type = a.y_type = float_type(op, "x", x.scalar_type());
+  check(x.size(1) == k, op, "x must be [M, ", k, "], got ", shape_of(x));
+  check_bias(op, bias, n);
+  const bool int8 = act == "int8";
+  check(int8 || act == "float", op, "act must be \"int8\" or \"float\", got \"", act, "\"");
+  if (int8) check_groups(op, group, act_group);
+  a.m = x.size(0), a.y_stride = n, a.bias = data(bias);
+
+  Tensor y = torch::stable::new_empty(x, {a.m, n});
+  a.y = mutable_data(y);
+  if (a.m == 0) return y;
+  const Kernels& kernel = kernels();
+  const int team_size_now = team_size();
+  Scratch scratch;
+  QuantizeActArgs quantize{};
+  int64_t codes_at = 0, scale_at = 0, sums_at = 0;
+  if (int8) {
+    const int64_t kx = layout::round_up(k, act_group);
+    a.act.kx = kx, a.act.group = int(act_group);
+    codes_at = scratch.reserve(a.m * kx);
+    scale_at = scratch.reserve(a.m * (kx / act_group) * int64_t(sizeof(float)));
+    sums_at = scratch.reserve(a.m * (kx / 16) * int64_t(sizeof(int16_t)));
+  } else {
+    a.x = data(x);
+  }
+  const int64_t kernel_at = scratch.reserve(kernel.linear_scratch(a, team_size_now));
+  scratch.allocate(x);
+  if (int8) {
+    a.act.codes = scratch.at<int8_t>(codes_at);
+    a.act.scale = scratch.at<float>(scale_at);
+    a.act.sums = scratch.at<int16_t>(sums_at);
+    quantize = {data(x), a.x_type, a.m, k, a.x_stride,
+                {scratch.at<int8_t>(codes_at), scratch.at<float>(scale_at), scratch.at<int16_t>(sums_at), a.act.kx, a.act.group}};
+  }
+  run_team(team_size_now, [&](Team& team) {
+    if (int8) {
+      kernel.quantize_act(quantize, team);
+      team.sync();
+    }
+    kernel.linear(a, scratch.at(kernel_at), team);
+  });
+  return y;
+}
+
+// linear_quant(Tensor act_codes, Tensor act_scale, Tensor act_sums, <weight>, Tensor? bias, ScalarType dtype) -> Tensor
+// The group of the activations follows from the shapes of act_codes [M, Kx] and act_scale [M, Kx / g].
+Tensor linear_quant(const Tensor& act_codes, const Tensor& act_scale, const Tensor& act_sums, const Tensor& codes,
+                    const Tensor& scale, const std::optional<Tensor>& zero, const std::optional<Tensor>& block_scale,
+                    const std::optional<Tensor>& block_zero, const std::optional<Tensor>& table, int64_t bits,
+                    int64_t group, int64_t n, int64_t k, const std::optional<Tensor>& bias, ScalarType dtype) {
+  const char* op = "linear_quant";
+  LinearArgs a{};
+  a.w = make_weight(op, codes, scale, zero, block_scale, block_zero, table, bits, group, n, k);
+  check_supported(op, a.w);
+  a.y_type = float_type(op, "dtype", dtype);
+  expect(op, "act_codes", act_codes, ScalarType::Char, {-1, -1});
+  const int64_t m = act_codes.size(0), kx = act_codes.size(1);
+  check(kx >= k && kx % 16 == 0, op, "act_codes must be [M, Kx] with Kx a multiple of 16 and at least k = ", k, ", got ", shape_of(act_codes));
+  expect(op, "act_scale", act_scale, ScalarType::Float, {m, -1});
+  const int64_t act_groups = act_scale.size(1);
+  check(act_groups > 0 && kx % act_groups == 0, op, "act_scale must have a column for each group of the ", kx,
+        " columns of act_codes, got ", shape_of(act_scale));
+  const int64_t act_group = kx / act_groups;
+  expect(op, "act_sums", act_sums, ScalarType::Short, {m, kx / 16});
+  check_bias(op, bias, n);
+  check_groups(op, group, act_group);
+  a.m = m, a.y_stride = n, a.bias = data(bias);
+  a.act = {data<int8_t>(act_codes), data<float>(act_scale), data<int16_t>(act_sums), kx, int(act_group)};
+
+  Tensor y = torch::stable::new_empty(act_codes, {m, n}, dtype);
+  a.y = mutable_data(y);
+  if (m == 0) return y;
+  const Kernels& kernel = kernels();
+  const int team_size_now = team_size();
+  Scratch scratch;
+  const int64_t kernel_at = scratch.reserve(kernel.linear_scratch(a, team_size_now));
+  scratch.allocate(act_codes);
+  run_team(team_size_now, [&](Team& team) { kernel.linear(a, scratch.at(kernel_at), team); });
+  return y;
+}
+
+STABLE_TORCH_LIBRARY_IMPL(QK_OPS, CPU, m) {
+  m.impl("linear", TORCH_BOX(&linear));
+  m.impl("linear_quant", TORCH_BOX(&linear_quant));
+}
+
+}  // namespace
+}  // namespace qk
