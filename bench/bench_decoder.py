@@ -1,14 +1,16 @@
-"""Decode and prefill of a decoder, by activation mode and KV type, against the read bandwidth of the machine.
+"""Decode and prefill of a decoder, by activation mode and KV type, against the read bandwidth of
+the machine.
 
-    python bench/bench_decoder.py MODEL [--threads 2] [--combinations int8:float16 float:float32 ...] [--rounds 5]
-    python bench/bench_decoder.py MODEL --perplexity TEXT --reference 46.895
+    python bench/bench_decoder.py MODEL [--threads 2] [--combinations int8:float16 float:float32
+    ...] [--rounds 5] python bench/bench_decoder.py MODEL --perplexity TEXT --reference 46.895
 
-MODEL: GGUF file, directory or PACKAGE:FILE. All combinations are loaded first; the rounds go over all of them in turn,
-and a measurement of the read bandwidth comes before every round, so that each meets the same machine. Prompts are random
-ids, new in every round.
+MODEL: GGUF file, directory or PACKAGE:FILE. All combinations are loaded first; the rounds go over
+all of them in turn, and a measurement of the read bandwidth comes before every round, so that each
+meets the same machine. Prompts are random ids, new in every round.
 
-Bytes of the percentage: the weights that a step reads, as packed, which is within 3% of the checkpoint's own bytes (the
-smaller of the two counts), plus the keys and values at the mean context.
+Bytes of the percentage: the weights that a step reads, as packed, which is within 3% of the
+checkpoint's own bytes (the smaller of the two counts), plus the keys and values at the mean
+context.
 """
 
 from __future__ import annotations
@@ -44,7 +46,9 @@ def bytes_read(decoder: Any, path: Path, context: int) -> int:
 
 def speeds(decoders: dict[tuple[str, str], Any], path: Path, options: argparse.Namespace) -> Any:
     rng = random.Random(0)
-    samples: dict[Any, dict[str, list[float]]] = {k: {"prefill": [], "decode": []} for k in decoders}
+    samples: dict[Any, dict[str, list[float]]] = {
+        k: {"prefill": [], "decode": []} for k in decoders
+    }
     bandwidths = []
     for turn in range(options.rounds + 1):  # the first warms up
         bandwidths.append(record.read_bandwidth(repeats=3))
@@ -74,7 +78,12 @@ def speeds(decoders: dict[tuple[str, str], Any], path: Path, options: argparse.N
             f"decode {options.decode}: {row['decode']['median']:7.1f} tok/s, "
             f"{rate:.1f} of {ceiling:.1f} GB/s ({row['percent_of_read']:.0f}%)"
         )
-    return {"read_gb_per_s": round(ceiling, 2), "prefill": options.prefill, "decode": options.decode, "rows": rows}
+    return {
+        "read_gb_per_s": round(ceiling, 2),
+        "prefill": options.prefill,
+        "decode": options.decode,
+        "rows": rows,
+    }
 
 
 def accuracies(decoders: dict[tuple[str, str], Any], options: argparse.Namespace) -> Any:
@@ -89,14 +98,18 @@ def accuracies(decoders: dict[tuple[str, str], Any], options: argparse.Namespace
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("model")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--combinations", nargs="+", default=DEFAULT, metavar="ACT:KV")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--prefill", type=int, default=512)
     parser.add_argument("--decode", type=int, default=64)
-    parser.add_argument("--perplexity", type=Path, metavar="TEXT", help="measure accuracy instead of speed")
+    parser.add_argument(
+        "--perplexity", type=Path, metavar="TEXT", help="measure accuracy instead of speed"
+    )
     parser.add_argument("--reference", type=float, help="perplexity of the float32 model on TEXT")
     parser.add_argument("--window", type=int, default=512)
     parser.add_argument("--windows", type=int, default=8)

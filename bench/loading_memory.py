@@ -2,13 +2,15 @@
 
     python bench/loading_memory.py [GGUF ...] [--layers 2 4] [--no-write]
 
-Each file is loaded in a process of its own, which stops after its imports; from then on this process samples RssAnon in
-/proc/PID/status about every millisecond until the decoder is there. Anonymous memory is what loading costs a machine:
-pages of the mapped file can be dropped at any time. What sampling cannot see is a peak shorter than a millisecond; the
-kernel's own high-water mark, VmHWM, has no such gap but counts the mapped file too, and is given beside it.
+Each file is loaded in a process of its own, which stops after its imports; from then on this
+process samples RssAnon in /proc/PID/status about every millisecond until the decoder is there.
+Anonymous memory is what loading costs a machine: pages of the mapped file can be dropped at any
+time. What sampling cannot see is a peak shorter than a millisecond; the kernel's own high-water
+mark, VmHWM, has no such gap but counts the mapped file too, and is given beside it.
 
-Without files: SmolLM2 if it is installed, and synthetic files with the shapes of Llama 3 8B and 2 and 4 layers, so that
-the difference of the two shows whether anything but the packed weights grows with the model.
+Without files: SmolLM2 if it is installed, and synthetic files with the shapes of Llama 3 8B and 2
+and 4 layers, so that the difference of the two shows whether anything but the packed weights grows
+with the model.
 """
 
 from __future__ import annotations
@@ -23,7 +25,14 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-LLAMA_8B = {"hidden": 4096, "ffn": 14336, "heads": 32, "kv_heads": 8, "vocab": 128256, "rope_base": 5e5}
+LLAMA_8B = {
+    "hidden": 4096,
+    "ffn": 14336,
+    "heads": 32,
+    "kv_heads": 8,
+    "vocab": 128256,
+    "rope_base": 5e5,
+}
 GO, DONE = "go", "done"
 
 
@@ -52,7 +61,8 @@ def child(path: str) -> None:
     for weight in decoder._weights().values():
         if isinstance(weight, PackedWeight):
             rows = min(rows_per_block(weight.k), weight.n)
-            # A PlainWeight: a byte per code, and of every group at most a scale and a minimum of two bytes each.
+            # A PlainWeight: a byte per code, and of every group at most a scale and a minimum of
+            # two bytes each.
             blocks.append(rows * weight.k + rows * weight.k // weight.spec.group(weight.k) * 4)
     facts = {"packed": packed, "block": max(blocks), "seconds": seconds}
     print(DONE, json.dumps(facts), flush=True)
@@ -60,9 +70,11 @@ def child(path: str) -> None:
 
 
 def measure(path: Path, python: str = sys.executable) -> dict[str, Any]:
-    """Loads `path` in a new process. Bytes: packed, block (of unpacked rows, the largest), baseline, peak over it.
+    """Loads `path` in a new process. Bytes: packed, block (of unpacked rows, the largest),
+    baseline, peak over it.
 
-    settled: RssAnon over the baseline when all is loaded. high_water: VmHWM over the Rss after imports.
+    settled: RssAnon over the baseline when all is loaded. high_water: VmHWM over the Rss after
+    imports.
     """
     import json
 
@@ -122,7 +134,9 @@ def _environment() -> dict[str, str]:
 
 
 def synthetic(folder: Path, layers: int) -> Path:
-    """A GGUF file with the shapes of Llama 3 8B, Q4_0 with a Q8_0 embedding and output, and so many layers."""
+    """A GGUF file with the shapes of Llama 3 8B, Q4_0 with a Q8_0 embedding and output, and so many
+    layers.
+    """
     sys.path.insert(0, str(ROOT / "tests"))
     from gguf_writer import write_llama
 
@@ -137,9 +151,13 @@ def smollm2() -> list[Path]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("files", nargs="*", type=Path)
-    parser.add_argument("--layers", nargs="*", type=int, default=[2, 4], help="of the synthetic files")
+    parser.add_argument(
+        "--layers", nargs="*", type=int, default=[2, 4], help="of the synthetic files"
+    )
     parser.add_argument("--name", default="loading", help="name of the result file")
     parser.add_argument("--no-write", action="store_true")
     parser.add_argument("--child", metavar="FILE", help=argparse.SUPPRESS)
@@ -159,9 +177,20 @@ def main() -> None:
             bound = found["packed"] + 2 * found["block"]
             numbers = [size, found["packed"], found["peak"], bound, found["high_water"]]
             print(f"{file.name:42} " + " ".join(f"{n / 1e6:8.1f}" for n in numbers), flush=True)
-            row = {f"{k}_mb": round(v / 1e6, 2) for k, v in found.items() if k not in ("seconds", "samples")}
+            row = {
+                f"{k}_mb": round(v / 1e6, 2)
+                for k, v in found.items()
+                if k not in ("seconds", "samples")
+            }
             row |= {"file_mb": round(size / 1e6, 2), "bound_mb": round(bound / 1e6, 2)}
-            rows.append({"model": file.name, **row, "seconds": round(found["seconds"], 3), "samples": found["samples"]})
+            rows.append(
+                {
+                    "model": file.name,
+                    **row,
+                    "seconds": round(found["seconds"], 3),
+                    "samples": found["samples"],
+                }
+            )
             if made:
                 file.unlink()
     if not options.no_write:

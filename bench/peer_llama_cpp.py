@@ -2,13 +2,15 @@
 
     python bench/peer_llama_cpp.py MODEL [--peer-python PYTHON] [--threads 2] [--rounds 7]
 
-Each engine runs in a process of its own, with the model loaded once; the rounds alternate between them, and so does
-who goes first, so that both meet the same machine. PYTHON is the interpreter of an environment with llama-cpp-python
-(default: this one). Before anything is timed, the greedy tokens of both are compared.
+Each engine runs in a process of its own, with the model loaded once; the rounds alternate between
+them, and so does who goes first, so that both meet the same machine. PYTHON is the interpreter of
+an environment with llama-cpp-python (default: this one). Before anything is timed, the greedy
+tokens of both are compared.
 
-What is timed. Prefill: a prompt of random ids, new in every round, until the logits of its last token are there.
-Decode: after a prompt of 32 tokens, from the first new token to the last, greedy, argmax included. llama.cpp is driven
-through its C functions, without the sampling chain and the copies of the Python class `Llama`.
+What is timed. Prefill: a prompt of random ids, new in every round, until the logits of its last
+token are there. Decode: after a prompt of 32 tokens, from the first new token to the last, greedy,
+argmax included. llama.cpp is driven through its C functions, without the sampling chain and the
+copies of the Python class `Llama`.
 """
 
 from __future__ import annotations
@@ -59,7 +61,11 @@ class LlamaCpp:
         self._context = llama_cpp.llama_new_context_with_model(self._model, params)
         self.vocab = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self._model))
         info = llama_cpp.llama_print_system_info().decode()
-        self.about = {"name": "llama.cpp", "llama-cpp-python": llama_cpp.__version__, "system": info}
+        self.about = {
+            "name": "llama.cpp",
+            "llama-cpp-python": llama_cpp.__version__,
+            "system": info,
+        }
 
     def _eval(self, ids: Ids) -> int:
         tokens = (self._c.llama_token * len(ids))(*ids)
@@ -135,8 +141,23 @@ class Worker:
     """An engine in another process."""
 
     def __init__(self, python: str, name: str, options: argparse.Namespace) -> None:
-        command = [python, __file__, options.model, "--worker", name, "--threads", str(options.threads)]
-        command += ["--context", str(options.context), "--act", options.act, "--kv-dtype", options.kv_dtype]
+        command = [
+            python,
+            __file__,
+            options.model,
+            "--worker",
+            name,
+            "--threads",
+            str(options.threads),
+        ]
+        command += [
+            "--context",
+            str(options.context),
+            "--act",
+            options.act,
+            "--kv-dtype",
+            options.kv_dtype,
+        ]
         # A file, not a pipe: llama.cpp logs more than a pipe that nobody reads would hold.
         self._errors = tempfile.TemporaryFile("w+")
         self._process = subprocess.Popen(
@@ -201,16 +222,22 @@ def measure(workers: dict[str, Worker], options: argparse.Namespace) -> list[dic
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("model", help="GGUF file or PACKAGE:FILE")
-    parser.add_argument("--peer-python", default=sys.executable, help="interpreter with llama-cpp-python")
+    parser.add_argument(
+        "--peer-python", default=sys.executable, help="interpreter with llama-cpp-python"
+    )
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--prefill", type=int, nargs="*", default=[512])
     parser.add_argument("--decode", type=int, default=64)
     parser.add_argument("--context", type=int, default=1024)
     parser.add_argument("--act", default="int8")
-    parser.add_argument("--kv-dtype", default="float16", help="of qkernels; llama.cpp's default is float16")
+    parser.add_argument(
+        "--kv-dtype", default="float16", help="of qkernels; llama.cpp's default is float16"
+    )
     parser.add_argument("--pause", type=float, default=0.3, help="seconds between turns")
     parser.add_argument("--name", help="name of the result file; default: peer-<model>")
     parser.add_argument("--no-write", action="store_true")
@@ -222,7 +249,9 @@ def main() -> None:
         return
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
     if options.worker == "qkernels":
-        serve(Qkernels(options.model, options.threads, options.context, options.act, options.kv_dtype))
+        serve(
+            Qkernels(options.model, options.threads, options.context, options.act, options.kv_dtype)
+        )
         return
 
     import record
@@ -237,7 +266,9 @@ def main() -> None:
     }
     try:
         ids = [random.Random(1).randrange(1000) for _ in range(32)]
-        tokens = [worker.ask(do="decode", ids=ids, count=32)["tokens"] for worker in workers.values()]
+        tokens = [
+            worker.ask(do="decode", ids=ids, count=32)["tokens"] for worker in workers.values()
+        ]
         same = common_prefix(*tokens)
         print(f"greedy tokens agree for {same} of 32")
         rows = measure(workers, options)

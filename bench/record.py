@@ -1,4 +1,6 @@
-"""Where a measurement was made: device, versions, commit and date; and the files under bench/results."""
+"""Where a measurement was made: device, versions, commit and date; and the files under
+bench/results.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,8 @@ def commit() -> str:
         run = ["git", "-C", str(ROOT)]
         head = subprocess.check_output([*run, "rev-parse", "--short=12", "HEAD"], text=True).strip()
         dirty = subprocess.check_output(
-            [*run, "status", "--porcelain", "--untracked-files=no", "--", ".", ":!bench/results"], text=True
+            [*run, "status", "--porcelain", "--untracked-files=no", "--", ".", ":!bench/results"],
+            text=True,
         ).strip()
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
@@ -65,7 +68,9 @@ def provenance(threads: int) -> dict[str, Any]:
     }
 
 
-def write(name: str, kind: str, threads: int, body: dict[str, Any], results: Path = RESULTS) -> Path:
+def write(
+    name: str, kind: str, threads: int, body: dict[str, Any], results: Path = RESULTS
+) -> Path:
     """Writes results/<name>.json with provenance and returns its path."""
     results.mkdir(parents=True, exist_ok=True)
     path = results / f"{name}.json"
@@ -85,10 +90,12 @@ def summary(samples: list[float]) -> dict[str, Any]:
 
 
 def read_bandwidth(megabytes: int = 512, repeats: int = 7) -> float:
-    """Read bandwidth in GB/s with torch's current threads: the best of `repeats` passes over an array of int64.
+    """Read bandwidth in GB/s with torch's current threads: the best of `repeats` passes over an
+    array of int64.
 
-    int64 max and float32 sum stream at the rate of memory in torch's vectorized reductions; whichever is faster on
-    this machine counts, so that the ceiling is not flattered downwards. The array is far larger than the caches.
+    int64 max and float32 sum stream at the rate of memory in torch's vectorized reductions;
+    whichever is faster on this machine counts, so that the ceiling is not flattered downwards. The
+    array is far larger than the caches.
     """
     import time
 

@@ -4,8 +4,8 @@
     python bench/report.py --check    exits with 1 if README.md is not what the files give
     python bench/report.py --print    prints the tables
 
-Each kind of result has one function here. A table is built from every file of its kind; nothing is left out because
-it is slow.
+Each kind of result has one function here. A table is built from every file of its kind; nothing is
+left out because it is slow.
 """
 
 from __future__ import annotations
@@ -171,7 +171,9 @@ def fill(text: str, sections: dict[str, str]) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("--check", action="store_true")
     parser.add_argument("--print", action="store_true", dest="show")
     options = parser.parse_args()
@@ -184,7 +186,9 @@ def main() -> int:
     new = fill(now, sections)
     if options.check:
         if new != now:
-            print("README.md differs from bench/results: run python bench/report.py", file=sys.stderr)
+            print(
+                "README.md differs from bench/results: run python bench/report.py", file=sys.stderr
+            )
         return int(new != now)
     readme.write_text(new)
     return 0

@@ -1,4 +1,6 @@
-"""The public names, and what importing them takes: torch, the op definitions and the native library."""
+"""The public names, and what importing them takes: torch, the op definitions and the native
+library.
+"""
 
 from __future__ import annotations
 

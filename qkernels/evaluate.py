@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-# Rows of logits normalized at a time. A block of 64 rows x 49,152 entries is 12.6 MB of float32, against 100 MB for
-# the log-softmax of a whole window.
+# Rows of logits normalized at a time. A block of 64 rows x 49,152 entries is 12.6 MB of float32,
+# against 100 MB for the log-softmax of a whole window.
 _ROWS = 64
 
 
@@ -21,7 +21,8 @@ class Perplexity:
     """Result of `perplexity`.
 
     value: exp of the mean negative log-likelihood. nats: that mean, in nats per predicted token.
-    window_nats: the mean of each window, in order. predictions: predicted tokens in all windows together.
+    window_nats: the mean of each window, in order. predictions: predicted tokens in all windows
+    together.
     """
 
     value: float
@@ -89,16 +90,19 @@ def perplexity(
     skip_fraction: float = 0.1,
     progress: Callable[[int, int], None] | None = None,
 ) -> Perplexity:
-    """Perplexity of `decoder` on the first `windows` independent windows of `window` tokens of a text.
+    """Perplexity of `decoder` on the first `windows` independent windows of `window` tokens of a
+    text.
 
-    text_or_ids: a text, or token ids [T]. Of a text, single newlines are joined with a space, then the first
-        `skip_fraction` of the characters is dropped (front matter), and the rest is tokenized without special tokens.
-        Of ids, the first `skip_fraction` of the ids is dropped.
-    window: tokens per window, at least 2; each window starts with an empty context and gives window - 1 predictions.
+    text_or_ids: a text, or token ids [T]. Of a text, single newlines are joined with a space, then
+    the first
+        `skip_fraction` of the characters is dropped (front matter), and the rest is tokenized
+        without special tokens. Of ids, the first `skip_fraction` of the ids is dropped.
+    window: tokens per window, at least 2; each window starts with an empty context and gives window
+    - 1 predictions.
     progress: called as progress(windows done, windows) after every window.
 
-    Raises ValueError if the text is too short, or an argument is out of range, and RuntimeError if logits are not
-    finite.
+    Raises ValueError if the text is too short, or an argument is out of range, and RuntimeError if
+    logits are not finite.
     """
     if window < 2:
         raise ValueError(f"perplexity: window must be at least 2 tokens, got {window}")

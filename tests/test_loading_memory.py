@@ -1,4 +1,6 @@
-"""Loading peaks at the packed size plus two blocks of unpacked rows, measured on a file of a hundred megabytes."""
+"""Loading peaks at the packed size plus two blocks of unpacked rows, measured on a file of a
+hundred megabytes.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "bench"))
 
 from loading_memory import measure, status
 
-# What is neither weights nor blocks: the threads of torch's pool, metadata, modules, the interpreter's own growth.
+# What is neither weights nor blocks: the threads of torch's pool, metadata, modules, the
+# interpreter's own growth.
 SLACK = 24e6
 
 pytestmark = pytest.mark.skipif(
@@ -24,7 +27,14 @@ pytestmark = pytest.mark.skipif(
 @pytest.mark.parametrize("kind", ["Q4_0", "Q8_0"])
 def test_peak_while_loading(tmp_path: Path, kind: str) -> None:
     path = write_llama(
-        tmp_path / "model.gguf", hidden=2048, ffn=5632, layers=3, heads=16, kv_heads=4, vocab=4096, kind=kind
+        tmp_path / "model.gguf",
+        hidden=2048,
+        ffn=5632,
+        layers=3,
+        heads=16,
+        kv_heads=4,
+        vocab=4096,
+        kind=kind,
     )
     found = measure(path)
     size = path.stat().st_size

@@ -65,7 +65,13 @@ def test_every_kind_makes_a_table() -> None:
                 {
                     **PLACE,
                     "rows": [
-                        {"model": "m", "file_mb": 90.0, "packed_mb": 91.0, "peak_mb": 100.1, "seconds": 0.5}
+                        {
+                            "model": "m",
+                            "file_mb": 90.0,
+                            "packed_mb": 91.0,
+                            "peak_mb": 100.1,
+                            "seconds": 0.5,
+                        }
                     ],
                 }
             ],

@@ -39,7 +39,9 @@ class Commands(TyperGroup):
         except Exception as error:
             if "--debug" in words:
                 raise
-            if hasattr(error, "format_message"):  # a usage error of typer's: a bad option or a missing argument
+            if hasattr(
+                error, "format_message"
+            ):  # a usage error of typer's: a bad option or a missing argument
                 message = " ".join(error.format_message().split())
                 if not message:
                     raise
@@ -93,15 +95,23 @@ Model = Annotated[
 ]
 ActOption = Annotated[
     Act,
-    typer.Option("--act", help="Activations of the linear layers; auto is int8 on the CPU.", rich_help_panel=LOADING),
+    typer.Option(
+        "--act",
+        help="Activations of the linear layers; auto is int8 on the CPU.",
+        rich_help_panel=LOADING,
+    ),
 ]
 KvOption = Annotated[
     KvDtype,
-    typer.Option("--kv-dtype", help="Type of the KV cache; auto is a 16-bit float.", rich_help_panel=LOADING),
+    typer.Option(
+        "--kv-dtype", help="Type of the KV cache; auto is a 16-bit float.", rich_help_panel=LOADING
+    ),
 ]
 Threads = Annotated[
     int | None,
-    typer.Option("--threads", min=1, help="CPU threads; default: torch's choice.", rich_help_panel=LOADING),
+    typer.Option(
+        "--threads", min=1, help="CPU threads; default: torch's choice.", rich_help_panel=LOADING
+    ),
 ]
 Context = Annotated[
     int | None,
@@ -109,34 +119,50 @@ Context = Annotated[
 ]
 Spec = Annotated[
     str | None,
-    typer.Option("--spec", help="Quantize float weights on load, such as W4A16.", rich_help_panel=LOADING),
+    typer.Option(
+        "--spec", help="Quantize float weights on load, such as W4A16.", rich_help_panel=LOADING
+    ),
 ]
 GroupSize = Annotated[
     int | None,
     typer.Option("--group-size", help="Columns per scale, with --spec.", rich_help_panel=LOADING),
 ]
-MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", "-n", min=1, help="Stop after so many tokens.")]
+MaxNewTokens = Annotated[
+    int, typer.Option("--max-new-tokens", "-n", min=1, help="Stop after so many tokens.")
+]
 Temperature = Annotated[
     float | None,
     typer.Option("--temperature", "-t", min=0.0, help="0 is greedy.", rich_help_panel=SAMPLING),
 ]
 TopK = Annotated[
-    int | None, typer.Option("--top-k", min=0, help="Keep the k likeliest; 0: all.", rich_help_panel=SAMPLING)
+    int | None,
+    typer.Option("--top-k", min=0, help="Keep the k likeliest; 0: all.", rich_help_panel=SAMPLING),
 ]
 TopP = Annotated[
     float | None,
-    typer.Option("--top-p", min=0.0, max=1.0, help="Keep this probability mass.", rich_help_panel=SAMPLING),
+    typer.Option(
+        "--top-p", min=0.0, max=1.0, help="Keep this probability mass.", rich_help_panel=SAMPLING
+    ),
 ]
 MinP = Annotated[
     float | None,
-    typer.Option("--min-p", min=0.0, max=1.0, help="Drop below this share of the likeliest.", rich_help_panel=SAMPLING),
+    typer.Option(
+        "--min-p",
+        min=0.0,
+        max=1.0,
+        help="Drop below this share of the likeliest.",
+        rich_help_panel=SAMPLING,
+    ),
 ]
 Penalty = Annotated[
     float | None,
-    typer.Option("--repetition-penalty", help="Above 1 discourages repeats.", rich_help_panel=SAMPLING),
+    typer.Option(
+        "--repetition-penalty", help="Above 1 discourages repeats.", rich_help_panel=SAMPLING
+    ),
 ]
 Seed = Annotated[
-    int | None, typer.Option("--seed", min=0, help="Makes sampling repeatable.", rich_help_panel=SAMPLING)
+    int | None,
+    typer.Option("--seed", min=0, help="Makes sampling repeatable.", rich_help_panel=SAMPLING),
 ]
 Stop = Annotated[
     list[str] | None,
@@ -176,10 +202,14 @@ def common(debug: Debug = False) -> None:
 @app.command()
 def generate(
     model: Model,
-    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help='The text to continue, or "-" for stdin.')],
+    prompt: Annotated[
+        str, typer.Argument(metavar="PROMPT", help='The text to continue, or "-" for stdin.')
+    ],
     chat: Annotated[
         bool,
-        typer.Option("--chat/--raw", help="Ask PROMPT through the chat template, or continue it as it is."),
+        typer.Option(
+            "--chat/--raw", help="Ask PROMPT through the chat template, or continue it as it is."
+        ),
     ] = False,
     max_new_tokens: MaxNewTokens = 256,
     stop: Stop = None,
@@ -242,7 +272,9 @@ def chat(
 
 @app.command()
 def info(
-    model: Annotated[str | None, typer.Argument(metavar="[MODEL]", help="As for generate; optional.")] = None,
+    model: Annotated[
+        str | None, typer.Argument(metavar="[MODEL]", help="As for generate; optional.")
+    ] = None,
     act: ActOption = Act.auto,
     kv_dtype: KvOption = KvDtype.auto,
     threads: Threads = None,
@@ -251,7 +283,9 @@ def info(
     group_size: GroupSize = None,
     debug: Debug = False,
 ) -> None:
-    """Show what was built and which backend serves what; with MODEL, what runs in each of its layers and why."""
+    """Show what was built and which backend serves what; with MODEL, what runs in each of its
+    layers and why.
+    """
     from .info import run
     from .loading import LoadOptions
 
@@ -265,10 +299,13 @@ def info(
 def evaluate(
     model: Model,
     textfile: Annotated[Path, typer.Argument(metavar="TEXTFILE", help="UTF-8 text.")],
-    windows: Annotated[int, typer.Option("--windows", min=1, help="Independent windows to evaluate.")] = 8,
+    windows: Annotated[
+        int, typer.Option("--windows", min=1, help="Independent windows to evaluate.")
+    ] = 8,
     window: Annotated[int, typer.Option("--window", min=2, help="Tokens per window.")] = 512,
     skip_fraction: Annotated[
-        float, typer.Option("--skip-fraction", min=0.0, max=0.99, help="Share of the text to skip first.")
+        float,
+        typer.Option("--skip-fraction", min=0.0, max=0.99, help="Share of the text to skip first."),
     ] = 0.1,
     act: ActOption = Act.auto,
     kv_dtype: KvOption = KvDtype.auto,

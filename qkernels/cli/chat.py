@@ -43,7 +43,11 @@ class Conversation:
         elif word == "/system":
             self.system = rest.strip() or None
             self.reset()
-            note("no system message" if self.system is None else "system message set; the conversation is empty")
+            note(
+                "no system message"
+                if self.system is None
+                else "system message set; the conversation is empty"
+            )
         else:
             if word != "/help":
                 warn(f"no command {word}")
@@ -56,7 +60,9 @@ class Conversation:
         out = Answer()
         try:
             stream = self.loaded.decoder.chat(self.messages, stream=True, **self.options)
-        except ValueError as error:  # a conversation longer than the context, for one: it can be reset
+        except (
+            ValueError
+        ) as error:  # a conversation longer than the context, for one: it can be reset
             self.messages.pop()
             warn(describe(error))
             return
@@ -76,7 +82,9 @@ class Conversation:
 
 
 def _lines(terminal: bool) -> Any:
-    """Lines from the user. Ctrl-C at the prompt gives an empty line; Ctrl-D, or the end of a pipe, ends."""
+    """Lines from the user. Ctrl-C at the prompt gives an empty line; Ctrl-D, or the end of a pipe,
+    ends.
+    """
     if terminal:
         try:
             import readline  # noqa: F401  line editing and history for input()

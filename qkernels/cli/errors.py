@@ -23,7 +23,9 @@ def describe(error: BaseException) -> str:
     """An exception as one line."""
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
         return f"{error.filename}: {error.strerror}"
-    if isinstance(error, KeyError) and len(error.args) == 1:  # str() of a KeyError is the repr of its message
+    if (
+        isinstance(error, KeyError) and len(error.args) == 1
+    ):  # str() of a KeyError is the repr of its message
         text = str(error.args[0])
     else:
         text = str(error)

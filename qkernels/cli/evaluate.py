@@ -11,7 +11,9 @@ from .output import Answer, bar, note
 from .source import read_text
 
 
-def run(options: LoadOptions, textfile: Path, windows: int, window: int, skip_fraction: float) -> None:
+def run(
+    options: LoadOptions, textfile: Path, windows: int, window: int, skip_fraction: float
+) -> None:
     text = read_text(textfile)  # first: a mistyped file name should not cost a load
     loaded = load(options)
     from qkernels.evaluate import perplexity
@@ -34,4 +36,6 @@ def run(options: LoadOptions, textfile: Path, windows: int, window: int, skip_fr
         f"perplexity over {windows} windows of {window} tokens, {result.predictions} predictions; "
         f"nats per token {result.nats:.4f} (windows: {spread})"
     )
-    note(f"load {loaded.seconds:.2f} s, evaluation {seconds:.2f} s, {windows * window / seconds:.0f} tok/s")
+    note(
+        f"load {loaded.seconds:.2f} s, evaluation {seconds:.2f} s, {windows * window / seconds:.0f} tok/s"
+    )

@@ -15,7 +15,8 @@ from .source import read_prompt
 def run(options: LoadOptions, prompt: str, chat: bool, kwargs: dict[str, Any]) -> None:
     text = read_prompt(prompt)
     loaded = load(options)
-    # ValueError is the decoder's word for what it cannot take: a prompt longer than the context, a bad setting.
+    # ValueError is the decoder's word for what it cannot take: a prompt longer than the context, a
+    # bad setting.
     with bad_input(ValueError):
         if chat:
             messages = [{"role": "user", "content": text}]

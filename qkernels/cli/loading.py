@@ -31,7 +31,9 @@ class Loaded:
 
 
 def load(options: LoadOptions) -> Loaded:
-    """Loads the model with a progress bar. Raises BadInput for whatever the model, or an option, cannot be."""
+    """Loads the model with a progress bar. Raises BadInput for whatever the model, or an option,
+    cannot be.
+    """
     path = model_path(options.model)  # before importing torch: a mistyped path is answered at once
     if options.group_size is not None and options.spec is None:
         raise BadInput("--group-size: only together with --spec")
@@ -44,7 +46,9 @@ def load(options: LoadOptions) -> Loaded:
 
         if options.threads is not None:
             torch.set_num_threads(options.threads)
-        with bad_input(ValueError, TypeError, RuntimeError, KeyError, ImportError, NotImplementedError, OSError):
+        with bad_input(
+            ValueError, TypeError, RuntimeError, KeyError, ImportError, NotImplementedError, OSError
+        ):
             spec, act = None, options.act
             if options.spec is not None:
                 from qkernels.quant.spec import scheme_act

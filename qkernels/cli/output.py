@@ -11,8 +11,8 @@ from typing import TextIO
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-# A model's text, and a file's metadata, must not steer the terminal: C0 (except tab and newline), DEL and C1 controls
-# are shown as U+FFFD there. A pipe gets the text as it is.
+# A model's text, and a file's metadata, must not steer the terminal: C0 (except tab and newline),
+# DEL and C1 controls are shown as U+FFFD there. A pipe gets the text as it is.
 _CONTROLS = {c: "\ufffd" for c in [*range(0x20), *range(0x7F, 0xA0)] if c not in (0x09, 0x0A)}
 
 
@@ -38,13 +38,17 @@ def fail(text: str) -> None:
 
 
 class Answer:
-    """Writes pieces of text to stdout, each flushed, and ends with exactly one newline if anything was written."""
+    """Writes pieces of text to stdout, each flushed, and ends with exactly one newline if anything
+    was written.
+    """
 
     def __init__(self, out: TextIO | None = None) -> None:
         self._out = sys.stdout if out is None else out
         self._terminal = self._out.isatty()
         self._last = "\n"
-        if hasattr(self._out, "reconfigure"):  # a locale without the character must not end the answer
+        if hasattr(
+            self._out, "reconfigure"
+        ):  # a locale without the character must not end the answer
             self._out.reconfigure(errors="replace")
 
     def write(self, piece: str) -> None:

@@ -28,12 +28,15 @@ def package_file(package: str, inside: str) -> Path:
 
 
 def model_path(text: str) -> Path:
-    """The path that a MODEL argument means: a path, or PACKAGE:FILE inside an installed Python package."""
+    """The path that a MODEL argument means: a path, or PACKAGE:FILE inside an installed Python
+    package.
+    """
     path = Path(text).expanduser()
     if path.exists():
         return path
     package, colon, inside = text.partition(":")
-    # One letter before the colon is a drive, and "./" or "/" before it a path with a colon in its name.
+    # One letter before the colon is a drive, and "./" or "/" before it a path with a colon in its
+    # name.
     if colon and len(package) > 1 and inside and all(p.isidentifier() for p in package.split(".")):
         return package_file(package, inside)
     raise BadInput(
@@ -48,7 +51,9 @@ def read_prompt(text: str) -> str:
         try:
             text = sys.stdin.read()
         except UnicodeDecodeError as error:
-            raise BadInput(f"prompt from stdin: not valid {error.encoding}: {error.reason}") from error
+            raise BadInput(
+                f"prompt from stdin: not valid {error.encoding}: {error.reason}"
+            ) from error
         text = text.removesuffix("\n")
         if not text:
             raise BadInput("prompt from stdin: expected a text, got nothing")

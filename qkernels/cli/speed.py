@@ -22,7 +22,9 @@ def _prompt(timings: Any) -> str:
 
 
 def bandwidth(decoder: Any, timings: Any, new_tokens: int) -> str:
-    """Traffic of the decode steps: weights once per step, keys and values at the mean context of the steps."""
+    """Traffic of the decode steps: weights once per step, keys and values at the mean context of
+    the steps.
+    """
     context = timings.reused_tokens + timings.prefill_tokens + (new_tokens + 1) // 2
     weights, kv = bytes_per_step(decoder, context)
     rate = (weights + kv) * timings.decode_tokens_per_second
@@ -43,8 +45,12 @@ def short(stream: Any) -> str:
 
 
 def long(loaded: Loaded, stream: Any) -> str:
-    """All there is to say about a run; no bandwidth unless something was decoded after the first token."""
+    """All there is to say about a run; no bandwidth unless something was decoded after the first
+    token.
+    """
     line = f"load {loaded.seconds:.2f} s; {short(stream)}"
     if stream.timings.decode_tokens:
-        line += "\nread while decoding: " + bandwidth(loaded.decoder, stream.timings, len(stream.tokens))
+        line += "\nread while decoding: " + bandwidth(
+            loaded.decoder, stream.timings, len(stream.tokens)
+        )
     return line
