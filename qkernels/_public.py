@@ -6,8 +6,9 @@ from __future__ import annotations
 
 from . import _library, ops
 from .backends import backend, set_backend
+from .info import info
 from .quant import PackedWeight, PlainWeight, QuantSpec
 
 _library.load()
 
-__all__ = ["PackedWeight", "PlainWeight", "QuantSpec", "backend", "ops", "set_backend"]
+__all__ = ["PackedWeight", "PlainWeight", "QuantSpec", "backend", "info", "ops", "set_backend"]

@@ -258,7 +258,8 @@ def _cpu_linear(case: Case) -> str | None:
         return "the kernels take no table of values"
     if weight.scale not in _LINEAR_SCALES:
         return f"the kernels take no {weight.scale} scales"
-    if case["act"] == "int8" and min(case["group"], case["act_group"]) > _LINEAR_MAX_SPAN:
+    span = min(case.get("group", 0), case.get("act_group", 0))
+    if case.get("act") == "int8" and span > _LINEAR_MAX_SPAN:
         return f"int8 sums over more than {_LINEAR_MAX_SPAN} columns could overflow"
     return None
 
@@ -270,3 +271,5 @@ _generic += [
 ]
 for _op in ("linear", "linear_quant"):
     register_row(Row(_op, "cpu", NATIVE, "cpu", _cpu_linear))
+
+_from_environment()
