@@ -80,7 +80,6 @@ struct PackArgs {
   const uint8_t* codes;  // [N, K]
   uint8_t* packed;       // [Nb, Kp/16, 128 * bits], wholly overwritten
   int64_t n, k, kp;
-  int64_t codes_stride;  // elements between rows
   int bits;
   uint32_t* seen;  // [1], zero before: the OR of all codes in each byte; bits beyond `bits` are dropped from packed
 };

@@ -11,15 +11,14 @@ constexpr int64_t kSerialCodes = 1 << 14;
 
 int team_for(int64_t codes) { return codes < kSerialCodes ? 1 : team_size(); }
 
-// codes [N, K] uint8, rows a constant stride apart -> [Np, Kp * bits / 8] int8
+// codes [N, K] uint8 -> [Np, Kp * bits / 8] int8
 Tensor pack(const Tensor& codes, int64_t bits, int64_t group, bool two_level) {
   constexpr const char* op = "pack";
-  check(codes.scalar_type() == ScalarType::Byte, op, "codes must be Byte (uint8), got ", type_name(codes.scalar_type()));
-  const int64_t stride = row_stride(op, "codes", codes);
+  expect(op, "codes", codes, ScalarType::Byte, {-1, -1});
   const int64_t n = codes.size(0), k = codes.size(1);
-  check(n > 0 && k > 0, op, "codes must have rows and columns, got ", shape_of(codes));
   check(bits == 2 || bits == 3 || bits == 4 || bits == 5 || bits == 6 || bits == 8, op,
         "bits must be 2, 3, 4, 5, 6 or 8, got ", bits);
+  check(n > 0 && k > 0, op, "a weight needs n > 0 and k > 0, got n = ", n, ", k = ", k);
   check(group >= 16 && group % 16 == 0 && group <= INT32_MAX, op, "group_size must be a positive multiple of 16, got ",
         group);
   check(!two_level || layout::kBlockGroup % group == 0, op, "two-level scales need a group_size that divides 256, got ",
@@ -27,7 +26,7 @@ Tensor pack(const Tensor& codes, int64_t bits, int64_t group, bool two_level) {
   const int64_t kp = layout::padded_k(k, group, two_level), np = layout::padded_n(n);
   Tensor out = torch::stable::new_empty(codes, {np, kp * bits / 8}, ScalarType::Char);
   uint32_t seen = 0;
-  const PackArgs args{data<uint8_t>(codes), mutable_data<uint8_t>(out), n, k, kp, stride, int(bits), &seen};
+  const PackArgs args{data<uint8_t>(codes), mutable_data<uint8_t>(out), n, k, kp, int(bits), &seen};
   const Kernels& kernel = kernels();
   run_team(team_for(n * k), [&](Team& team) { kernel.pack(args, team); });
   const uint32_t used = (seen | seen >> 8 | seen >> 16 | seen >> 24) & 0xff;

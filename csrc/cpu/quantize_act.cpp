@@ -13,8 +13,8 @@ QuantActTensors quantize_act(const Tensor& x, int64_t group) {
   args.x_type = float_type(op, "x", x.scalar_type());
   args.x_stride = row_stride(op, "x", x);
   args.m = x.size(0), args.k = x.size(1);
-  check(args.k > 0, op, "x must have columns, got ", shape_of(x));
-  const int64_t kx = act_columns(op, args.k, group);
+  check(args.k > 0, op, "x needs at least one column, got ", shape_of(x));
+  const int64_t kx = act_columns(op, "group", args.k, group);
   QuantActTensors out = new_act(x, args.m, kx, group, &args.out);
   args.x = data(x);
   const bool small = args.m * kx < 1 << 14;

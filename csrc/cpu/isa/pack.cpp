@@ -43,7 +43,7 @@ QK_INLINE void pack_item(const PackArgs& a, int64_t n, int64_t begin, int units,
     const int64_t left = n + row < a.n ? a.k - begin : 0;
     const int cols = left < 16 * units ? int(left < 0 ? 0 : left) : 16 * units;
     if (cols < 16 * units) std::memset(line, 0, sizeof line);
-    if (cols > 0) std::memcpy(line, a.codes + (n + row) * a.codes_stride + begin, size_t(cols));
+    if (cols > 0) std::memcpy(line, a.codes + (n + row) * a.k + begin, size_t(cols));
     uint32_t* column = words + layout::position(8, row, 0).byte / 4;
     for (int u = 0; u < units; u++)
       for (int t = 0; t < 4; t++) column[kUnitWords * u + 16 * t] = line[4 * u + t];

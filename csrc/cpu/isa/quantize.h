@@ -3,13 +3,15 @@
 //
 //   amax = max |x|,  scale = amax / 127,  code = round half to even (x * (127 / amax)),  in float32
 //
-// Where 127 / amax is not a positive finite number the codes are 0: amax = 0 and amax < 2^-121 (the quotient overflows)
-// give scale 0; an infinity gives scale inf and a NaN scale NaN, so that it reaches the result as scale * 0 = NaN.
+// Two kinds of groups get codes of 0. amax < kTiny, where 127 / amax could overflow: scale 0. A value that is infinite
+// or NaN: scale NaN, so that it reaches the result as NaN * 0.
 #pragma once
 #include "simd.h"
 
 namespace qk::QK_ISA {
 namespace {
+
+constexpr float kTiny = 7.888609052210118e-31f;  // 2^-100
 
 // Values that are costly to compute are kept on the stack while a group is not longer than this.
 constexpr int kGroupBuffer = 2048;
@@ -105,13 +107,14 @@ QK_INLINE void quantize_group(const RowOut& out, int64_t g, int group, F value) 
     top[i / W % 2] = max_i(top[i / W % 2], magnitude(v));
   }
   const float amax = max_magnitude(max_i(top[0], top[1]));
-  const float inverse = 127.f / amax;
-  if (!(inverse > 0.f && inverse <= 3.402823466e38f)) {
-    out.scale[g] = inverse > 0.f ? 0.f : amax;  // inverse is inf for a tiny amax, 0 for inf, NaN for NaN
+  const bool used = amax >= kTiny && amax <= 3.402823466e38f;
+  if (!used) {
+    out.scale[g] = amax < kTiny ? 0.f : __builtin_nanf("");
     std::memset(codes, 0, size_t(group));
     std::memset(sums, 0, size_t(group) / 16 * sizeof(int16_t));
     return;
   }
+  const float inverse = 127.f / amax;
   out.scale[g] = amax / 127.f;
   for (int i = 0; i < group; i += 16) {
     VF v[16 / W];

@@ -1,0 +1,523 @@
+"""Attention over a paged KV cache and over dense keys, and the append that fills the cache."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..backends import select
+from ..reference import attention as reference
+from . import checks
+from .registry import RAGGED, define
+
+MAX_HEAD_DIM = 512
+PAGE_TYPES = (torch.float32, torch.float16, torch.bfloat16, torch.uint8)
+
+
+# ---- checks: csrc/cpu/attention.h in Python ----
+
+
+def _dense_from(op: str, name: str, tensor: Tensor, first: int) -> None:
+    stride = 1
+    for i in reversed(range(first, tensor.dim())):
+        if tensor.shape[i] > 1 and tensor.stride(i) != stride:
+            last = tensor.dim() - first
+            checks.fail(op, f"{name} must be dense in its last {last} dimensions; call .contiguous() on it")
+        stride *= tensor.shape[i]
+
+
+def _tokens(op: str, name: str, tensor: Tensor) -> None:
+    if tensor.dim() != 3:
+        checks.fail(op, f"{name} must be [tokens, heads, head dim], got {list(tensor.shape)}")
+    _dense_from(op, name, tensor, 1)
+
+
+def _query(op: str, q: Tensor) -> int:
+    if q.dim() != 3:
+        checks.fail(op, f"q must be [tokens, heads, head dim], got {list(q.shape)}")
+    dim = q.shape[2]
+    if dim < 1 or dim % 16 or dim > MAX_HEAD_DIM:
+        checks.fail(op, f"the head dim must be a multiple of 16 up to {MAX_HEAD_DIM}, got {dim}")
+    checks.float_type(op, "q", q.dtype)
+    _tokens(op, "q", q)
+    return dim
+
+
+def _heads(op: str, q_heads: int, kv_heads: int) -> None:
+    if kv_heads < 1 or q_heads < 1 or q_heads % kv_heads:
+        checks.fail(op, f"the heads of q ({q_heads}) must be a multiple of the KV heads ({kv_heads})")
+
+
+def _pages(op: str, dim: int, k: Tensor, v: Tensor, k_scale: Tensor | None, v_scale: Tensor | None) -> None:
+    if k.dim() != 4:
+        checks.fail(op, f"k_pages must be [pages, KV heads, page size, head dim], got {list(k.shape)}")
+    pages, kv_heads, page, stored = k.shape
+    if page < 1 or page % 16:
+        checks.fail(op, f"the page size must be a multiple of 16, got {page}")
+    if k.dtype not in PAGE_TYPES:
+        checks.fail(op, f"k_pages must be float32, float16, bfloat16 or uint8, got {checks.type_name(k.dtype)}")
+    integer = k.dtype == torch.uint8
+    if stored != dim and not (integer and 2 * stored == dim):
+        half = " (int8) or half of it (int4)" if integer else ""
+        checks.fail(op, f"k_pages must have {dim} in the last dimension{half}, got {list(k.shape)}")
+    if v.dtype != k.dtype:
+        checks.fail(op, f"v_pages must be {checks.type_name(k.dtype)}, got {checks.type_name(v.dtype)}")
+    if v.shape != k.shape:
+        checks.fail(op, f"v_pages must be {list(k.shape)}, got {list(v.shape)}")
+    _dense_from(op, "k_pages", k, 1)
+    _dense_from(op, "v_pages", v, 1)
+    if pages > 1 and k.stride(0) != v.stride(0):
+        checks.fail(op, "k_pages and v_pages must have the same stride between pages")
+    if not integer:
+        if k_scale is not None or v_scale is not None:
+            got = checks.type_name(k.dtype)
+            checks.fail(op, f"k_scale and v_scale belong to uint8 pages, and these are {got}")
+        return
+    if k_scale is None or v_scale is None:
+        checks.fail(op, "uint8 pages need k_scale and v_scale")
+    for name, scale in (("k_scale", k_scale), ("v_scale", v_scale)):
+        if scale.dtype != torch.float16:
+            checks.fail(op, f"{name} must be float16, got {checks.type_name(scale.dtype)}")
+        if tuple(scale.shape) != (pages, kv_heads, 2, page):
+            checks.fail(op, f"{name} must be [{pages}, {kv_heads}, 2, {page}], got {list(scale.shape)}")
+        _dense_from(op, name, scale, 1)
+    if pages > 1 and k_scale.stride(0) != v_scale.stride(0):
+        checks.fail(op, "k_scale and v_scale must have the same stride between pages")
+
+
+def _starts(op: str, name: str, tensor: Tensor) -> None:
+    if tensor.dim() != 1 or tensor.shape[0] < 1:
+        checks.fail(op, f"{name} must be [sequences + 1], got {list(tensor.shape)}")
+    checks.expect(op, name, tensor, torch.int32, [-1])
+
+
+def _ragged(op: str, query_start: Tensor, kv_len: Tensor, page_table: Tensor) -> None:
+    _starts(op, "query_start", query_start)
+    batch = query_start.shape[0] - 1
+    checks.expect(op, "kv_len", kv_len, torch.int32, [batch])
+    checks.expect(op, "page_table", page_table, torch.int32, [batch, -1])
+
+
+def _options(op: str, scale: float, window: int, softcap: float) -> None:
+    if math.isnan(scale):
+        checks.fail(op, f"scale must be a number, got {scale}")
+    if window < 0:
+        checks.fail(op, f"window must be 0 (off) or positive, got {window}")
+    if not softcap >= 0:
+        checks.fail(op, f"softcap must be 0 (off) or positive, got {softcap}")
+
+
+def _keys(op: str, q: Tensor, k: Tensor, v: Tensor, shape: tuple[Any, ...]) -> None:
+    for name, tensor in (("k", k), ("v", v)):
+        if tensor.dtype != q.dtype:
+            got = checks.type_name(tensor.dtype)
+            checks.fail(op, f"{name} must be {checks.type_name(q.dtype)} like q, got {got}")
+        if tuple(tensor.shape) != shape:
+            checks.fail(op, f"{name} must be {list(shape)}, got {list(tensor.shape)}")
+
+
+def _check_attention(
+    q: Tensor,
+    query_start: Tensor,
+    kv_len: Tensor,
+    page_table: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
+    scale: float,
+    causal: bool,
+    window: int,
+    softcap: float,
+) -> None:
+    op = "attention"
+    _pages(op, _query(op, q), k_pages, v_pages, k_scale, v_scale)
+    _heads(op, q.shape[1], k_pages.shape[1])
+    _options(op, scale, window, softcap)
+    _ragged(op, query_start, kv_len, page_table)
+    checks.same_device(
+        op,
+        "q",
+        q.device,
+        query_start=query_start,
+        kv_len=kv_len,
+        page_table=page_table,
+        k_pages=k_pages,
+        v_pages=v_pages,
+        k_scale=k_scale,
+        v_scale=v_scale,
+    )
+
+
+def _check_attention_dense(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    query_start: Tensor,
+    kv_start: Tensor,
+    scale: float,
+    causal: bool,
+    window: int,
+    softcap: float,
+) -> None:
+    op = "attention_dense"
+    dim = _query(op, q)
+    _tokens(op, "k", k)
+    _tokens(op, "v", v)
+    _keys(op, q, k, v, (k.shape[0], k.shape[1], dim))
+    _heads(op, q.shape[1], k.shape[1])
+    _options(op, scale, window, softcap)
+    _starts(op, "query_start", query_start)
+    _starts(op, "kv_start", kv_start)
+    if kv_start.shape != query_start.shape:
+        want = list(query_start.shape)
+        checks.fail(op, f"kv_start must be {want} like query_start, got {list(kv_start.shape)}")
+    checks.same_device(op, "q", q.device, k=k, v=v, query_start=query_start, kv_start=kv_start)
+
+
+def _check_kv_append(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rope: Tensor | None,
+    positions: Tensor | None,
+    query_start: Tensor,
+    kv_len: Tensor,
+    page_table: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
+) -> None:
+    op = "kv_append"
+    dim = _query(op, q)
+    _tokens(op, "k", k)
+    _tokens(op, "v", v)
+    _pages(op, dim, k_pages, v_pages, k_scale, v_scale)
+    _heads(op, q.shape[1], k_pages.shape[1])
+    _keys(op, q, k, v, (q.shape[0], k_pages.shape[1], dim))
+    _ragged(op, query_start, kv_len, page_table)
+    if rope is None and positions is not None:
+        checks.fail(op, "positions need rope")
+    if rope is not None:
+        checks.expect(op, "rope", rope, torch.float32, [-1, -1])
+        rotary = rope.shape[1]
+        if rotary < 1 or rotary % 2 or rotary > dim:
+            got = list(rope.shape)
+            checks.fail(op, f"rope must have an even number of columns up to {dim}, got {got}")
+    if positions is not None:
+        checks.expect(op, "positions", positions, torch.int32, [q.shape[0]])
+    checks.same_device(
+        op,
+        "q",
+        q.device,
+        k=k,
+        v=v,
+        rope=rope,
+        positions=positions,
+        query_start=query_start,
+        kv_len=kv_len,
+        page_table=page_table,
+        k_pages=k_pages,
+        v_pages=v_pages,
+        k_scale=k_scale,
+        v_scale=v_scale,
+    )
+
+
+# ---- contents of the index tensors: only where there are any, so not in the fakes ----
+
+
+def _start_contents(op: str, name: str, tensor: Tensor, total: int) -> list[int]:
+    start: list[int] = tensor.tolist()
+    if start[0] != 0 or start[-1] != total:
+        checks.fail(op, f"{name} must run from 0 to {total}, got {start[0]} to {start[-1]}")
+    for b in range(len(start) - 1):
+        if start[b] > start[b + 1]:
+            told = f"{name}[{b}] = {start[b]}, {name}[{b + 1}] = {start[b + 1]}"
+            checks.fail(op, f"{name} must not fall: {told}")
+    return start
+
+
+def _ragged_contents(
+    op: str, tokens: int, pages: Tensor, query_start: Tensor, kv_len: Tensor, page_table: Tensor
+) -> None:
+    start = _start_contents(op, "query_start", query_start, tokens)
+    count, _, size, _ = pages.shape
+    for b, (length, table) in enumerate(zip(kv_len.tolist(), page_table.tolist(), strict=True)):
+        new = start[b + 1] - start[b]
+        if length < new:
+            checks.fail(op, f"kv_len[{b}] must count the {new} new tokens too, got {length}")
+        used = (length + size - 1) // size
+        if used > len(table):
+            had = f"page_table has {len(table)} pages per sequence"
+            checks.fail(op, f"{had}, but kv_len[{b}] = {length} needs {used} pages of {size}")
+        for i, page in enumerate(table[:used]):
+            if not 0 <= page < count:
+                checks.fail(op, f"page_table[{b}, {i}] must be a page in [0, {count}), got {page}")
+
+
+def _rope_contents(
+    op: str, rope: Tensor | None, positions: Tensor | None, query_start: Tensor, kv_len: Tensor
+) -> None:
+    if rope is None:
+        return
+    rows = rope.shape[0]
+    if positions is not None:
+        for t, position in enumerate(positions.tolist()):
+            if not 0 <= position < rows:
+                checks.fail(op, f"positions[{t}] must be in [0, {rows}), the rows of rope, got {position}")
+        return
+    for b, (new, length) in enumerate(zip(query_start.diff().tolist(), kv_len.tolist(), strict=True)):
+        if new and length > rows:
+            checks.fail(op, f"kv_len[{b}] = {length} passes the {rows} rows of rope")
+
+
+# ---- fakes and reference ----
+
+
+def _empty(q: Tensor) -> Tensor:
+    return q.new_empty(tuple(q.shape))
+
+
+def _fake_attention(*args: Any) -> Tensor:
+    _check_attention(*args)
+    return _empty(args[0])
+
+
+def _fake_attention_dense(*args: Any) -> Tensor:
+    _check_attention_dense(*args)
+    return _empty(args[0])
+
+
+def _fake_kv_append(*args: Any) -> Tensor:
+    _check_kv_append(*args)
+    return _empty(args[0])
+
+
+def _reference_attention(*args: Any) -> Tensor:
+    _check_attention(*args)
+    q, query_start, kv_len, page_table, k_pages = args[:5]
+    _ragged_contents("attention", q.shape[0], k_pages, query_start, kv_len, page_table)
+    return reference.attention(*args)
+
+
+def _reference_attention_dense(*args: Any) -> Tensor:
+    _check_attention_dense(*args)
+    q, k, _, query_start, kv_start = args[:5]
+    _start_contents("attention_dense", "query_start", query_start, q.shape[0])
+    _start_contents("attention_dense", "kv_start", kv_start, k.shape[0])
+    return reference.attention_dense(*args)
+
+
+def _reference_kv_append(*args: Any) -> Tensor:
+    _check_kv_append(*args)
+    q, _, _, rope, positions, query_start, kv_len, page_table, k_pages = args[:9]
+    _ragged_contents("kv_append", q.shape[0], k_pages, query_start, kv_len, page_table)
+    _rope_contents("kv_append", rope, positions, query_start, kv_len)
+    return reference.kv_append(*args)
+
+
+define(
+    "attention",
+    f"(Tensor q, {RAGGED}, Tensor k_pages, Tensor v_pages, Tensor? k_scale, Tensor? v_scale, "
+    "float scale, bool causal, int window, float softcap) -> Tensor",
+    fake=_fake_attention,
+    reference=_reference_attention,
+)
+define(
+    "attention_dense",
+    "(Tensor q, Tensor k, Tensor v, Tensor query_start, Tensor kv_start, "
+    "float scale, bool causal, int window, float softcap) -> Tensor",
+    fake=_fake_attention_dense,
+    reference=_reference_attention_dense,
+)
+define(
+    "kv_append",
+    f"(Tensor q, Tensor k, Tensor v, Tensor? rope, Tensor? positions, {RAGGED}, "
+    "Tensor(a!) k_pages, Tensor(b!) v_pages, Tensor(c!)? k_scale, Tensor(d!)? v_scale) -> Tensor",
+    fake=_fake_kv_append,
+    reference=_reference_kv_append,
+)
+
+
+# ---- the typed functions ----
+
+
+def attention(
+    q: Tensor,
+    query_start: Tensor,
+    kv_len: Tensor,
+    page_table: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+    *,
+    scale: float | None = None,
+    causal: bool = True,
+    window: int = 0,
+    softcap: float = 0.0,
+) -> Tensor:
+    """Softmax attention of a ragged batch over a paged KV cache: prefill, chunked prefill and decode alike.
+
+    q [T, Hq, D] float32, float16 or bfloat16, tokens any stride apart, D a multiple of 16 up to 512; query_start [B + 1],
+    kv_len [B] and page_table [B, pages per sequence] int32: sequence b owns the tokens query_start[b] to
+    query_start[b + 1], which are the last ones of its kv_len[b] keys; key t lies in slot t % page of page
+    page_table[b, t // page]. k_pages, v_pages [P, Hkv, page, D] float32, float16, bfloat16 or uint8 (int8 codes; with
+    D / 2 in the last dimension, int4), page a multiple of 16, Hq a multiple of Hkv; k_scale, v_scale
+    [P, Hkv, 2, page] float16, scales and zero points, for uint8 pages only.
+
+    scale multiplies q . k (default D ** -0.5). causal: a query sees no later keys. window > 0: it sees only the last
+    `window` positions up to its own (and, when not causal, all later ones). softcap > 0: scores become
+    softcap * tanh(score / softcap). A query that sees no key gives zeros. Returns [T, Hq, D] in q's dtype.
+    Raises RuntimeError for wrong shapes, dtypes, devices, strides and indices out of range.
+    """
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    op = select("attention", q.device)
+    out: Tensor = op(
+        q, query_start, kv_len, page_table, k_pages, v_pages, k_scale, v_scale, scale, causal, window, softcap
+    )
+    return out
+
+
+def attention_dense(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    query_start: Tensor,
+    kv_start: Tensor,
+    *,
+    scale: float | None = None,
+    causal: bool = False,
+    window: int = 0,
+    softcap: float = 0.0,
+) -> Tensor:
+    """Softmax attention without a cache, for encoders and cross attention.
+
+    q [Tq, Hq, D], k and v [Tk, Hkv, D], all float32, float16 or bfloat16, tokens any stride apart; query_start and
+    kv_start [B + 1] int32: sequence b owns these ranges of q and of k and v. Positions are aligned at the end: query i of
+    n stands at key m - n + i of m. The options and errors are those of `attention`. Returns [Tq, Hq, D] in q's dtype.
+    """
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    op = select("attention_dense", q.device)
+    out: Tensor = op(q, k, v, query_start, kv_start, scale, causal, window, softcap)
+    return out
+
+
+def kv_append(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rope: Tensor | None,
+    positions: Tensor | None,
+    query_start: Tensor,
+    kv_len: Tensor,
+    page_table: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+) -> Tensor:
+    """Rotates q and k, quantizes k and v where the pages are integers, and writes them into their pages.
+
+    q [T, Hq, D], k and v [T, Hkv, D] of one float dtype, tokens any stride apart; rope [positions, rotary_dim] float32,
+    cosines then sines (`rope_table`), or None; positions [T] int32, rows of rope, or None: the token's place in its
+    sequence. query_start, kv_len (which counts the new tokens too), page_table and pages as in `attention`. The pairs
+    (i, i + rotary_dim / 2) are turned in float32; dims from rotary_dim on are left. Integer pages hold
+    x ~= scale * (code - zero), one scale (float16, rounded up) and zero point per token and head, the range including 0.
+
+    Writes the pages (and scales) in place; returns the rotated q [T, Hq, D] in its dtype, contiguous.
+    Raises RuntimeError for wrong shapes, dtypes, devices, strides and indices out of range; nothing is written then.
+    """
+    op = select("kv_append", q.device)
+    out: Tensor = op(
+        q, k, v, rope, positions, query_start, kv_len, page_table, k_pages, v_pages, k_scale, v_scale
+    )
+    return out
+
+
+# ---- rotary angles ----
+
+
+def _number(scaling: Mapping[str, Any], key: str, kind: str) -> float:
+    value = scaling.get(key)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+        raise ValueError(f"rope_table: {kind} scaling needs a positive {key}, got {value!r}")
+    return float(value)
+
+
+def _llama3(inverse: Tensor, scaling: Mapping[str, Any]) -> Tensor:
+    """Llama 3.1: long wavelengths are stretched by `factor`, short ones kept, those between interpolated."""
+    factor, low, high, original = (
+        _number(scaling, key, "llama3")
+        for key in ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+    )
+    if high <= low:
+        raise ValueError(f"rope_table: high_freq_factor ({high}) must be above low_freq_factor ({low})")
+    turns = original * inverse / (2 * math.pi)  # over the original context
+    keep = ((turns - low) / (high - low)).clamp(0, 1)
+    return inverse * (keep + (1 - keep) / factor)
+
+
+def _yarn(inverse: Tensor, theta: float, scaling: Mapping[str, Any]) -> tuple[Tensor, float]:
+    """YaRN (arXiv 2309.00071), with the options of Hugging Face configurations; also the factor on cos and sin."""
+    factor = _number(scaling, "factor", "yarn")
+    original = _number(scaling, "original_max_position_embeddings", "yarn")
+    dim = 2 * len(inverse)
+
+    def dim_of(turns: float) -> float:  # the pair that makes this many turns over the original context
+        return dim * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(theta))
+
+    low, high = dim_of(scaling.get("beta_fast") or 32.0), dim_of(scaling.get("beta_slow") or 1.0)
+    if scaling.get("truncate", True):
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, dim - 1)
+    if low == high:
+        high += 0.001
+    stretched = ((torch.arange(dim // 2, dtype=inverse.dtype) - low) / (high - low)).clamp(0, 1)
+    inverse = inverse * (1 - stretched) + inverse / factor * stretched
+
+    def temperature(weight: float) -> float:
+        return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+    attention_factor = scaling.get("attention_factor")
+    if attention_factor is None:
+        above, below = scaling.get("mscale"), scaling.get("mscale_all_dim")
+        attention_factor = temperature(above) / temperature(below) if above and below else temperature(1.0)
+    return inverse, float(attention_factor)
+
+
+def rope_table(
+    rotary_dim: int, max_positions: int, theta: float = 10000.0, scaling: Mapping[str, Any] | None = None
+) -> Tensor:
+    """Rotary angles for `kv_append`: [max_positions, rotary_dim] float32, cosines of rotary_dim / 2 angles, then sines.
+
+    scaling: the `rope_scaling` (or `rope_parameters`) of a Hugging Face configuration: rope_type default, linear, llama3
+    or yarn with their parameters. YaRN's attention factor multiplies the table. Angles are computed in float64.
+    Raises ValueError for another rope_type, a parameter that is missing or not positive, or an odd rotary_dim.
+    """
+    if rotary_dim < 2 or rotary_dim % 2:
+        raise ValueError(f"rope_table: rotary_dim must be even and positive, got {rotary_dim}")
+    if max_positions < 0:
+        raise ValueError(f"rope_table: max_positions must not be negative, got {max_positions}")
+    if not theta > 1:
+        raise ValueError(f"rope_table: theta must be above 1, got {theta}")
+    scaling = scaling or {}
+    kind = scaling.get("rope_type", scaling.get("type")) or "default"
+    inverse = theta ** -(torch.arange(0, rotary_dim, 2, dtype=torch.float64) / rotary_dim)
+    magnitude = 1.0
+    if kind == "linear":
+        inverse = inverse / _number(scaling, "factor", "linear")
+    elif kind == "llama3":
+        inverse = _llama3(inverse, scaling)
+    elif kind == "yarn":
+        inverse, magnitude = _yarn(inverse, theta, scaling)
+    elif kind != "default":
+        raise ValueError(f"rope_table: rope_type must be default, linear, llama3 or yarn, got {kind!r}")
+    angles = torch.outer(torch.arange(max_positions, dtype=torch.float64), inverse)
+    return (torch.cat((angles.cos(), angles.sin()), dim=1) * magnitude).float()
