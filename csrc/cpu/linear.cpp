@@ -118,12 +118,11 @@ Tensor linear_quant(const Tensor& act_codes, const Tensor& act_scale, const Tens
   a.y_type = float_type(op, "dtype", dtype);
   expect(op, "act_codes", act_codes, ScalarType::Char, {-1, -1});
   const int64_t m = act_codes.size(0), kx = act_codes.size(1);
-  check(kx >= k && kx % 16 == 0, op, "act_codes must be [M, Kx] with Kx a multiple of 16 and at least k = ", k, ", got ", shape_of(act_codes));
   expect(op, "act_scale", act_scale, ScalarType::Float, {m, -1});
-  const int64_t act_groups = act_scale.size(1);
-  check(act_groups > 0 && kx % act_groups == 0, op, "act_scale must have a column for each group of the ", kx,
-        " columns of act_codes, got ", shape_of(act_scale));
-  const int64_t act_group = kx / act_groups;
+  const int64_t act_groups = act_scale.size(1), act_group = act_groups > 0 ? kx / act_groups : 0;
+  check(act_group >= 16 && act_group % 16 == 0 && kx == act_groups * act_group && kx == layout::round_up(k, act_group), op,
+        "act_codes must have k = ", k, " columns rounded up to whole groups of act_scale, got ", shape_of(act_codes), " and ",
+        shape_of(act_scale));
   expect(op, "act_sums", act_sums, ScalarType::Short, {m, kx / 16});
   check_bias(op, bias, n);
   check_groups(op, group, act_group);
