@@ -26,7 +26,7 @@ from ..generate import (
     common_prefix,
 )
 from ..loading import Checkpoint, Progress, Weight, load_gguf, load_hf_directory, load_hf_model
-from ..models import ModelConfig
+from ..models import ModelConfig, RopeConfig
 from ..quant import PackedWeight, QuantSpec
 from ..text import Text, text_of
 from .embedding import DenseEmbedding, QuantEmbedding
@@ -192,11 +192,7 @@ class QuantDecoder(nn.Module):
                 for part, tensor in module.named_parameters(recurse=False):
                     packed = isinstance(module, HoldsPacked) and part == "weight"
                     resolved[f"{path}.{part}"] = module.packed if packed else tensor.detach()  # type: ignore[operator, assignment]
-            rope = self.config.rope
-            device = self.device
-            resolved["rope"] = rope_table(
-                rope.dim, self.max_seq_len, theta=rope.theta, scaling=rope.scaling or None, factors=rope.factors
-            ).to(device)
+            resolved["rope"] = angles(self.config.rope, self.max_seq_len).to(self.device)
             self._resolved = resolved
         return self._resolved
 
@@ -450,6 +446,16 @@ class _ChatMemory:
         self._ids = request.ids[: request.done]
         self.pool.truncate(self._handle, request.done)  # an interrupted step may have reserved more
         self._owner = None
+
+
+def angles(rope: RopeConfig, positions: int) -> torch.Tensor:
+    """[positions, rotary dim] float32: the table of cosines and sines that `kv_append` rotates by."""
+    if rope.factors is None:
+        return rope_table(rope.dim, positions, rope.theta, rope.scaling or None)
+    exponents = torch.arange(0, rope.dim, 2, dtype=torch.float64) / rope.dim
+    inverse = rope.theta**-exponents / torch.tensor(rope.factors, dtype=torch.float64)
+    turned = torch.outer(torch.arange(positions, dtype=torch.float64), inverse)
+    return torch.cat((turned.cos(), turned.sin()), dim=1).float()
 
 
 def _module_of(name: str, weight: Weight, bias: Weight | None, eps: Mapping[str, float], act: str) -> nn.Module:
