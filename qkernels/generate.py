@@ -256,12 +256,12 @@ class Sampler:
                 row[seen] = torch.where(value > 0, value / penalty, value * penalty)
         tokens = ops.sample(
             logits,
-            torch.full((count,), float(settings.temperature)),
-            torch.full((count,), settings.top_k, dtype=torch.int32),
-            torch.full((count,), float(settings.top_p)),
-            torch.full((count,), float(settings.min_p)),
-            torch.tensor([self._seed + s.index for s in sequences], dtype=torch.int64),
-            torch.tensor([len(s.ids) - s.prompt for s in sequences], dtype=torch.int64),
+            temperature=float(settings.temperature),
+            top_k=settings.top_k,
+            top_p=float(settings.top_p),
+            min_p=float(settings.min_p),
+            seed=torch.tensor([self._seed + s.index for s in sequences]),
+            offset=torch.tensor([len(s.ids) - s.prompt for s in sequences]),
         )
         return tokens.tolist()
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .. import backends, ops
+from .. import backends
 from ..cache import PagedKVCache, rope_table
 from ..generate import (
     MAX_BATCH,
@@ -27,6 +27,7 @@ from ..generate import (
 )
 from ..loading import Checkpoint, Progress, Weight, load_gguf, load_hf_directory, load_hf_model
 from ..models import ModelConfig, RopeConfig
+from ..ops.linear import default_act_group
 from ..quant import PackedWeight, QuantSpec
 from ..text import Text, text_of
 from .embedding import DenseEmbedding, QuantEmbedding
@@ -40,7 +41,7 @@ from .program import Linear, Norm, lower
 DEFAULT_CONTEXT = 32768
 KV_DTYPES = ("float32", "float16", "bfloat16", "int8", "int4")
 ACTS = ("int8", "float")
-PAGE = 16  # tokens per page of the cache
+PAGE = 64  # tokens per page of the cache
 
 Prompt = str | Sequence[int] | torch.Tensor
 
@@ -87,7 +88,7 @@ class KvPool:
         ids = torch.tensor([token for _, part in parts for token in part], dtype=torch.int64)
         batch = self._cache.reserve([handle for handle, _ in parts], counts)
         select = torch.tensor(counts).cumsum(0) - 1 if last_only else torch.arange(ids.shape[0])
-        return self._decoder.executor(ids, batch, select, self._cache)
+        return self._decoder.executor()(ids, batch, select, self._cache)
 
 
 class QuantDecoder(nn.Module):
@@ -209,7 +210,6 @@ class QuantDecoder(nn.Module):
     def device(self) -> torch.device:
         return next(self.parameters()).device
 
-    @property
     def executor(self) -> Executor:
         """What runs the program under the backend in force; made when first needed."""
         key = backends.current()
@@ -224,7 +224,7 @@ class QuantDecoder(nn.Module):
         """Columns per scale of the int8 activations that enter weight `name`; 0: float activations."""
         weight = self._weights()[name]
         plain_order = isinstance(weight, PackedWeight) and weight.perm is None
-        return ops.default_act_group(weight) if self.act == "int8" and plain_order else 0  # type: ignore[arg-type]
+        return default_act_group(weight) if self.act == "int8" and plain_order else 0  # type: ignore[arg-type]
 
     def composed_because(self) -> str | None:
         """Why the model runs op by op and not as one native call per step; None if it does run natively."""
