@@ -151,6 +151,7 @@ def build_cpu(
     # could differ from its parts. Kernels ask for a fused multiply-add with fma().
     flags += ["-g0", "-ffp-contract=off", "-fno-math-errno"]
     flags += ["-Wall", "-Wextra", "-Wno-unused-parameter", "-Wno-psabi"]
+    flags += ["-Wno-maybe-uninitialized"]  # GCC 12 warns of its own AVX-512 header
     libraries = relative(torch.root / "lib", directory)
     link = f"-shared -L{libraries} -ltorch_cpu -Wl,--no-undefined"
     if sanitize:

@@ -18,9 +18,9 @@ constexpr int64_t kPrefetchBytes = 16384;
 // Asks for what P pieces of `Units` units will need later.
 template <int Bits, int P, int Units>
 QK_INLINE void prefetch_units(const uint8_t* w) {
-#pragma GCC unroll 32
+QK_UNROLL(32)
   for (int i = 0; i < 4 * Units; i++)
-#pragma GCC unroll 8
+QK_UNROLL(8)
     for (int z = 0; z < P; z++)
       if (z == 0 || piece_byte<Bits>(z) / 64 != piece_byte<Bits>(z - 1) / 64)
         __builtin_prefetch(w + kPrefetchBytes + i / 4 * layout::unit_bytes(Bits) + i % 4 * 64 + piece_byte<Bits>(z), 0, 2);
@@ -105,9 +105,9 @@ __attribute__((noinline)) void int8_tile(const Int8Problem& p, int64_t block, in
   const int row = piece_row<Bits>(first, 0);
   const int64_t block_groups = layout::kBlockGroup / a.w.group;  // used with two-level scales only
   VF acc[R][T];
-#pragma GCC unroll 16
+QK_UNROLL(16)
   for (int r = 0; r < R; r++)
-#pragma GCC unroll 8
+QK_UNROLL(8)
     for (int t = 0; t < T; t++) acc[r][t] = splat(0.f);
 
   int64_t at = block * p.groups * 64 + row;  // of the group's scales
@@ -117,20 +117,20 @@ __attribute__((noinline)) void int8_tile(const Int8Problem& p, int64_t block, in
 #pragma GCC unroll 1
   for (int64_t s = 0; s < p.spans; s++, w += span_bytes, x += p.span) {
     VI d[R][T];
-#pragma GCC unroll 16
+QK_UNROLL(16)
     for (int r = 0; r < R; r++)
-#pragma GCC unroll 8
+QK_UNROLL(8)
       for (int t = 0; t < T; t++) d[r][t] = splat_i(Z == Zero::symmetric ? terms[t * p.spans + s].start : 0);
     dot_span<Bits, P, T>(w, x, kx, units, d);
     if (T <= 2) {
       __builtin_prefetch((const char*)a.w.scale + 2 * at + 4096, 0, 2);
       if (Z == Zero::minimum) __builtin_prefetch((const char*)a.w.zero + 2 * at + 4096, 0, 2);
     }
-#pragma GCC unroll 16
+QK_UNROLL(16)
     for (int r = 0; r < R; r++) {
       const int offset = piece_row<Bits>(r / V, r % V);
       const GroupScale group = load_group<Z>(a.w, at + offset, block_at + offset);
-#pragma GCC unroll 8
+QK_UNROLL(8)
       for (int t = 0; t < T; t++) {
         const SpanTerm& term = terms[t * p.spans + s];
         VF dot = to_float(d[r][t]);

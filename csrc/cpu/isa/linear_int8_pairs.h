@@ -47,13 +47,13 @@ QK_INLINE void dot_run(const uint8_t* w, const int8_t* x, int64_t kx, VI (&d)[R]
   for (int first = 0; first < P; first += C) {
     const uint8_t* from = w + piece_byte<Bits>(first);
     VS sum[C][2][T];
-#pragma GCC unroll 8
+QK_UNROLL(8)
     for (int i = 0; i < 4 * Units; i++)
-#pragma GCC unroll 4
+QK_UNROLL(4)
       for (int z = 0; z < C; z++) {
         const VC v = load_raw<VC>(from + i / 4 * layout::unit_bytes(Bits) + i % 4 * 64 + piece_byte<Bits>(z));
         const VC low = v & 15, high = (VC)((VW)v >> 4) & 15;
-#pragma GCC unroll 4
+QK_UNROLL(4)
         for (int t = 0; t < T; t++) {
           const VI four = splat_four(x + t * kx + 4 * i);
           if (i == 0) {
@@ -66,9 +66,9 @@ QK_INLINE void dot_run(const uint8_t* w, const int8_t* x, int64_t kx, VI (&d)[R]
           keep(sum[z][0][t]), keep(sum[z][1][t]);
         }
       }
-#pragma GCC unroll 4
+QK_UNROLL(4)
     for (int z = 0; z < C; z++)
-#pragma GCC unroll 4
+QK_UNROLL(4)
       for (int t = 0; t < T; t++) {
         if constexpr (Bits == 4) {
           d[2 * (first + z)][t] += widen_pairs<1>(sum[z][0][t]);

@@ -10,6 +10,16 @@
 
 #include "../../layout.h"
 
+// Emulated code is for tests: unrolled it takes minutes to compile.
+#if defined(QK_ISA_AVX512) && !defined(QK_NATIVE_AVX512)
+#define QK_UNROLL(n) _Pragma("GCC unroll 1")
+#define QK_HOT __attribute__((noinline))
+#else
+#define QK_UNROLL_(text) _Pragma(#text)
+#define QK_UNROLL(n) QK_UNROLL_(GCC unroll n)
+#define QK_HOT QK_INLINE
+#endif
+
 namespace qk::QK_ISA {
 namespace {
 
@@ -80,7 +90,7 @@ struct GroupScale {
   VF scale, zero;
 };
 template <Zero Z>
-QK_INLINE GroupScale load_group(const Weight& w, int64_t at, int64_t block_at) {
+QK_HOT GroupScale load_group(const Weight& w, int64_t at, int64_t block_at) {
   constexpr bool minimum = Z == Zero::minimum;
   GroupScale out{splat(0.f), splat(0.f)};
   switch (w.scale_kind) {
