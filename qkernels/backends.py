@@ -101,9 +101,11 @@ def choose(op: str, device: str, case: Case) -> Choice:
     candidates = [row for row in table if row.device in (None, device)]
     if _backend != "auto":
         candidates.sort(key=lambda row: row.name != _backend)
+        if _backend not in names():
+            raise ValueError(f"unknown backend {_backend!r} (from QKERNELS_BACKEND); there are {names()}")
         if not any(row.name == _backend for row in candidates):
-            names = sorted({row.name for row in table})
-            raise RuntimeError(f"qkernels::{op}: backend {_backend!r} has no row for device {device}; rows: {names}")
+            known = sorted({row.name for row in table})
+            raise RuntimeError(f"qkernels::{op}: backend {_backend!r} has no row for device {device}; rows: {known}")
     reasons = []
     for row in candidates:
         reason = row.supports(case)
@@ -237,11 +239,9 @@ def _load_plugins() -> None:
 
 
 def _from_environment() -> None:
-    name = os.environ.get("QKERNELS_BACKEND", "auto")
-    try:
-        set_backend(name)
-    except ValueError as error:
-        raise ValueError(f"QKERNELS_BACKEND: {error}") from None
+    """QKERNELS_BACKEND, which the first choice checks: plugins, whose name it may be, import this module."""
+    global _backend
+    _backend = os.environ.get("QKERNELS_BACKEND", "") or "auto"
 
 
 # What the CPU kernels of linear take; the other ops take every weight.

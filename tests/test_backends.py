@@ -1,5 +1,6 @@
 """The table of rows: who is chosen, what is said when a row is passed over, and that traces follow."""
 
+import os
 import subprocess
 import sys
 import warnings
@@ -163,10 +164,10 @@ def test_the_context_puts_back_what_was(four: PackedWeight) -> None:
     assert backends.current() == ("cpu", "ignore")
 
 
-@pytest.mark.parametrize("name, said", [("reference", "reference"), ("nonsense", "QKERNELS_BACKEND: unknown backend 'nonsense'")])
+@pytest.mark.parametrize("name, said", [("reference", "reference::norm"), ("nonsense", "unknown backend 'nonsense' (from QKERNELS_BACKEND)"), ("", "qkernels::norm")])
 def test_the_environment(name: str, said: str) -> None:
-    code = "from qkernels import backends; print(backends.current()[0])"
-    done = subprocess.run([sys.executable, "-c", code], env={**__import__("os").environ, "QKERNELS_BACKEND": name}, capture_output=True, text=True)
+    code = "import torch; from qkernels import backends; print(backends.select('norm', torch.device('cpu')).name())"
+    done = subprocess.run([sys.executable, "-c", code], env={**os.environ, "QKERNELS_BACKEND": name}, capture_output=True, text=True)
     assert said in done.stdout + done.stderr
 
 
