@@ -1,5 +1,7 @@
 """Round to nearest: every spec, its error, and codes that survive decoding and rounding again."""
 
+import sys
+
 import pytest
 import torch
 from cases import FORMATS, random_plain
@@ -32,12 +34,15 @@ def test_error_of_every_spec(spec: QuantSpec, generator: torch.Generator) -> Non
     plain = quantize(weight, spec)
     plain.validate()
     searched, whole = error(weight, plain), error(weight, quantize(weight, spec, search=False))
-    assert searched <= whole * (1.02 if spec.two_level else 1 + 1e-6)
+    # The clip is searched before scales are rounded to two levels, which may cost what it gained.
+    assert searched <= whole * (1.05 if spec.two_level else 1 + 1e-6)
     # The range of a group of normal values is below 6.5 of their deviations at 32 columns, 7.5 in a row of 500;
     # symmetric codes may have twice the largest value to cover. Uniform rounding errs by step / sqrt(12).
     spread = 8.0 if spec.group_size == -1 else 7.0
-    coarse = {"e8m0": 2.0, "uint4": 1.6, "e4m3": 1.2}.get(spec.scale, 1.0) * (1.6 if spec.table else 1.0)
-    assert searched <= coarse * spread / ((1 << spec.bits) - 1) / 12**0.5, searched
+    # Coarse scales and minima miss the ends of the range, whatever the bits; tables are finest in the middle.
+    coarse = (2.0 if spec.scale == "e8m0" else 1.0) * (1.6 if spec.table else 1.0)
+    missed = {"uint4": 0.05, "e4m3": 0.015}.get(spec.scale, 0.0)
+    assert searched <= coarse * spread / ((1 << spec.bits) - 1) / 12**0.5 + missed
 
 
 def with_extremes(spec: QuantSpec, n: int, k: int, generator: torch.Generator) -> PlainWeight:
@@ -91,7 +96,7 @@ def test_degenerate_groups(spec: QuantSpec) -> None:
     """Zeros decode to zeros, and constants to about themselves."""
     zeros = quantize(torch.zeros(3, 64), spec)
     zeros.validate()
-    assert not zeros.dequantize().any()
+    assert zeros.dequantize().abs().max() <= 2.0**-126  # e8m0 has no scale of 0, nor IQ4_NL a value of 0
     constant = quantize(torch.full((3, 64), 0.75), spec)
     tolerance = {"e8m0": 0.26, "e4m3": 0.07, "uint4": 0.25}.get(spec.scale, 0.01) + (0.35 if spec.bits < 4 else 0.0) + (0.15 if spec.table else 0.0)
     assert (constant.dequantize() - 0.75).abs().max() <= tolerance * 0.75
@@ -102,7 +107,7 @@ def test_row_blocks_change_nothing(name: str, generator: torch.Generator, monkey
     spec = FORMATS[name].spec
     weight = torch.randn(200, 512, generator=generator).bfloat16()
     whole = quantize(weight, spec)
-    monkeypatch.setattr("qkernels.quant.quantize._BLOCK_VALUES", 1)
+    monkeypatch.setattr(sys.modules[block_rows.__module__], "_BLOCK_VALUES", 1)
     assert block_rows(512) == 64
     assert torch.equal(quantize(weight, spec).dequantize(), whole.dequantize())
     packed = quantize_packed(weight, spec)

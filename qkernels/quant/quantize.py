@@ -94,7 +94,7 @@ def _quantize_block(
     if groups * group != k:  # the last column again: it moves neither end of the range
         block = torch.cat([block, block[:, -1:].expand(n, groups * group - k)], dim=1)
     x = block.reshape(n, groups, group).contiguous()
-    rounding = _Rounding(x, spec)
+    rounding = _Rounding(x, spec, k - (groups - 1) * group)
     if spec.two_level:
         scale, zero = rounding.search(torch.float32, search)
         stored = _to_two_levels(scale, zero, spec, group)
@@ -106,12 +106,11 @@ def _quantize_block(
             "scale": _store(plain_scale, spec.scale_dtype),
             "zero": None if zero_dtype is None else plain_zero.to(zero_dtype),
         }
-    for part in ("scale", "zero", "block_scale", "block_zero"):
-        values = stored.get(part)
-        if values is not None and not (finite := torch.isfinite(values.float())).all():
+    for part, values in (("scale", plain_scale), ("zero", plain_zero)):
+        if not (finite := torch.isfinite(values)).all():
             row, index = (~finite).nonzero()[0].tolist()
-            what = "block" if part.startswith("block") else "group"
-            raise ValueError(f"{name}: the {part} of row {row + start}, {what} {index} overflows {values.dtype}")
+            dtype = torch.float16 if spec.two_level else spec.scale_dtype
+            raise ValueError(f"{name}: the {part} of row {row + start}, group {index} overflows {dtype}")
     codes = rounding.codes(plain_scale, plain_zero).view(n, groups * group)[:, :k]
     if perm is not None:
         logical = torch.empty_like(codes)
@@ -135,7 +134,9 @@ def _representable(scale: Tensor, dtype: torch.dtype) -> Tensor:
         mantissa, exponent = torch.frexp(scale)
         exponent = torch.where(mantissa == 0.5, exponent - 1, exponent).clamp(-126, 127)
         return torch.where(scale > 0, torch.ldexp(torch.ones_like(scale), exponent), 0.0)
-    return scale.to(dtype).float()
+    rounded = scale.to(dtype).float()
+    # float8 saturates where the others overflow; 464 is half a step above its largest, 448.
+    return torch.where(scale.abs() >= 464.0, torch.inf, rounded) if dtype == torch.float8_e4m3fn else rounded
 
 
 def _inverse(scale: Tensor) -> Tensor:
@@ -148,8 +149,9 @@ class _Rounding:
     The zero is subtracted from codes (symmetric and integer) or from values (minimum: x = scale * code - zero).
     """
 
-    def __init__(self, x: Tensor, spec: QuantSpec) -> None:
-        self.x, self.spec = x, spec
+    def __init__(self, x: Tensor, spec: QuantSpec, last: int) -> None:
+        """last: columns of the last group that are not padding."""
+        self.x, self.spec, self.last = x, spec, last
         self.top = (1 << spec.bits) - 1
         self.buffer = torch.empty_like(x)
         if spec.table is not None:
@@ -187,19 +189,21 @@ class _Rounding:
         """scale and zero that make the codes span this part of the range lo .. hi."""
         spec = self.spec
         if spec.zero == "symmetric":
-            # The value of largest magnitude, with its sign, takes the code of largest magnitude: -2^(bits-1), or the
-            # extreme of the table. So negative scales are normal, except where the format has no sign.
-            top = -float(spec.zero_point)
-            if spec.table is not None:
-                top = float(max(spec.table, key=abs))
-            extreme = torch.where(-lo > hi, lo, hi)
-            if spec.scale in ("e8m0", "e4m3"):
-                extreme, top = extreme.abs(), abs(top)
-            scale = _representable(extreme * (clip / top), dtype)
+            # The value of largest magnitude, with its sign, takes the code of largest magnitude:
+            # -2^(bits-1), or the extreme of the table. So negative scales are normal, except where
+            # the ends are alike or the format has no sign: there both ends must fit.
+            ends = (-spec.zero_point, spec.zero_point - 1) if spec.table is None else (min(spec.table), max(spec.table))
+            unsigned = spec.scale in ("e8m0", "e4m3") or ends[0] == -ends[1]
+            if unsigned and ends[0] < 0 < ends[1]:
+                full = torch.maximum(lo / ends[0], hi / ends[1])
+            else:
+                full = torch.where(-lo > hi, lo, hi) / max(ends, key=abs)
+            scale = _representable(full * clip, dtype)
             return scale, torch.full_like(scale, float(spec.zero_point))
-        if spec.zero == "integer" or spec.scale == "uint4":  # uint4 minima have no sign either
-            lo, hi = lo.clamp(max=0.0), hi.clamp(min=0.0)
+        if spec.scale == "uint4":  # its minima are what is subtracted, and have no sign
+            lo = lo.clamp(max=0.0)
         if spec.zero == "integer":
+            lo, hi = lo.clamp(max=0.0), hi.clamp(min=0.0)
             scale = _representable((hi - lo) * (clip / self.top), dtype)
             return scale, torch.round(-lo * clip * _inverse(scale)).clamp_(0, self.top)
         middle, half = hi / 2 + lo / 2, (hi / 2 - lo / 2) * clip
@@ -230,7 +234,9 @@ class _Rounding:
             q = self._code(scale, zero).mul_(scale[..., None]).sub_(zero[..., None])
         else:
             q = self._code(scale, zero).sub_(zero[..., None]).mul_(scale[..., None])
-        error = q.sub_(self.x).square_().sum(dim=2)
+        q = q.sub_(self.x)
+        q[:, -1, self.last :] = 0.0
+        error = q.square_().sum(dim=2)
         return torch.where(torch.isfinite(error), error, torch.inf)
 
 
