@@ -1,7 +1,9 @@
 """Who computes: an ordered table of rows per op, and the choice among them.
 
-A row names an op namespace and says, for a case, why it cannot serve it. The first row of the table that can is taken.
-Passing over a row that stands for the device is a fallback: it warns once per op and case, with the reasons, or raises.
+A row names an op namespace and says, for a case, why it cannot serve it. The first row of the table
+that can is taken.
+Passing over a row that stands for the device is a fallback: it warns once per op and case, with the
+reasons, or raises.
 """
 
 from __future__ import annotations
@@ -40,8 +42,10 @@ def _anything(case: Case) -> str | None:
 class Row:
     """One implementation of one op.
 
-    op: its name. name: of the backend ("cpu", "cuda", "reference"), what `set_backend` takes. namespace: of torch.ops.
-    device: the device type it stands for; None: any. supports: case -> the reason why not, or None. A case holds what the
+    op: its name. name: of the backend ("cpu", "cuda", "reference"), what `set_backend` takes.
+    namespace: of torch.ops.
+    device: the device type it stands for; None: any. supports: case -> the reason why not, or None.
+    A case holds what the
     caller of `select` gave: constants such as weight=WeightKind(...), act="int8".
     """
 
@@ -71,9 +75,11 @@ _policy = "warn"
 
 
 def register_row(row: Row, *, before: str | None = None) -> None:
-    """Adds a row to the table of its op: last among those that stand for a device, or before the row named `before`.
+    """Adds a row to the table of its op: last among those that stand for a device, or before the
+    row named `before`.
 
-    Packages outside this one call it from an entry point of the group "qkernels.backends" (a function without
+    Packages outside this one call it from an entry point of the group "qkernels.backends" (a
+    function without
     arguments). Raises ValueError for a second row of the same op and name, or an unknown `before`.
     """
     with _lock:
@@ -102,10 +108,14 @@ def choose(op: str, device: str, case: Case) -> Choice:
     if _backend != "auto":
         candidates.sort(key=lambda row: row.name != _backend)
         if _backend not in names():
-            raise ValueError(f"unknown backend {_backend!r} (from QKERNELS_BACKEND); there are {names()}")
+            raise ValueError(
+                f"unknown backend {_backend!r} (from QKERNELS_BACKEND); there are {names()}"
+            )
         if not any(row.name == _backend for row in candidates):
             known = sorted({row.name for row in table})
-            raise RuntimeError(f"qkernels::{op}: backend {_backend!r} has no row for device {device}; rows: {known}")
+            raise RuntimeError(
+                f"qkernels::{op}: backend {_backend!r} has no row for device {device}; rows: {known}"
+            )
     reasons = []
     for row in candidates:
         reason = row.supports(case)
@@ -114,19 +124,26 @@ def choose(op: str, device: str, case: Case) -> Choice:
         if reason is None:
             return Choice(row, tuple(reasons))
         reasons.append((row.name, reason))
-    told = "; ".join(f"{name}: {reason}" for name, reason in reasons) or f"none stands for device {device}"
+    told = (
+        "; ".join(f"{name}: {reason}" for name, reason in reasons)
+        or f"none stands for device {device}"
+    )
     raise RuntimeError(f"qkernels::{op}: no backend serves {describe(case)} on {device}: {told}")
 
 
 def select(op: str, device: torch.device, **case: Any) -> Callable[..., Any]:
-    """The op of the row for this case, ready to call: `select("norm", x.device)(x, weight, bias, eps, center)`.
+    """The op of the row for this case, ready to call: `select("norm", x.device)(x, weight, bias,
+    eps, center)`.
 
-    case: hashable constants that rows decide by. Cached per case; traceable by torch.compile. Raises RuntimeError if no
+    case: hashable constants that rows decide by. Cached per case; traceable by torch.compile.
+    Raises RuntimeError if no
     row serves the case, FallbackError where one is passed over and the policy is "error".
     """
     key = (op, device.type, tuple(case.items()), _backend)
     if torch.compiler.is_dynamo_compiling():
-        return _overload(_resolve_for_trace(op, device.type, tuple(case.items()), _backend, _policy), op)
+        return _overload(
+            _resolve_for_trace(op, device.type, tuple(case.items()), _backend, _policy), op
+        )
     found = _choices.get(key)
     if found is None:
         found = _choices[key] = _overload(_resolve(op, device.type, case), op)
@@ -138,7 +155,9 @@ def _overload(namespace: str, op: str) -> Callable[..., Any]:
 
 
 @torch.compiler.assume_constant_result
-def _resolve_for_trace(op: str, device: str, case: tuple[tuple[str, Any], ...], backend: str, policy: str) -> str:
+def _resolve_for_trace(
+    op: str, device: str, case: tuple[tuple[str, Any], ...], backend: str, policy: str
+) -> str:
     # backend and policy are arguments so that a trace is guarded by them.
     return _resolve(op, device, {name: _kind(value) for name, value in case})
 
@@ -168,11 +187,17 @@ def _kind(value: Any) -> Any:
     """A WeightKind that tracing may have handed on as a plain tuple."""
     from .quant.weight import WeightKind
 
-    return WeightKind(*value) if isinstance(value, tuple) and len(value) == len(WeightKind._fields) else value
+    return (
+        WeightKind(*value)
+        if isinstance(value, tuple) and len(value) == len(WeightKind._fields)
+        else value
+    )
 
 
 def describe(case: Case) -> str:
-    return ", ".join(str(v) if k == "weight" else f"{k} {v}" for k, v in case.items()) or "any input"
+    return (
+        ", ".join(str(v) if k == "weight" else f"{k} {v}" for k, v in case.items()) or "any input"
+    )
 
 
 def _implemented(row: Row, device: str) -> bool:
@@ -184,9 +209,12 @@ def _implemented(row: Row, device: str) -> bool:
 def set_backend(name: str = "auto", *, on_fallback: str | None = None) -> None:
     """Which row computes, process-wide.
 
-    name: "auto" takes the first of the table that can; another ("reference", "cpu", "cuda", or a plugin's) comes before
-    all others. The environment variable QKERNELS_BACKEND sets it at import. on_fallback: what happens when a row is
-    passed over because it cannot serve a case: "warn" once per case, "error", or "ignore"; None leaves it as it is.
+    name: "auto" takes the first of the table that can; another ("reference", "cpu", "cuda", or a
+    plugin's) comes before
+    all others. The environment variable QKERNELS_BACKEND sets it at import. on_fallback: what
+    happens when a row is
+    passed over because it cannot serve a case: "warn" once per case, "error", or "ignore"; None
+    leaves it as it is.
     Raises ValueError for an unknown name or policy.
     """
     global _backend, _policy
@@ -234,12 +262,17 @@ def _load_plugins() -> None:
         for entry in metadata.entry_points(group=ENTRY_POINTS):
             try:
                 entry.load()()
-            except Exception as error:  # a broken plugin must not take the package down, but must be heard of
-                warnings.warn(f"qkernels: the backend plugin {entry.value!r} failed: {error!r}", stacklevel=2)
+            except (
+                Exception
+            ) as error:  # a broken plugin must not take the package down, but must be heard of
+                warnings.warn(
+                    f"qkernels: the backend plugin {entry.value!r} failed: {error!r}", stacklevel=2
+                )
 
 
 def _from_environment() -> None:
-    """QKERNELS_BACKEND, which the first choice checks: plugins, whose name it may be, import this module."""
+    """QKERNELS_BACKEND, which the first choice checks: plugins, whose name it may be, import this
+    module."""
     global _backend
     _backend = os.environ.get("QKERNELS_BACKEND", "") or "auto"
 

@@ -17,7 +17,8 @@ from .quant import PackedWeight
 class BuildInfo:
     """The installation. `str()` is a few lines of text.
 
-    isa: the CPU instruction set in use; isas: those that build and CPU have, best first; cuda: "loaded", or why not.
+    isa: the CPU instruction set in use; isas: those that build and CPU have, best first; cuda:
+    "loaded", or why not.
     """
 
     version: str
@@ -77,19 +78,29 @@ class ModelInfo:
 def info(model: Any = None) -> BuildInfo | ModelInfo:
     """What was built; with a model, what runs in each layer that holds a packed weight, and why.
 
-    model: an nn.Module whose layers keep a PackedWeight in `.packed`, or a mapping of names to PackedWeights.
+    model: an nn.Module whose layers keep a PackedWeight in `.packed`, or a mapping of names to
+    PackedWeights.
     Raises TypeError for anything else.
     """
     if model is None:
         return _build()
     if isinstance(model, nn.Module):
-        found = [(name, module, getattr(module, "packed", None)) for name, module in model.named_modules()]
+        found = [
+            (name, module, getattr(module, "packed", None))
+            for name, module in model.named_modules()
+        ]
     elif isinstance(model, dict):
         found = [(name, None, weight) for name, weight in model.items()]
     else:
-        raise TypeError(f"info takes a module or a dict of packed weights, got {type(model).__name__}")
+        raise TypeError(
+            f"info takes a module or a dict of packed weights, got {type(model).__name__}"
+        )
     return ModelInfo(
-        tuple(_layer(name, module, weight) for name, module, weight in found if isinstance(weight, PackedWeight))
+        tuple(
+            _layer(name, module, weight)
+            for name, module, weight in found
+            if isinstance(weight, PackedWeight)
+        )
     )
 
 
@@ -121,11 +132,22 @@ def _layer(name: str, module: nn.Module | None, weight: PackedWeight) -> LayerIn
     op = "embedding" if table else "linear"
     choice = backends.choose(op, weight.device.type, case)
     return LayerInfo(
-        name, op, weight.n, weight.k, str(weight.spec), act, choice.row.name, choice.reasons, weight.nbytes
+        name,
+        op,
+        weight.n,
+        weight.k,
+        str(weight.spec),
+        act,
+        choice.row.name,
+        choice.reasons,
+        weight.nbytes,
     )
 
 
 def _columns(rows: list[tuple[str, ...]]) -> str:
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
+    lines = (
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+        for row in rows
+    )
     return "\n".join(line.rstrip() for line in lines)

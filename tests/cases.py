@@ -1,4 +1,5 @@
-"""The kinds of weights that the formats of the world need, random weights of each, and the shapes that ops run on."""
+"""The kinds of weights that the formats of the world need, random weights of each, and the shapes
+that ops run on."""
 
 from __future__ import annotations
 
@@ -45,7 +46,9 @@ FORMATS: dict[str, Format] = {
     "NVFP4": Format(QuantSpec(4, 16, "e4m3", table=E2M1), 4 + 8 / 16),
     "GPTQ W4 g128": Format(QuantSpec(4, 128, zero="integer"), _gptq(4, 128)),
     "GPTQ W4 g32": Format(QuantSpec(4, 32, zero="integer"), _gptq(4, 32)),
-    "GPTQ W4 g128 act-order": Format(QuantSpec(4, 128, zero="integer", act_order=True), _gptq(4, 128)),
+    "GPTQ W4 g128 act-order": Format(
+        QuantSpec(4, 128, zero="integer", act_order=True), _gptq(4, 128)
+    ),
     "GPTQ W8 g128": Format(QuantSpec(8, 128, zero="integer"), _gptq(8, 128)),
     "GPTQ W3 g128": Format(QuantSpec(3, 128, zero="integer"), _gptq(3, 128)),
     "GPTQ W2 g64": Format(QuantSpec(2, 64, zero="integer"), _gptq(2, 64)),
@@ -56,12 +59,21 @@ FORMATS: dict[str, Format] = {
     "compressed-tensors W4 row": Format(QuantSpec(4, -1, "float32"), 4.0),
 }
 
-# What the CPU kernels of linear take: both widths, every scale and zero, smallest and largest groups.
+# What the CPU kernels of linear take: both widths, every scale and zero, smallest and largest
+# groups.
 LINEAR_SPECS: dict[str, QuantSpec] = {
     str(spec): spec
     for spec in (
-        *(QuantSpec(bits, 32, zero=zero) for bits in (4, 8) for zero in ("symmetric", "integer", "minimum")),
-        *(QuantSpec(bits, 64, "float32", zero) for bits in (4, 8) for zero in ("symmetric", "integer")),
+        *(
+            QuantSpec(bits, 32, zero=zero)
+            for bits in (4, 8)
+            for zero in ("symmetric", "integer", "minimum")
+        ),
+        *(
+            QuantSpec(bits, 64, "float32", zero)
+            for bits in (4, 8)
+            for zero in ("symmetric", "integer")
+        ),
         *(QuantSpec(bits, 128, "bfloat16", "minimum") for bits in (4, 8)),
         *(QuantSpec(bits, 16) for bits in (4, 8)),
         *(QuantSpec(bits, -1) for bits in (4, 8)),
@@ -82,7 +94,8 @@ TOKENS = [1, 2, 3, 5, 8, 17, 33]
 
 
 def random_plain(spec: QuantSpec, n: int, k: int, generator: torch.Generator) -> PlainWeight:
-    """Random codes over all values, and scales over an octave or more; every kind of scale, zero and order."""
+    """Random codes over all values, and scales over an octave or more; every kind of scale, zero
+    and order."""
     groups, blocks = spec.groups(k), -(-k // BLOCK)
 
     def integers(low: int, high: int, *size: int, dtype: torch.dtype = torch.uint8) -> Tensor:
@@ -95,7 +108,11 @@ def random_plain(spec: QuantSpec, n: int, k: int, generator: torch.Generator) ->
     zero = block_scale = block_zero = None
     minimum = spec.zero == "minimum"
     if spec.two_level:
-        scale = integers(0, 256, n, groups) if spec.scale == "uint4" else integers(-127, 128, n, groups, dtype=torch.int8)
+        scale = (
+            integers(0, 256, n, groups)
+            if spec.scale == "uint4"
+            else integers(-127, 128, n, groups, dtype=torch.int8)
+        )
         if minimum and spec.scale == "int8":
             zero = integers(-127, 128, n, groups, dtype=torch.int8)
         block_scale = floats(torch.float16, blocks, 1e-4, 3e-4)

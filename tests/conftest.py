@@ -43,7 +43,11 @@ class Isa:
                 torch.ops.load_library(str(EMULATED_LIBRARY))
                 _loaded.add(EMULATED)
         there = self.ops.cpu_isas()
-        return None if self.name in there.split(", ") else f"this CPU and build have {there}, not {self.name}"
+        return (
+            None
+            if self.name in there.split(", ")
+            else f"this CPU and build have {there}, not {self.name}"
+        )
 
 
 _loaded: set[str] = set()

@@ -1,4 +1,5 @@
-"""Tolerances that are computed: what rounding alone can do to a result, from the exact one in float64."""
+"""Tolerances that are computed: what rounding alone can do to a result, from the exact one in
+float64."""
 
 from __future__ import annotations
 
@@ -14,9 +15,11 @@ SMALLEST = {torch.float32: 2.0**-149, torch.float16: 2.0**-24, torch.bfloat16: 2
 
 
 def exact_weight(plain: PlainWeight) -> tuple[Tensor, Tensor]:
-    """The values [N, K] in float64, where all products are exact, and the sum of the magnitudes they are made of.
+    """The values [N, K] in float64, where all products are exact, and the sum of the magnitudes
+    they are made of.
 
-    Kernels may sum scale * code and the zero's part separately, so rounding errors are relative to the latter.
+    Kernels may sum scale * code and the zero's part separately, so rounding errors are relative to
+    the latter.
     """
     spec = plain.spec
     group, k = spec.group(plain.k), plain.k
@@ -43,11 +46,16 @@ def exact_weight(plain: PlainWeight) -> tuple[Tensor, Tensor]:
     return scale * (code - zero), scale.abs() * (code.abs() + zero.abs())
 
 
-def linear_exact(x: Tensor, plain: PlainWeight, bias: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """x [M, K] (exact in float64) -> y [M, N] float64, and the bound of a float32 kernel's error that stores dtype.
+def linear_exact(
+    x: Tensor, plain: PlainWeight, bias: Tensor | None, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """x [M, K] (exact in float64) -> y [M, N] float64, and the bound of a float32 kernel's error
+    that stores dtype.
 
-    Any order of summing K products in float32 errs by at most (K - 1) u of the sum of their magnitudes; each product
-    adds a few roundings of its own (scales, the product, the zero's part), the bias one, the store half a unit.
+    Any order of summing K products in float32 errs by at most (K - 1) u of the sum of their
+    magnitudes; each product
+    adds a few roundings of its own (scales, the product, the zero's part), the bias one, the store
+    half a unit.
     """
     x = x.double()
     weight, magnitude = exact_weight(plain)

@@ -14,14 +14,30 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 def same(got: tuple[Tensor, ...], want: tuple[Tensor, ...]) -> None:
     for a, b in zip(got, want, strict=True):
         assert a.dtype == b.dtype and a.shape == b.shape
-        assert torch.equal(a.nan_to_num(7.0) if a.is_floating_point() else a, b.nan_to_num(7.0) if b.is_floating_point() else b)
+        assert torch.equal(
+            a.nan_to_num(7.0) if a.is_floating_point() else a,
+            b.nan_to_num(7.0) if b.is_floating_point() else b,
+        )
         if a.is_floating_point():
             assert torch.equal(a.isnan(), b.isnan())
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("m, k, group", [(0, 64, 32), (1, 16, 16), (1, 1, 32), (3, 100, 32), (5, 576, 256), (33, 1000, 1008), (4, 4100, 4112)])
-def test_kernels_are_the_reference_bitwise(isa: Isa, m: int, k: int, group: int, dtype: torch.dtype, generator: torch.Generator) -> None:
+@pytest.mark.parametrize(
+    "m, k, group",
+    [
+        (0, 64, 32),
+        (1, 16, 16),
+        (1, 1, 32),
+        (3, 100, 32),
+        (5, 576, 256),
+        (33, 1000, 1008),
+        (4, 4100, 4112),
+    ],
+)
+def test_kernels_are_the_reference_bitwise(
+    isa: Isa, m: int, k: int, group: int, dtype: torch.dtype, generator: torch.Generator
+) -> None:
     x = random_x(m, k, dtype, generator)
     same(isa.ops.quantize_act(x, group), reference.quantize_act(x, group))
 
@@ -46,7 +62,12 @@ def test_values_at_the_edges(isa: Isa) -> None:
 
 
 @settings(max_examples=50, deadline=None)
-@given(m=st.integers(1, 5), k=st.integers(1, 300), group=st.sampled_from([16, 32, 80, 256]), seed=st.integers(0, 2**31))
+@given(
+    m=st.integers(1, 5),
+    k=st.integers(1, 300),
+    group=st.sampled_from([16, 32, 80, 256]),
+    seed=st.integers(0, 2**31),
+)
 def test_the_definition(m: int, k: int, group: int, seed: int) -> None:
     x = torch.randn(m, k, generator=torch.Generator().manual_seed(seed))
     codes, scale, sums = reference.quantize_act(x, group)
@@ -69,7 +90,11 @@ def test_errors(namespace: str) -> None:
     op = getattr(torch.ops, "qkernels" if namespace == "fake" else namespace).quantize_act
     device = "meta" if namespace == "fake" else "cpu"
     for x, group, said in (
-        (torch.zeros(4, 32, dtype=torch.float64), 32, "x must be float32, float16 or bfloat16, got float64"),
+        (
+            torch.zeros(4, 32, dtype=torch.float64),
+            32,
+            "x must be float32, float16 or bfloat16, got float64",
+        ),
         (torch.zeros(32), 32, r"x must have 2 dimensions, got \[32\]"),
         (torch.zeros(4, 32), 24, "group must be a positive multiple of 16, got 24"),
         (torch.zeros(4, 32), 0, "group must be a positive multiple of 16, got 0"),
@@ -82,7 +107,9 @@ def test_errors(namespace: str) -> None:
 
 @pytest.mark.parametrize("namespace", ["qkernels", "qkernels_reference"])
 def test_opcheck(namespace: str) -> None:
-    torch.library.opcheck(getattr(torch.ops, namespace).quantize_act.default, (torch.randn(3, 100), 32))
+    torch.library.opcheck(
+        getattr(torch.ops, namespace).quantize_act.default, (torch.randn(3, 100), 32)
+    )
 
 
 def test_compiles() -> None:

@@ -1,4 +1,5 @@
-"""The table of rows: who is chosen, what is said when a row is passed over, and that traces follow."""
+"""The table of rows: who is chosen, what is said when a row is passed over, and that traces
+follow."""
 
 import os
 import subprocess
@@ -50,7 +51,9 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return seen
 
 
-def test_kernels_come_first_and_the_reference_when_asked(four: PackedWeight, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kernels_come_first_and_the_reference_when_asked(
+    four: PackedWeight, monkeypatch: pytest.MonkeyPatch
+) -> None:
     seen = calls(monkeypatch)
     x = torch.randn(2, 64)
     with warnings.catch_warnings():
@@ -64,7 +67,9 @@ def test_kernels_come_first_and_the_reference_when_asked(four: PackedWeight, mon
     assert seen == ["qkernels::linear", "qkernels_reference::linear", "qkernels::linear"]
 
 
-def test_a_choice_is_made_once_per_case(four: PackedWeight, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_choice_is_made_once_per_case(
+    four: PackedWeight, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with qk.backend("auto"):
         seen = calls(monkeypatch)
         for _ in range(3):
@@ -77,7 +82,10 @@ def test_a_choice_is_made_once_per_case(four: PackedWeight, monkeypatch: pytest.
 def test_a_fallback_is_said_once_with_its_reasons(six: PackedWeight) -> None:
     x = torch.randn(2, 256)
     with qk.backend("auto", on_fallback="warn"):
-        with pytest.warns(FallbackWarning, match=r"linear of W6 g16 int8.* runs on the 'reference' row.*cpu: .*4- and 8-bit codes, not 6"):
+        with pytest.warns(
+            FallbackWarning,
+            match=r"linear of W6 g16 int8.* runs on the 'reference' row.*cpu: .*4- and 8-bit codes, not 6",
+        ):
             y = ops.linear(x, six)
         with warnings.catch_warnings():
             warnings.simplefilter("error")
@@ -105,11 +113,17 @@ def test_a_fallback_can_be_an_error_or_silent(six: PackedWeight) -> None:
         (QuantSpec(3, 32), "not 3"),
     ],
 )
-def test_what_the_cpu_kernels_refuse(spec: QuantSpec, reason: str, generator: torch.Generator) -> None:
+def test_what_the_cpu_kernels_refuse(
+    spec: QuantSpec, reason: str, generator: torch.Generator
+) -> None:
     weight = random_plain(spec, 64, 64, generator).pack()
-    choice = backends.choose("linear", "cpu", {"weight": weight.kind, "act": "int8", "group": 32, "act_group": 32})
+    choice = backends.choose(
+        "linear", "cpu", {"weight": weight.kind, "act": "int8", "group": 32, "act_group": 32}
+    )
     assert choice.row.name == "reference" and reason in choice.reasons[0][1]
-    with pytest.raises(RuntimeError, match="not supported by the CPU kernels"):  # said by the kernel too
+    with pytest.raises(
+        RuntimeError, match="not supported by the CPU kernels"
+    ):  # said by the kernel too
         torch.ops.qkernels.linear(torch.randn(1, 64), *weight.op_args(), None, "int8", 32)
 
 
@@ -121,7 +135,9 @@ def test_sums_that_could_overflow_are_not_tried() -> None:
 
 
 def test_rows_of_others(table: None, four: PackedWeight) -> None:
-    backends.register_row(Row("linear", "mine", "qkernels_reference", "cpu", lambda case: None), before="cpu")
+    backends.register_row(
+        Row("linear", "mine", "qkernels_reference", "cpu", lambda case: None), before="cpu"
+    )
     assert [row.name for row in backends.rows("linear")] == ["mine", "cpu", "cuda", "reference"]
     assert backends.choose("linear", "cpu", {"weight": four.kind}).row.name == "mine"
     assert "mine" in backends.names()
@@ -133,15 +149,24 @@ def test_rows_of_others(table: None, four: PackedWeight) -> None:
     assert [row.name for row in backends.rows("linear")][:3] == ["mine", "cpu", "late"]
 
 
-def test_plugins_come_through_their_entry_point(table: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_plugins_come_through_their_entry_point(
+    table: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def good() -> None:
         backends.register_row(Row("norm", "plugin", "qkernels_reference", "cpu"))
 
     def broken() -> None:
         raise OSError("no such device")
 
-    entries = [SimpleNamespace(value="a:good", load=lambda: good), SimpleNamespace(value="b:broken", load=lambda: broken)]
-    monkeypatch.setattr(backends.metadata, "entry_points", lambda group: entries if group == "qkernels.backends" else [])
+    entries = [
+        SimpleNamespace(value="a:good", load=lambda: good),
+        SimpleNamespace(value="b:broken", load=lambda: broken),
+    ]
+    monkeypatch.setattr(
+        backends.metadata,
+        "entry_points",
+        lambda group: entries if group == "qkernels.backends" else [],
+    )
     monkeypatch.setattr(backends, "_plugins_loaded", False)
     with pytest.warns(UserWarning, match="b:broken.*no such device"):
         assert "plugin" in [row.name for row in backends.rows("norm")]
@@ -164,10 +189,22 @@ def test_the_context_puts_back_what_was(four: PackedWeight) -> None:
     assert backends.current() == ("cpu", "ignore")
 
 
-@pytest.mark.parametrize("name, said", [("reference", "reference::norm"), ("nonsense", "unknown backend 'nonsense' (from QKERNELS_BACKEND)"), ("", "qkernels::norm")])
+@pytest.mark.parametrize(
+    "name, said",
+    [
+        ("reference", "reference::norm"),
+        ("nonsense", "unknown backend 'nonsense' (from QKERNELS_BACKEND)"),
+        ("", "qkernels::norm"),
+    ],
+)
 def test_the_environment(name: str, said: str) -> None:
     code = "import torch; from qkernels import backends; print(backends.select('norm', torch.device('cpu')).name())"
-    done = subprocess.run([sys.executable, "-c", code], env={**os.environ, "QKERNELS_BACKEND": name}, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "QKERNELS_BACKEND": name},
+        capture_output=True,
+        text=True,
+    )
     assert said in done.stdout + done.stderr
 
 
@@ -199,7 +236,11 @@ def test_a_refused_case_says_so_in_a_trace(six: PackedWeight) -> None:
 
 def test_info(four: PackedWeight, six: PackedWeight) -> None:
     build = qk.info()
-    assert build.isa in build.isas and "scalar" in build.isas and build.threads == torch.get_num_threads()
+    assert (
+        build.isa in build.isas
+        and "scalar" in build.isas
+        and build.threads == torch.get_num_threads()
+    )
     assert torch.__version__ in str(build) and build.cuda in str(build)
 
     class Layer(nn.Module):
@@ -210,7 +251,10 @@ def test_info(four: PackedWeight, six: PackedWeight) -> None:
     model = nn.Sequential(Layer(four), Layer(six, "float"))
     with qk.backend("auto"):
         said = qk.info(model)
-    assert [(layer.name, layer.row, layer.act) for layer in said.layers] == [("0", "cpu", "int8"), ("1", "reference", "float")]
+    assert [(layer.name, layer.row, layer.act) for layer in said.layers] == [
+        ("0", "cpu", "int8"),
+        ("1", "reference", "float"),
+    ]
     assert said.nbytes == four.nbytes + six.nbytes
     assert "not 6" in str(said) and "W4 g32 float16" in str(said)
     assert qk.info({"w": four}).layers[0].name == "w"

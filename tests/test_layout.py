@@ -1,4 +1,5 @@
-"""One layout, defined twice: csrc/layout.h (through the op `pack`) and quant/layout.py are held equal."""
+"""One layout, defined twice: csrc/layout.h (through the op `pack`) and quant/layout.py are held
+equal."""
 
 import pytest
 import torch
@@ -26,7 +27,12 @@ def place(width: int, row: int, col: int) -> tuple[int, int]:
 def test_every_code_lies_where_the_formulas_say(bits: int, generator: torch.Generator) -> None:
     n, k = 128, 32
     codes = torch.randint(0, 1 << bits, (n, k), generator=generator, dtype=torch.uint8)
-    units = layout.pack(codes, bits, 16, False).view(torch.uint8).reshape(n // 64, k // 16, 128 * bits).tolist()
+    units = (
+        layout.pack(codes, bits, 16, False)
+        .view(torch.uint8)
+        .reshape(n // 64, k // 16, 128 * bits)
+        .tolist()
+    )
     for row in range(n):
         for col in range(k):
             unit, offset, code = units[row // 64][col // 16], 0, 0
@@ -46,10 +52,14 @@ def test_every_code_lies_where_the_formulas_say(bits: int, generator: torch.Gene
     two_level=st.booleans(),
     seed=st.integers(0, 2**31),
 )
-def test_unpack_is_the_inverse(n: int, k: int, bits: int, group: int, two_level: bool, seed: int) -> None:
+def test_unpack_is_the_inverse(
+    n: int, k: int, bits: int, group: int, two_level: bool, seed: int
+) -> None:
     if two_level and 256 % group:
         group = 32
-    codes = torch.randint(0, 1 << bits, (n, k), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
+    codes = torch.randint(
+        0, 1 << bits, (n, k), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8
+    )
     packed = layout.pack(codes, bits, group, two_level)
     np, kp = layout.padded_n(n), layout.padded_k(k, group, two_level)
     assert packed.shape == (np, kp * bits // 8) and packed.dtype == torch.int8
@@ -59,7 +69,10 @@ def test_unpack_is_the_inverse(n: int, k: int, bits: int, group: int, two_level:
 
 
 @pytest.mark.parametrize("bits", BITS)
-@pytest.mark.parametrize("n, k, group, two_level", [(64, 16, 16, False), (1, 1, 32, False), (150, 700, 32, True), (257, 333, 112, False)])
+@pytest.mark.parametrize(
+    "n, k, group, two_level",
+    [(64, 16, 16, False), (1, 1, 32, False), (150, 700, 32, True), (257, 333, 112, False)],
+)
 def test_the_kernels_pack_the_same_bytes(
     isa: Isa, bits: int, n: int, k: int, group: int, two_level: bool, generator: torch.Generator
 ) -> None:
@@ -67,12 +80,22 @@ def test_the_kernels_pack_the_same_bytes(
     packed = isa.ops.pack(codes, bits, group, two_level)
     assert torch.equal(packed, layout.pack(codes, bits, group, two_level))
     groups = layout.padded_k(k, group, two_level) // group
-    scale = torch.ones(layout.padded_n(n) // 64, groups, 64, dtype=torch.int8 if two_level else torch.float16)
-    block = torch.ones(scale.shape[0], groups * group // 256, 64, dtype=torch.float16) if two_level else None
-    assert torch.equal(isa.ops.unpack(packed, scale, None, block, None, None, bits, group, n, k), codes)
+    scale = torch.ones(
+        layout.padded_n(n) // 64, groups, 64, dtype=torch.int8 if two_level else torch.float16
+    )
+    block = (
+        torch.ones(scale.shape[0], groups * group // 256, 64, dtype=torch.float16)
+        if two_level
+        else None
+    )
+    assert torch.equal(
+        isa.ops.unpack(packed, scale, None, block, None, None, bits, group, n, k), codes
+    )
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.int8, torch.float8_e8m0fnu, torch.float8_e4m3fn])
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.float16, torch.int8, torch.float8_e8m0fnu, torch.float8_e4m3fn]
+)
 def test_groups(dtype: torch.dtype, generator: torch.Generator) -> None:
     values = torch.randint(1, 100, (70, 5), generator=generator).to(torch.uint8)
     values = values.view(dtype) if dtype.itemsize == 1 else values.to(dtype)
@@ -80,7 +103,9 @@ def test_groups(dtype: torch.dtype, generator: torch.Generator) -> None:
     assert packed.shape == (2, 8, 64) and packed.dtype == dtype
     plain = packed.float()
     for row, group in ((0, 0), (63, 4), (64, 0), (69, 3)):  # csrc/layout.h: group_index
-        assert plain.flatten()[(row // 64 * 8 + group) * 64 + row % 64] == values[row, group].float()
+        assert (
+            plain.flatten()[(row // 64 * 8 + group) * 64 + row % 64] == values[row, group].float()
+        )
     raw = packed.view({1: torch.uint8, 2: torch.int16, 4: torch.int32}[dtype.itemsize])
     assert not raw[:, 5:].any() and not raw[1, :, 6:].any()  # zero bytes
     assert torch.equal(layout.unpack_groups(packed, 70, 5).float(), values.float())

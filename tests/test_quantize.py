@@ -24,29 +24,37 @@ EVERY = [
 
 
 def error(weight: Tensor, plain: PlainWeight) -> float:
-    return float((plain.dequantize().double() - weight.double()).square().mean().sqrt() / weight.double().std())
+    return float(
+        (plain.dequantize().double() - weight.double()).square().mean().sqrt()
+        / weight.double().std()
+    )
 
 
 @pytest.mark.parametrize("spec", EVERY, ids=str)
 def test_error_of_every_spec(spec: QuantSpec, generator: torch.Generator) -> None:
-    """A step of range / (2^bits - 1) leaves an error of at most half of it; the searched clip is no worse in sum."""
+    """A step of range / (2^bits - 1) leaves an error of at most half of it; the searched clip is no
+    worse in sum."""
     weight = torch.randn(70, 500, generator=generator)
     plain = quantize(weight, spec)
     plain.validate()
     searched, whole = error(weight, plain), error(weight, quantize(weight, spec, search=False))
     # The clip is searched before scales are rounded to two levels, which may cost what it gained.
     assert searched <= whole * (1.05 if spec.two_level else 1 + 1e-6)
-    # The range of a group of normal values is below 6.5 of their deviations at 32 columns, 7.5 in a row of 500;
-    # symmetric codes may have twice the largest value to cover. Uniform rounding errs by step / sqrt(12).
+    # The range of a group of normal values is below 6.5 of their deviations at 32 columns, 7.5 in a
+    # row of 500;
+    # symmetric codes may have twice the largest value to cover. Uniform rounding errs by step /
+    # sqrt(12).
     spread = 8.0 if spec.group_size == -1 else 7.0
-    # Coarse scales and minima miss the ends of the range, whatever the bits; tables are finest in the middle.
+    # Coarse scales and minima miss the ends of the range, whatever the bits; tables are finest in
+    # the middle.
     coarse = (2.0 if spec.scale == "e8m0" else 1.0) * (1.6 if spec.table else 1.0)
     missed = {"uint4": 0.05, "e4m3": 0.015}.get(spec.scale, 0.0)
     assert searched <= coarse * spread / ((1 << spec.bits) - 1) / 12**0.5 + missed
 
 
 def with_extremes(spec: QuantSpec, n: int, k: int, generator: torch.Generator) -> PlainWeight:
-    """Random weights whose scales and zeros can be read off their values: the ends of the codes are in every group, the
+    """Random weights whose scales and zeros can be read off their values: the ends of the codes are
+    in every group, the
     ends of two-level integers in every block, and scales are positive."""
     plain = random_plain(spec, n, k, generator)
     group, top = spec.group(k), (1 << spec.bits) - 1
@@ -54,7 +62,8 @@ def with_extremes(spec: QuantSpec, n: int, k: int, generator: torch.Generator) -
     last = torch.minimum(first + 1, torch.tensor(k - 1))
     if spec.table is not None:
         plain.codes[plain.codes == 8] = 7 if spec.table == E2M1 else 8  # -0 rounds to 0
-        plain.codes[:, first] = max(range(16), key=lambda i: abs(spec.table[i]))  # type: ignore[index]
+        # type: ignore[index]
+        plain.codes[:, first] = max(range(16), key=lambda i: abs(spec.table[i]))
     else:
         plain.codes[:, first] = 0
         plain.codes[:, last] = top if spec.zero != "symmetric" else plain.codes[:, last]
@@ -81,14 +90,24 @@ def shapes_where_extremes_fit(spec: QuantSpec, n: int, k: int) -> bool:
 
 
 @settings(max_examples=150, deadline=None)
-@given(spec=st.sampled_from(EVERY), n=st.integers(1, 80), k=st.integers(2, 700), seed=st.integers(0, 2**31), search=st.booleans())
-def test_codes_survive_decoding_and_rounding(spec: QuantSpec, n: int, k: int, seed: int, search: bool) -> None:
+@given(
+    spec=st.sampled_from(EVERY),
+    n=st.integers(1, 80),
+    k=st.integers(2, 700),
+    seed=st.integers(0, 2**31),
+    search=st.booleans(),
+)
+def test_codes_survive_decoding_and_rounding(
+    spec: QuantSpec, n: int, k: int, seed: int, search: bool
+) -> None:
     if not shapes_where_extremes_fit(spec, n, k):
         k += 1
     plain = with_extremes(spec, n, k, torch.Generator().manual_seed(seed))
     again = quantize(plain.dequantize(), spec, search=search)
     wrong = (again.codes != plain.codes).nonzero()
-    assert len(wrong) == 0, f"{len(wrong)} of {plain.codes.numel()} codes differ, first at {wrong[0].tolist()}"
+    assert len(wrong) == 0, (
+        f"{len(wrong)} of {plain.codes.numel()} codes differ, first at {wrong[0].tolist()}"
+    )
 
 
 @pytest.mark.parametrize("spec", EVERY, ids=str)
@@ -96,14 +115,22 @@ def test_degenerate_groups(spec: QuantSpec) -> None:
     """Zeros decode to zeros, and constants to about themselves."""
     zeros = quantize(torch.zeros(3, 64), spec)
     zeros.validate()
-    assert zeros.dequantize().abs().max() <= 2.0**-126  # e8m0 has no scale of 0, nor IQ4_NL a value of 0
+    assert (
+        zeros.dequantize().abs().max() <= 2.0**-126
+    )  # e8m0 has no scale of 0, nor IQ4_NL a value of 0
     constant = quantize(torch.full((3, 64), 0.75), spec)
-    tolerance = {"e8m0": 0.26, "e4m3": 0.07, "uint4": 0.25}.get(spec.scale, 0.01) + (0.35 if spec.bits < 4 else 0.0) + (0.15 if spec.table else 0.0)
+    tolerance = (
+        {"e8m0": 0.26, "e4m3": 0.07, "uint4": 0.25}.get(spec.scale, 0.01)
+        + (0.35 if spec.bits < 4 else 0.0)
+        + (0.15 if spec.table else 0.0)
+    )
     assert (constant.dequantize() - 0.75).abs().max() <= tolerance * 0.75
 
 
 @pytest.mark.parametrize("name", ["Q4_1", "Q4_K", "MXFP4", "Q6_K"])
-def test_row_blocks_change_nothing(name: str, generator: torch.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_row_blocks_change_nothing(
+    name: str, generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
     spec = FORMATS[name].spec
     weight = torch.randn(200, 512, generator=generator).bfloat16()
     whole = quantize(weight, spec)
@@ -125,7 +152,12 @@ def test_act_order(generator: torch.Generator) -> None:
     by_position = quantize(weight[:, sorted_columns], QuantSpec(4, 64, zero="integer"))
     assert torch.equal(plain.dequantize()[:, sorted_columns], by_position.dequantize())
     assert torch.equal(plain.pack().dequantize(), plain.dequantize())
-    for bad, said in ((None, "needs a g_idx"), (g_idx.long(), "int32"), (g_idx[1:], r"\[256\]"), (g_idx * 0, "puts 256")):
+    for bad, said in (
+        (None, "needs a g_idx"),
+        (g_idx.long(), "int32"),
+        (g_idx[1:], r"\[256\]"),
+        (g_idx * 0, "puts 256"),
+    ):
         with pytest.raises(ValueError, match=said):
             quantize(weight, spec, g_idx=bad)
 
@@ -135,7 +167,9 @@ def test_values_that_are_not_finite_are_refused_by_name(value: float) -> None:
     weight = torch.randn(3000, 256)
     weight[2017, 33] = value
     for quantizer in (quantize, quantize_packed):
-        with pytest.raises(ValueError, match=rf"model.mlp.down holds {value} at row 2017, column 33"):
+        with pytest.raises(
+            ValueError, match=rf"model.mlp.down holds {value} at row 2017, column 33"
+        ):
             quantizer(weight, QuantSpec(4, 32), name="model.mlp.down")
 
 
@@ -150,7 +184,9 @@ def test_scales_that_overflow_are_refused_by_place() -> None:
     weight[68, 40] = 1e7
     with pytest.raises(ValueError, match="w: the scale of row 68, group 1 overflows torch.float16"):
         quantize(weight, QuantSpec(4, 32), name="w")
-    with pytest.raises(ValueError, match="w: the scale of row 68, group 1 overflows torch.float8_e4m3fn"):
+    with pytest.raises(
+        ValueError, match="w: the scale of row 68, group 1 overflows torch.float8_e4m3fn"
+    ):
         quantize(weight, QuantSpec(4, 32, "e4m3"), name="w")
 
 

@@ -53,10 +53,17 @@ def test_schemes() -> None:
     assert QuantSpec.from_scheme("W4A16", group_size=64) == QuantSpec(4, 64)
     assert QuantSpec.from_scheme("w4a8") == QuantSpec(4, 32)
     assert QuantSpec.from_scheme("W8A8") == QuantSpec(8, -1)
-    assert QuantSpec.from_scheme("W8A16", group_size=128, zero="integer") == QuantSpec(8, 128, zero="integer")
+    assert QuantSpec.from_scheme("W8A16", group_size=128, zero="integer") == QuantSpec(
+        8, 128, zero="integer"
+    )
     assert QuantSpec.from_scheme("MXFP4") == QuantSpec(4, 32, "e8m0", table=E2M1)
     assert QuantSpec.from_scheme("nvfp4").group_size == 16
-    assert [scheme_act(s) for s in ("W4A16", "W4A8", "W8A8", "MXFP4")] == ["float", "int8", "int8", "float"]
+    assert [scheme_act(s) for s in ("W4A16", "W4A8", "W8A8", "MXFP4")] == [
+        "float",
+        "int8",
+        "int8",
+        "float",
+    ]
     for unknown in ("W4", "W7A16", "W4A4", "int4", ""):
         with pytest.raises(ValueError, match="known are W2A16"):
             QuantSpec.from_scheme(unknown)
@@ -91,4 +98,8 @@ def test_numbers_of_a_row() -> None:
     assert (flat.group(100), flat.groups(100), flat.padded_k(100)) == (32, 4, 128)
     two_level = QuantSpec(4, 32, "int8")
     assert (two_level.groups(100), two_level.padded_k(100)) == (4, 256)
-    assert (QuantSpec(4).zero_point, QuantSpec(8).zero_point, QuantSpec(4, table=E2M1).zero_point) == (8, 128, 0)
+    assert (
+        QuantSpec(4).zero_point,
+        QuantSpec(8).zero_point,
+        QuantSpec(4, table=E2M1).zero_point,
+    ) == (8, 128, 0)

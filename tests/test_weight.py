@@ -15,7 +15,9 @@ FIELDS = ("codes", "scale", "zero", "block_scale", "block_zero", "g_idx")
 
 
 def bits_of(tensor: Tensor) -> Tensor:
-    return tensor.contiguous().view({1: torch.uint8, 2: torch.int16, 4: torch.int32}[tensor.dtype.itemsize])
+    return tensor.contiguous().view(
+        {1: torch.uint8, 2: torch.int16, 4: torch.int32}[tensor.dtype.itemsize]
+    )
 
 
 def assert_same(a: PlainWeight, b: PlainWeight) -> None:
@@ -28,14 +30,18 @@ def assert_same(a: PlainWeight, b: PlainWeight) -> None:
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_every_format_packs_exactly_and_at_its_own_size(name: str, generator: torch.Generator) -> None:
+def test_every_format_packs_exactly_and_at_its_own_size(
+    name: str, generator: torch.Generator
+) -> None:
     spec, disk_bits = FORMATS[name].spec, FORMATS[name].disk_bits
     plain = random_plain(spec, 256, 2048, generator)
     packed = plain.pack()
     assert_same(packed.unpack(), plain)
     table = 0 if packed.table is None else packed.table.nbytes
     perm = 0 if packed.perm is None else packed.perm.nbytes
-    scales = 256 * packed.scale.element_size() if spec.group_size == -1 else 0  # one per row: counted as free
+    scales = (
+        256 * packed.scale.element_size() if spec.group_size == -1 else 0
+    )  # one per row: counted as free
     bits = 8 * (packed.nbytes - table - perm - scales) / (256 * 2048)
     assert bits == spec.bits_per_weight
     assert bits <= disk_bits * (1.10 if spec.bits < 4 else 1.03)
@@ -52,7 +58,9 @@ def test_ragged_shapes(name: str, n: int, k: int, generator: torch.Generator) ->
 
 @pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_kernels_dequantize_bitwise(isa: Isa, name: str, dtype: torch.dtype, generator: torch.Generator) -> None:
+def test_kernels_dequantize_bitwise(
+    isa: Isa, name: str, dtype: torch.dtype, generator: torch.Generator
+) -> None:
     plain = random_plain(FORMATS[name].spec, 77, 300, generator)
     packed = plain.pack()
     args = packed.op_args()
@@ -60,7 +68,9 @@ def test_kernels_dequantize_bitwise(isa: Isa, name: str, dtype: torch.dtype, gen
     assert got.dtype == dtype and torch.equal(bits_of(got), bits_of(dequantize(*args, dtype)))
     ids = torch.tensor([0, 76, 5, 5, 33])
     rows = isa.ops.embedding(ids, *args, dtype, 0.5)
-    assert torch.equal(bits_of(rows), bits_of((dequantize(*args, torch.float32)[ids] * 0.5).to(dtype)))
+    assert torch.equal(
+        bits_of(rows), bits_of((dequantize(*args, torch.float32)[ids] * 0.5).to(dtype))
+    )
     assert isa.ops.embedding(ids[:0], *args, dtype, 1.0).shape == (0, 300)
 
 
@@ -88,7 +98,9 @@ def test_act_order(generator: torch.Generator) -> None:
         packed.slice_cols(0, 64)
 
 
-@pytest.mark.parametrize("name", ["Q4_1", "Q4_K", "MXFP4", "compressed-tensors W8 row", "GPTQ W4 g128 act-order", "Q2_K"])
+@pytest.mark.parametrize(
+    "name", ["Q4_1", "Q4_K", "MXFP4", "compressed-tensors W8 row", "GPTQ W4 g128 act-order", "Q2_K"]
+)
 def test_row_blocks(name: str, generator: torch.Generator) -> None:
     plain = random_plain(FORMATS[name].spec, 200, 500, generator)
     packed = PackedWeight.empty(plain.spec, 200, 500)
@@ -96,8 +108,15 @@ def test_row_blocks(name: str, generator: torch.Generator) -> None:
         packed.write_rows(start, plain.rows(start, stop))
     whole = plain.pack()
     for key, tensor in whole.tensors().items():
-        assert torch.equal(bits_of(packed.tensors()[key]) if key != "perm" else packed.perm, bits_of(tensor) if key != "perm" else tensor)
-    for start, stop, said in ((32, 64, "multiples|blocks"), (0, 63, "blocks"), (192, 264, "blocks")):
+        assert torch.equal(
+            bits_of(packed.tensors()[key]) if key != "perm" else packed.perm,
+            bits_of(tensor) if key != "perm" else tensor,
+        )
+    for start, stop, said in (
+        (32, 64, "multiples|blocks"),
+        (0, 63, "blocks"),
+        (192, 264, "blocks"),
+    ):
         with pytest.raises(ValueError, match=said):
             packed.write_rows(start, random_plain(plain.spec, stop - start, 500, generator))
     with pytest.raises(ValueError, match="cannot take"):
@@ -139,7 +158,9 @@ def test_tensors_make_the_weight_again(name: str, generator: torch.Generator) ->
 
 
 @pytest.mark.parametrize("name", ["Q4_1", "Q4_K", "compressed-tensors W4 g128", "NVFP4", "MXFP4"])
-def test_scales_that_are_not_finite_are_refused_by_place(name: str, generator: torch.Generator) -> None:
+def test_scales_that_are_not_finite_are_refused_by_place(
+    name: str, generator: torch.Generator
+) -> None:
     plain = random_plain(FORMATS[name].spec, 200, 1000, generator)
     for field in ("scale", "zero", "block_scale", "block_zero"):
         tensor = getattr(plain, field)
@@ -147,7 +168,9 @@ def test_scales_that_are_not_finite_are_refused_by_place(name: str, generator: t
             continue
         bad = tensor.clone()
         if bad.dtype.itemsize == 1:
-            bad.view(torch.uint8)[150, 2] = {torch.float8_e8m0fnu: 255, torch.float8_e4m3fn: 127}[bad.dtype]
+            bad.view(torch.uint8)[150, 2] = {torch.float8_e8m0fnu: 255, torch.float8_e4m3fn: 127}[
+                bad.dtype
+            ]
         else:
             bad[150, 2] = torch.inf
         wrong = replace(plain, **{field: bad})
@@ -188,7 +211,10 @@ def test_ill_formed_weights_are_refused(generator: torch.Generator) -> None:
     plain = random_plain(QuantSpec(4, 32, zero="minimum"), 64, 64, generator)
     for change, said in (
         ({"codes": plain.codes.int()}, "codes of .* must be torch.uint8"),
-        ({"scale": plain.scale[:, :1]}, r"scale of .* must be torch.float16 \[64, 2\], got torch.float16 \[64, 1\]"),
+        (
+            {"scale": plain.scale[:, :1]},
+            r"scale of .* must be torch.float16 \[64, 2\], got torch.float16 \[64, 1\]",
+        ),
         ({"zero": None}, "needs a zero"),
         ({"block_scale": plain.scale}, "has no block_scale"),
         ({"codes": plain.codes[0]}, r"\[N, K\]"),
@@ -209,7 +235,11 @@ def weight_errors(args: list) -> list[tuple[int, object, str]]:
         (0, codes.t().contiguous().t(), "codes must be contiguous"),
         (1, scale[:1].contiguous(), r"scale must be \[2, 10, 64\], got \[1, 10, 64\]"),
         (1, scale.double(), "scale must be float32, float16, bfloat16.*got float64"),
-        (2, scale.float(), r"zero must be uint8 .* of the scale's type float16 \(minima\), got float32"),
+        (
+            2,
+            scale.float(),
+            r"zero must be uint8 .* of the scale's type float16 \(minima\), got float32",
+        ),
         (4, scale, "block_zero"),
         (5, torch.zeros(15, dtype=torch.int8), r"table must be \[16\], got \[15\]"),
         (6, 7, "bits must be 2, 3, 4, 5, 6 or 8, got 7"),
@@ -238,7 +268,9 @@ def test_the_same_errors_everywhere(namespace: str, index: int, generator: torch
     with pytest.raises(RuntimeError, match=said):
         ops_of.unpack(*args)
     with pytest.raises(RuntimeError, match=said):
-        ops_of.embedding(torch.zeros(1, dtype=torch.int64, device=args[0].device), *args, torch.float32, 1.0)
+        ops_of.embedding(
+            torch.zeros(1, dtype=torch.int64, device=args[0].device), *args, torch.float32, 1.0
+        )
 
 
 @pytest.mark.parametrize("namespace", ["qkernels", "qkernels_reference"])
@@ -250,25 +282,37 @@ def test_bad_values(namespace: str, generator: torch.Generator) -> None:
             ops_of.embedding(torch.tensor(ids), *args, torch.float32, 1.0)
     with pytest.raises(RuntimeError, match="ids must be int64, got int32"):
         ops_of.embedding(torch.tensor([1], dtype=torch.int32), *args, torch.float32, 1.0)
-    with pytest.raises(RuntimeError, match="dtype must be float32, float16 or bfloat16, got float64"):
+    with pytest.raises(
+        RuntimeError, match="dtype must be float32, float16 or bfloat16, got float64"
+    ):
         ops_of.dequantize(*args, torch.float64)
     with pytest.raises(RuntimeError, match="codes must be below 2\\^bits = 16"):
         ops_of.pack(torch.full((2, 20), 16, dtype=torch.uint8), 4, 32, False)
-    for bits, group, two_level, said in ((7, 32, False, "bits"), (4, 20, False, "group_size"), (4, 48, True, "divides 256")):
+    for bits, group, two_level, said in (
+        (7, 32, False, "bits"),
+        (4, 20, False, "group_size"),
+        (4, 48, True, "divides 256"),
+    ):
         with pytest.raises(RuntimeError, match=said):
             ops_of.pack(torch.zeros(2, 20, dtype=torch.uint8), bits, group, two_level)
 
 
-@pytest.mark.parametrize("name", ["Q4_1", "Q2_K", "Q5_K", "IQ4_XS"])  # opcheck itself multiplies, which float8 cannot
+@pytest.mark.parametrize(
+    "name", ["Q4_1", "Q2_K", "Q5_K", "IQ4_XS"]
+)  # opcheck itself multiplies, which float8 cannot
 @pytest.mark.parametrize("namespace", ["qkernels", "qkernels_reference"])
 def test_opcheck(namespace: str, name: str, generator: torch.Generator) -> None:
     plain = random_plain(FORMATS[name].spec, 70, 300, generator)
     packed = plain.pack()
     ops_of = getattr(torch.ops, namespace)
-    torch.library.opcheck(ops_of.pack.default, (plain.codes, packed.spec.bits, packed.group, packed.spec.two_level))
+    torch.library.opcheck(
+        ops_of.pack.default, (plain.codes, packed.spec.bits, packed.group, packed.spec.two_level)
+    )
     torch.library.opcheck(ops_of.unpack.default, packed.op_args())
     torch.library.opcheck(ops_of.dequantize.default, (*packed.op_args(), torch.bfloat16))
-    torch.library.opcheck(ops_of.embedding.default, (torch.tensor([1, 69]), *packed.op_args(), torch.float32, 2.0))
+    torch.library.opcheck(
+        ops_of.embedding.default, (torch.tensor([1, 69]), *packed.op_args(), torch.float32, 2.0)
+    )
 
 
 def test_compiles(generator: torch.Generator) -> None:

@@ -17,7 +17,8 @@ from .registry import define
 class QuantAct(NamedTuple):
     """x [M, K] ~= scale * codes.
 
-    codes [M, Kx] int8, |code| <= 127, zero from K on, Kx: K rounded up to whole groups; scale [M, Kx / group] float32;
+    codes [M, Kx] int8, |code| <= 127, zero from K on, Kx: K rounded up to whole groups; scale [M,
+    Kx / group] float32;
     sums [M, Kx / 16] int16, of 16 codes each.
     """
 
@@ -65,8 +66,10 @@ define(
 def quantize_act(x: Tensor, group: int) -> QuantAct:
     """Rounds x to int8 with one scale, amax / 127, per row and `group` columns.
 
-    x [M, K] float32, float16 or bfloat16, rows dense; group: a multiple of 16. A group that holds a value that is not
-    finite, or whose amax is below 2^-100, gets codes of 0 (and the scale NaN in the first case, 0 in the second).
+    x [M, K] float32, float16 or bfloat16, rows dense; group: a multiple of 16. A group that holds a
+    value that is not
+    finite, or whose amax is below 2^-100, gets codes of 0 (and the scale NaN in the first case, 0
+    in the second).
     Raises RuntimeError for another shape, dtype, stride or group.
     """
     return QuantAct(*select("quantize_act", x.device)(x, group))

@@ -1,4 +1,5 @@
-"""Metadata checks of the fakes and the reference: csrc/check.h in Python, with the same conditions and sentences."""
+"""Metadata checks of the fakes and the reference: csrc/check.h in Python, with the same conditions
+and sentences."""
 
 from __future__ import annotations
 
@@ -23,7 +24,8 @@ def fail(op: str, text: str) -> NoReturn:
 
 
 def check(ok: bool, op: str, text: str | Callable[[], str]) -> None:
-    """Raises RuntimeError, as the C++ checks do, unless ok. text may be a function where it is costly to write."""
+    """Raises RuntimeError, as the C++ checks do, unless ok. text may be a function where it is
+    costly to write."""
     if not ok:
         fail(op, text if isinstance(text, str) else text())
 
@@ -43,7 +45,9 @@ def expect(op: str, name: str, tensor: Tensor, dtype: torch.dtype, sizes: Sequen
     """tensor has this dtype and these sizes (-1: any), and is contiguous."""
     if tensor.dtype != dtype:
         fail(op, f"{name} must be {type_name(dtype)}, got {type_name(tensor.dtype)}")
-    if tensor.dim() != len(sizes) or any(w >= 0 and s != w for s, w in zip(tensor.shape, sizes, strict=True)):
+    if tensor.dim() != len(sizes) or any(
+        w >= 0 and s != w for s, w in zip(tensor.shape, sizes, strict=True)
+    ):
         want = ", ".join("*" if size < 0 else str(size) for size in sizes)
         fail(op, f"{name} must be [{want}], got {list(tensor.shape)}")
     if not tensor.is_contiguous():
@@ -92,7 +96,9 @@ def weight(
     st = scale.dtype
     if block_scale is not None:
         if st not in (torch.int8, torch.uint8):
-            fail(op, f"two-level scale must be int8, or uint8 pairs of nibbles, got {type_name(st)}")
+            fail(
+                op, f"two-level scale must be int8, or uint8 pairs of nibbles, got {type_name(st)}"
+            )
         expect(op, "block_scale", block_scale, torch.float16, [blocks, kp // BLOCK, 64])
     elif st not in FLAT_SCALES.values():
         fail(
@@ -128,7 +134,14 @@ def weight(
             fail(op, "a table has its own zero: it takes no zero points and no minima")
         expect(op, "table", table, torch.int8, [16])
     same_device(
-        op, "codes", codes.device, scale=scale, zero=zero, block_scale=block_scale, block_zero=block_zero, table=table
+        op,
+        "codes",
+        codes.device,
+        scale=scale,
+        zero=zero,
+        block_scale=block_scale,
+        block_zero=block_zero,
+        table=table,
     )
 
 

@@ -39,7 +39,8 @@ define(
 def embedding(
     ids: Tensor, weight: PackedWeight, dtype: torch.dtype = torch.float32, multiplier: float = 1.0
 ) -> Tensor:
-    """ids [...] int64, from 0 to N - 1 -> [..., K] of dtype: the rows, dequantized in float32, times multiplier.
+    """ids [...] int64, from 0 to N - 1 -> [..., K] of dtype: the rows, dequantized in float32,
+    times multiplier.
 
     Raises RuntimeError for an id out of range and for wrong dtypes.
     """

@@ -43,7 +43,10 @@ def _linear_fake(x: Tensor, *args: Any) -> Tensor:
 def check_groups(op: str, group: int, act_group: int) -> None:
     checks.act_group(op, act_group)
     if group % act_group and act_group % group:
-        checks.fail(op, f"one of group_size and act_group must divide the other, got {group} and {act_group}")
+        checks.fail(
+            op,
+            f"one of group_size and act_group must divide the other, got {group} and {act_group}",
+        )
 
 
 def check_linear_quant(act_codes: Tensor, act_scale: Tensor, act_sums: Tensor, *args: Any) -> None:
@@ -56,7 +59,8 @@ def check_linear_quant(act_codes: Tensor, act_scale: Tensor, act_sums: Tensor, *
     m, kx = act_codes.shape
     if kx < k or kx % 16:
         checks.fail(
-            op, f"act_codes must be [M, Kx] with Kx a multiple of 16 and at least k = {k}, got {list(act_codes.shape)}"
+            op,
+            f"act_codes must be [M, Kx] with Kx a multiple of 16 and at least k = {k}, got {list(act_codes.shape)}",
         )
     checks.expect(op, "act_scale", act_scale, torch.float32, [m, -1])
     groups = act_scale.shape[1]
@@ -70,11 +74,19 @@ def check_linear_quant(act_codes: Tensor, act_scale: Tensor, act_sums: Tensor, *
         checks.expect(op, "bias", bias, torch.float32, [n])
     check_groups(op, weight[-3], kx // groups)
     checks.same_device(
-        op, "act_codes", act_codes.device, act_scale=act_scale, act_sums=act_sums, codes=weight[0], bias=bias
+        op,
+        "act_codes",
+        act_codes.device,
+        act_scale=act_scale,
+        act_sums=act_sums,
+        codes=weight[0],
+        bias=bias,
     )
 
 
-def _linear_quant_fake(act_codes: Tensor, act_scale: Tensor, act_sums: Tensor, *args: Any) -> Tensor:
+def _linear_quant_fake(
+    act_codes: Tensor, act_scale: Tensor, act_sums: Tensor, *args: Any
+) -> Tensor:
     check_linear_quant(act_codes, act_scale, act_sums, *args)
     return act_codes.new_empty((act_codes.shape[0], args[-4]), dtype=args[-1])
 
@@ -82,7 +94,9 @@ def _linear_quant_fake(act_codes: Tensor, act_scale: Tensor, act_sums: Tensor, *
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, weight, bias = inputs[0], inputs[1:11], inputs[11]
     if bias is not None and bias.requires_grad:
-        raise RuntimeError("qkernels::linear: bias is fixed: only x may require a gradient; add a trainable bias to the result")
+        raise RuntimeError(
+            "qkernels::linear: bias is fixed: only x may require a gradient; add a trainable bias to the result"
+        )
     ctx.save_for_backward(*(t for t in weight[:6] if t is not None))
     ctx.given = [t is not None for t in weight[:6]]
     ctx.numbers = weight[6:]
@@ -90,7 +104,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    """To x alone: weights are constants. The rounding of int8 activations counts as the identity."""
+    """To x alone: weights are constants. The rounding of int8 activations counts as the
+    identity."""
     saved = iter(ctx.saved_tensors)
     tensors = [next(saved) if given else None for given in ctx.given]
     weight = select("dequantize", grad.device)(*tensors, *ctx.numbers, torch.float32)
@@ -114,25 +129,35 @@ define(
 
 
 def default_act_group(weight: PackedWeight) -> int:
-    """Columns that share an activation scale: a weight group; with two-level scales a block of 256, so that the
+    """Columns that share an activation scale: a weight group; with two-level scales a block of 256,
+    so that the
     integer parts of the scales can multiply integer sums."""
     return 256 if weight.spec.two_level else weight.group
 
 
 def resolve_act(act: str, device: torch.device) -> str:
-    """"auto" is "int8" on a CPU, whose integer dot products are its fastest, and "float" elsewhere."""
+    """ "auto" is "int8" on a CPU, whose integer dot products are its fastest, and "float"
+    elsewhere."""
     if act == "auto":
         return "int8" if device.type == "cpu" else "float"
     return act
 
 
 def linear(
-    x: Tensor, weight: PackedWeight, bias: Tensor | None = None, *, act: str = "auto", act_group: int | None = None
+    x: Tensor,
+    weight: PackedWeight,
+    bias: Tensor | None = None,
+    *,
+    act: str = "auto",
+    act_group: int | None = None,
 ) -> Tensor:
-    """x [..., K] float32, float16 or bfloat16 -> [..., N] of the same dtype; accumulated in float32.
+    """x [..., K] float32, float16 or bfloat16 -> [..., N] of the same dtype; accumulated in
+    float32.
 
-    bias [N] float32; act: "int8" quantizes x by row and act_group columns first, "float" does not, "auto" depends on
-    the device. act_group: a multiple of 16; None is `default_act_group`. Rows of x must be dense. The gradient goes to
+    bias [N] float32; act: "int8" quantizes x by row and act_group columns first, "float" does not,
+    "auto" depends on
+    the device. act_group: a multiple of 16; None is `default_act_group`. Rows of x must be dense.
+    The gradient goes to
     x alone. Raises RuntimeError for anything that does not fit.
     """
     act = resolve_act(act, x.device)
@@ -140,22 +165,38 @@ def linear(
     rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     if weight.perm is not None:
         rows = _permuted(rows, weight)
-    op = select("linear", x.device, weight=weight.kind, act=act, group=weight.group, act_group=group)
+    op = select(
+        "linear", x.device, weight=weight.kind, act=act, group=weight.group, act_group=group
+    )
     y = op(rows, *weight.op_args(), bias, act, group)
     return y if x.dim() == 2 else y.reshape(*x.shape[:-1], weight.n)
 
 
 def linear_quant(
-    act: QuantAct, weight: PackedWeight, bias: Tensor | None = None, dtype: torch.dtype = torch.float32
+    act: QuantAct,
+    weight: PackedWeight,
+    bias: Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """QuantAct of x [M, K] -> [M, N] of dtype: what `linear` with act="int8" does after quantizing.
 
-    Raises RuntimeError for anything that does not fit, also for act-order weights, whose columns x must be sorted by
+    Raises RuntimeError for anything that does not fit, also for act-order weights, whose columns x
+    must be sorted by
     before it is quantized.
     """
     if weight.perm is not None:
-        checks.fail("linear_quant", "an act-order weight needs its activations sorted before they are quantized; use linear")
-    op = select("linear_quant", act.codes.device, weight=weight.kind, act="int8", group=weight.group, act_group=act.group)
+        checks.fail(
+            "linear_quant",
+            "an act-order weight needs its activations sorted before they are quantized; use linear",
+        )
+    op = select(
+        "linear_quant",
+        act.codes.device,
+        weight=weight.kind,
+        act="int8",
+        group=weight.group,
+        act_group=act.group,
+    )
     return op(*act, *weight.op_args(), bias, dtype)
 
 

@@ -26,7 +26,9 @@ def check_pack(codes: Tensor, bits: int, group_size: int, two_level: bool) -> No
     if group_size < 16 or group_size % 16:
         checks.fail("pack", f"group_size must be a positive multiple of 16, got {group_size}")
     if two_level and BLOCK % group_size:
-        checks.fail("pack", f"two-level scales need a group_size that divides 256, got {group_size}")
+        checks.fail(
+            "pack", f"two-level scales need a group_size that divides 256, got {group_size}"
+        )
 
 
 def _pack_fake(codes: Tensor, bits: int, group_size: int, two_level: bool) -> Tensor:
@@ -80,7 +82,8 @@ define(
 def pack(codes: Tensor, bits: int, group_size: int, two_level: bool = False) -> Tensor:
     """Codes to the packed layout, padded with zeros to whole units, groups and blocks.
 
-    codes [N, K] uint8, each below 2^bits, contiguous; group_size: columns per scale, a multiple of 16; two_level: pad K
+    codes [N, K] uint8, each below 2^bits, contiguous; group_size: columns per scale, a multiple of
+    16; two_level: pad K
     to 256 -> [Np, Kp * bits / 8] int8. Raises RuntimeError for anything else.
     """
     return select("pack", codes.device, bits=bits)(codes, bits, group_size, two_level)
@@ -93,7 +96,8 @@ def unpack(weight: PackedWeight) -> Tensor:
 
 
 def dequantize(weight: PackedWeight, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The values, [N, K] float32, float16 or bfloat16, computed in float32. Raises RuntimeError for another dtype."""
+    """The values, [N, K] float32, float16 or bfloat16, computed in float32. Raises RuntimeError for
+    another dtype."""
     values = select("dequantize", weight.codes.device, weight=weight.kind)(*weight.op_args(), dtype)
     return values if weight.perm is None else _unpermute(values, weight.perm)
 

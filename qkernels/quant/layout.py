@@ -1,8 +1,11 @@
-"""The packed layout, in PyTorch: the same definition as csrc/layout.h, which tests/test_layout.py holds equal to it.
+"""The packed layout, in PyTorch: the same definition as csrc/layout.h, which tests/test_layout.py
+holds equal to it.
 
-The unit is 64 rows x 16 columns and 128 * bits bytes; the units of a 64-row block are contiguous along K, the blocks
+The unit is 64 rows x 16 columns and 128 * bits bytes; the units of a 64-row block are contiguous
+along K, the blocks
 along N. A unit is one or two planes of 8, 4, 2 or 1 bits of every code, the lower bits first. With
-row = 32 q + 16 h + 4 c + 2 f + e (q, h, f, e < 2, c < 4) and column = 4 t + j (t, j < 4), the bytes of a plane run over
+row = 32 q + 16 h + 4 c + 2 f + e (q, h, f, e < 2, c < 4) and column = 4 t + j (t, j < 4), the bytes
+of a plane run over
 
     8 bits   h q t c f e j         4 bits   q t c f e j, slots h
     2 bits   q t c f j, slots e h  1 bit    q t c j, slots f e h
@@ -29,7 +32,8 @@ PLANES: dict[int, tuple[tuple[int, int], ...]] = {
     2: ((2, 0),),
 }
 
-# A block of codes viewed as [n, q, h, c, f, e, u, t, j] (n: blocks along N, u: units along K), per width the order of
+# A block of codes viewed as [n, q, h, c, f, e, u, t, j] (n: blocks along N, u: units along K), per
+# width the order of
 # those axes in memory, and how many trailing ones are slots of a byte.
 _VIEW = "nqhcfeutj"
 _SIZES = {"q": 2, "h": 2, "c": 4, "f": 2, "e": 2, "t": 4, "j": 4}
@@ -45,7 +49,8 @@ def padded_n(n: int) -> int:
 
 
 def pack(codes: Tensor, bits: int, group: int, two_level: bool) -> Tensor:
-    """codes [N, K] uint8, each below 2^bits -> [Np, Kp * bits / 8] int8, padded with zeros. Any device."""
+    """codes [N, K] uint8, each below 2^bits -> [Np, Kp * bits / 8] int8, padded with zeros. Any
+    device."""
     n, k = codes.shape
     np, kp = padded_n(n), padded_k(k, group, two_level)
     padded = torch.nn.functional.pad(codes, (0, kp - k, 0, np - n))
@@ -84,10 +89,13 @@ def unpack(packed: Tensor, bits: int, n: int, k: int) -> Tensor:
 
 
 def pack_groups(values: Tensor, groups: int) -> Tensor:
-    """Scales, zeros or minima of groups, [N, G] of any dtype -> [Np/64, groups, 64], padded with zero bytes."""
+    """Scales, zeros or minima of groups, [N, G] of any dtype -> [Np/64, groups, 64], padded with
+    zero bytes."""
     n, g = values.shape
     np = padded_n(n)
-    out = torch.zeros(np // UNIT_ROWS, groups, UNIT_ROWS, dtype=_plain(values.dtype), device=values.device)
+    out = torch.zeros(
+        np // UNIT_ROWS, groups, UNIT_ROWS, dtype=_plain(values.dtype), device=values.device
+    )
     raw = torch.nn.functional.pad(values.contiguous().view(out.dtype), (0, 0, 0, np - n))
     out[:, :g] = raw.view(np // UNIT_ROWS, UNIT_ROWS, g).transpose(1, 2)
     return out.view(values.dtype)

@@ -1,4 +1,5 @@
-"""Rounding float weights to any QuantSpec: to the nearest code, with the clip of each group searched for the least
+"""Rounding float weights to any QuantSpec: to the nearest code, with the clip of each group
+searched for the least
 squared error."""
 
 from __future__ import annotations
@@ -11,8 +12,13 @@ from torch import Tensor
 from .spec import BLOCK, QuantSpec, round_up
 from .weight import UNIT_ROWS, PackedWeight, PlainWeight, check_g_idx
 
-# Clips tried per group, as parts of the range; the first that is best wins. Finer steps gain under 1% of the error.
-_CLIPS = {2: (1.0, 0.9, 0.8, 0.7, 0.6), 3: (1.0, 0.94, 0.88, 0.82, 0.76, 0.7), 4: (1.0, 0.95, 0.9, 0.85, 0.8)}
+# Clips tried per group, as parts of the range; the first that is best wins. Finer steps gain under
+# 1% of the error.
+_CLIPS = {
+    2: (1.0, 0.9, 0.8, 0.7, 0.6),
+    3: (1.0, 0.94, 0.88, 0.82, 0.76, 0.7),
+    4: (1.0, 0.95, 0.9, 0.85, 0.8),
+}
 _FINE_CLIPS = (1.0, 0.97, 0.94)
 _TINY = 2.0**-100  # a smaller scale counts as 0: its inverse must stay finite
 
@@ -21,18 +27,29 @@ _BLOCK_VALUES = 1 << 18
 
 
 def quantize(
-    weight: Tensor, spec: QuantSpec, *, g_idx: Tensor | None = None, search: bool = True, name: str = "weight"
+    weight: Tensor,
+    spec: QuantSpec,
+    *,
+    g_idx: Tensor | None = None,
+    search: bool = True,
+    name: str = "weight",
 ) -> PlainWeight:
     """weight [N, K], any float dtype -> codes, scales and zeros, on its device.
 
-    g_idx [K] int32: the group of every column, for act_order. search: False takes the whole range of each group.
-    e4m3 scales reach from 2^-9 to 448: divide the weight by a factor of the whole tensor first (see QuantSpec).
-    name: of the weight in messages. Raises ValueError for values that are not finite, scales that overflow, a shape that
+    g_idx [K] int32: the group of every column, for act_order. search: False takes the whole range
+    of each group.
+    e4m3 scales reach from 2^-9 to 448: divide the weight by a factor of the whole tensor first (see
+    QuantSpec).
+    name: of the weight in messages. Raises ValueError for values that are not finite, scales that
+    overflow, a shape that
     is not [N, K], and a g_idx that does not fit.
     """
     check_weight(weight, spec, g_idx, name)
     rows = block_rows(weight.shape[1])
-    blocks = [_quantize_block(weight, spec, g_idx, search, name, at, rows) for at in range(0, weight.shape[0], rows)]
+    blocks = [
+        _quantize_block(weight, spec, g_idx, search, name, at, rows)
+        for at in range(0, weight.shape[0], rows)
+    ]
     if len(blocks) == 1:
         return blocks[0]
     joined = {
@@ -44,7 +61,12 @@ def quantize(
 
 
 def quantize_packed(
-    weight: Tensor, spec: QuantSpec, *, g_idx: Tensor | None = None, search: bool = True, name: str = "weight"
+    weight: Tensor,
+    spec: QuantSpec,
+    *,
+    g_idx: Tensor | None = None,
+    search: bool = True,
+    name: str = "weight",
 ) -> PackedWeight:
     """`quantize(...).pack()`, in row blocks, so that the plain weight is never whole in memory."""
     check_weight(weight, spec, g_idx, name)
@@ -62,30 +84,44 @@ def block_rows(k: int) -> int:
 
 def check_weight(weight: Tensor, spec: QuantSpec, g_idx: Tensor | None, name: str) -> None:
     if weight.dim() != 2 or min(weight.shape) < 1 or not weight.is_floating_point():
-        raise ValueError(f"{name} must be [N, K] of a float dtype with N, K > 0, got {weight.dtype} {list(weight.shape)}")
+        raise ValueError(
+            f"{name} must be [N, K] of a float dtype with N, K > 0, got {weight.dtype} {list(weight.shape)}"
+        )
     if spec.act_order != (g_idx is not None):
         raise ValueError(f"{name}: {spec} {'needs a' if spec.act_order else 'has no'} g_idx")
     if g_idx is not None:
         k = weight.shape[1]
         if tuple(g_idx.shape) != (k,) or g_idx.dtype != torch.int32:
-            raise ValueError(f"{name}: g_idx must be torch.int32 [{k}], got {g_idx.dtype} {list(g_idx.shape)}")
+            raise ValueError(
+                f"{name}: g_idx must be torch.int32 [{k}], got {g_idx.dtype} {list(g_idx.shape)}"
+            )
         check_g_idx(g_idx, spec.group(k))
 
 
 def _cat(parts: list[Tensor]) -> Tensor:
-    if parts[0].dtype.itemsize == 1 and parts[0].is_floating_point():  # torch concatenates no float8
+    if (
+        parts[0].dtype.itemsize == 1 and parts[0].is_floating_point()
+    ):  # torch concatenates no float8
         return torch.cat([part.view(torch.uint8) for part in parts]).view(parts[0].dtype)
     return torch.cat(parts)
 
 
 def _quantize_block(
-    weight: Tensor, spec: QuantSpec, g_idx: Tensor | None, search: bool, name: str, start: int, rows: int
+    weight: Tensor,
+    spec: QuantSpec,
+    g_idx: Tensor | None,
+    search: bool,
+    name: str,
+    start: int,
+    rows: int,
 ) -> PlainWeight:
     """Rows start .. start + rows."""
     block = weight[start : start + rows].detach().float()
     if not torch.isfinite(block.sum()) and not (finite := torch.isfinite(block)).all():
         row, col = (~finite).nonzero()[0].tolist()
-        raise ValueError(f"{name} holds {block[row, col].item()} at row {row + start}, column {col}")
+        raise ValueError(
+            f"{name} holds {block[row, col].item()} at row {row + start}, column {col}"
+        )
     n, k = block.shape
     group, groups = spec.group(k), spec.groups(k)
     perm = None if g_idx is None else torch.argsort(g_idx, stable=True)
@@ -110,7 +146,9 @@ def _quantize_block(
         if not (finite := torch.isfinite(values)).all():
             row, index = (~finite).nonzero()[0].tolist()
             dtype = torch.float16 if spec.two_level else spec.scale_dtype
-            raise ValueError(f"{name}: the {part} of row {row + start}, group {index} overflows {dtype}")
+            raise ValueError(
+                f"{name}: the {part} of row {row + start}, group {index} overflows {dtype}"
+            )
     codes = rounding.codes(plain_scale, plain_zero).view(n, groups * group)[:, :k]
     if perm is not None:
         logical = torch.empty_like(codes)
@@ -127,7 +165,8 @@ def _store(scale: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _representable(scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """scale as the format holds it, in float32. e8m0: rounded up, so that clips of 1/2 step through the powers."""
+    """scale as the format holds it, in float32. e8m0: rounded up, so that clips of 1/2 step through
+    the powers."""
     if dtype == torch.float32:
         return scale
     if dtype == torch.float8_e8m0fnu:
@@ -136,7 +175,11 @@ def _representable(scale: Tensor, dtype: torch.dtype) -> Tensor:
         return torch.where(scale > 0, torch.ldexp(torch.ones_like(scale), exponent), 0.0)
     rounded = scale.to(dtype).float()
     # float8 saturates where the others overflow; 464 is half a step above its largest, 448.
-    return torch.where(scale.abs() >= 464.0, torch.inf, rounded) if dtype == torch.float8_e4m3fn else rounded
+    return (
+        torch.where(scale.abs() >= 464.0, torch.inf, rounded)
+        if dtype == torch.float8_e4m3fn
+        else rounded
+    )
 
 
 def _inverse(scale: Tensor) -> Tensor:
@@ -144,9 +187,11 @@ def _inverse(scale: Tensor) -> Tensor:
 
 
 class _Rounding:
-    """Groups x [n, groups, group] float32 and how codes for them follow from a scale and a zero, both [n, groups].
+    """Groups x [n, groups, group] float32 and how codes for them follow from a scale and a zero,
+    both [n, groups].
 
-    The zero is subtracted from codes (symmetric and integer) or from values (minimum: x = scale * code - zero).
+    The zero is subtracted from codes (symmetric and integer) or from values (minimum: x = scale *
+    code - zero).
     """
 
     def __init__(self, x: Tensor, spec: QuantSpec, last: int) -> None:
@@ -155,14 +200,17 @@ class _Rounding:
         self.top = (1 << spec.bits) - 1
         self.buffer = torch.empty_like(x)
         if spec.table is not None:
-            levels, code = torch.tensor(spec.table, dtype=torch.float32, device=x.device).sort(stable=True)
+            levels, code = torch.tensor(spec.table, dtype=torch.float32, device=x.device).sort(
+                stable=True
+            )
             first = torch.ones_like(levels, dtype=torch.bool)
             first[1:] = levels[1:] != levels[:-1]  # of equal values the lowest code
             self.levels, self.level_code = levels[first], code[first].to(torch.uint8)
             self.between = (self.levels[1:] + self.levels[:-1]) / 2
 
     def search(self, dtype: torch.dtype, search: bool) -> tuple[Tensor, Tensor]:
-        """The scale (representable in dtype, as float32) and zero of least squared error among the clips."""
+        """The scale (representable in dtype, as float32) and zero of least squared error among the
+        clips."""
         clips = _CLIPS.get(self.spec.bits, _FINE_CLIPS) if search else (1.0,)
         if dtype == torch.float8_e8m0fnu:
             clips = (1.0, 0.5) if search else (1.0,)
@@ -176,7 +224,10 @@ class _Rounding:
             other = self._error(other_scale, other_zero)
             better = other < error
             error = torch.where(better, other, error)
-            scale, zero = torch.where(better, other_scale, scale), torch.where(better, other_zero, zero)
+            scale, zero = (
+                torch.where(better, other_scale, scale),
+                torch.where(better, other_zero, zero),
+            )
         return scale, zero
 
     def codes(self, scale: Tensor, zero: Tensor) -> Tensor:
@@ -185,14 +236,20 @@ class _Rounding:
             return self.level_code[self._level(scale)]
         return self._code(scale, zero).to(torch.uint8)
 
-    def _clipped(self, lo: Tensor, hi: Tensor, clip: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def _clipped(
+        self, lo: Tensor, hi: Tensor, clip: float, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
         """scale and zero that make the codes span this part of the range lo .. hi."""
         spec = self.spec
         if spec.zero == "symmetric":
             # The value of largest magnitude, with its sign, takes the code of largest magnitude:
             # -2^(bits-1), or the extreme of the table. So negative scales are normal, except where
             # the ends are alike or the format has no sign: there both ends must fit.
-            ends = (-spec.zero_point, spec.zero_point - 1) if spec.table is None else (min(spec.table), max(spec.table))
+            ends = (
+                (-spec.zero_point, spec.zero_point - 1)
+                if spec.table is None
+                else (min(spec.table), max(spec.table))
+            )
             unsigned = spec.scale in ("e8m0", "e4m3") or ends[0] == -ends[1]
             if unsigned and ends[0] < 0 < ends[1]:
                 full = torch.maximum(lo / ends[0], hi / ends[1])
@@ -224,7 +281,11 @@ class _Rounding:
 
     def _level(self, scale: Tensor) -> Tensor:
         """Indices of the nearest levels of the table."""
-        return torch.bucketize(torch.mul(self.x, _inverse(scale)[..., None], out=self.buffer), self.between, out_int32=True)
+        return torch.bucketize(
+            torch.mul(self.x, _inverse(scale)[..., None], out=self.buffer),
+            self.between,
+            out_int32=True,
+        )
 
     def _error(self, scale: Tensor, zero: Tensor) -> Tensor:
         """Sum of squares over each group, [n, groups]; infinite where the scale is."""
@@ -240,7 +301,9 @@ class _Rounding:
         return torch.where(torch.isfinite(error), error, torch.inf)
 
 
-def _to_two_levels(scale: Tensor, zero: Tensor, spec: QuantSpec, group: int) -> dict[str, Tensor | None]:
+def _to_two_levels(
+    scale: Tensor, zero: Tensor, spec: QuantSpec, group: int
+) -> dict[str, Tensor | None]:
     """Scales and minima [n, groups] as small integers times the float16 of their block."""
     top = 15 if spec.scale == "uint4" else 127
     integers, block_scale = _two_levels(scale, top, group)
@@ -261,13 +324,17 @@ def _to_two_levels(scale: Tensor, zero: Tensor, spec: QuantSpec, group: int) -> 
 def _two_levels(values: Tensor, top: int, group: int) -> tuple[Tensor, Tensor]:
     n, groups = values.shape
     per_block = BLOCK // group
-    padded = torch.nn.functional.pad(values, (0, round_up(groups, per_block) - groups)).view(n, -1, per_block)
+    padded = torch.nn.functional.pad(values, (0, round_up(groups, per_block) - groups)).view(
+        n, -1, per_block
+    )
     block = (padded.abs().amax(dim=2) / top).to(torch.float16)
     integers = torch.round(padded * _inverse(block.float())[..., None]).clamp_(-top, top)
     return integers.view(n, -1)[:, :groups], block
 
 
-def _from_two_levels(stored: dict[str, Tensor | None], spec: QuantSpec, group: int) -> tuple[Tensor, Tensor]:
+def _from_two_levels(
+    stored: dict[str, Tensor | None], spec: QuantSpec, group: int
+) -> tuple[Tensor, Tensor]:
     """The scales and zeros that decoding will see."""
     scale, block_scale = stored["scale"], stored["block_scale"]
     assert scale is not None and block_scale is not None

@@ -1,4 +1,5 @@
-"""Weights before packing (`PlainWeight`, the hub between checkpoints and kernels) and after it (`PackedWeight`)."""
+"""Weights before packing (`PlainWeight`, the hub between checkpoints and kernels) and after it
+(`PackedWeight`)."""
 
 from __future__ import annotations
 
@@ -16,7 +17,8 @@ UNIT_ROWS, UNIT_COLS = layout.UNIT_ROWS, layout.UNIT_COLS
 
 
 class WeightKind(NamedTuple):
-    """What decides which kernel can run a weight: constants only, so that it can be part of a cache key."""
+    """What decides which kernel can run a weight: constants only, so that it can be part of a cache
+    key."""
 
     bits: int
     group_size: int  # of the spec: -1 is the whole row
@@ -44,8 +46,10 @@ def dequantize_groups(
 ) -> Tensor:
     """The definition of every format, in float32 and in this order of operations.
 
-    codes [N, K] uint8; scale, zero [N, G]; block_scale, block_zero [N, ceil(G * group / 256)] float16; table [16] int8;
-    group: columns per scale; g_idx [K]: the group of each column, if not by position -> [N, K] float32.
+    codes [N, K] uint8; scale, zero [N, G]; block_scale, block_zero [N, ceil(G * group / 256)]
+    float16; table [16] int8;
+    group: columns per scale; g_idx [K]: the group of each column, if not by position -> [N, K]
+    float32.
     """
     device, groups = codes.device, scale.shape[1]
     nibbles = scale.dtype == torch.uint8  # scale low, minimum high
@@ -73,10 +77,13 @@ def dequantize_groups(
 class PlainWeight:
     """A quantized weight [N, K], row-major, one code per byte, or a block of its rows.
 
-    codes [N, K] uint8; scale [N, G] of the spec's dtype, G = ceil(K / group); zero [N, G] uint8 or the scale's dtype;
-    block_scale, block_zero [N, ceil(K / 256)] float16; g_idx [K] int32. See `QuantSpec` for their meaning.
+    codes [N, K] uint8; scale [N, G] of the spec's dtype, G = ceil(K / group); zero [N, G] uint8 or
+    the scale's dtype;
+    block_scale, block_zero [N, ceil(K / 256)] float16; g_idx [K] int32. See `QuantSpec` for their
+    meaning.
 
-    Raises ValueError where shapes or dtypes do not fit the spec; `validate` looks at the values too.
+    Raises ValueError where shapes or dtypes do not fit the spec; `validate` looks at the values
+    too.
     """
 
     spec: QuantSpec
@@ -90,7 +97,9 @@ class PlainWeight:
     def __post_init__(self) -> None:
         spec = self.spec
         if self.codes.dim() != 2 or min(self.codes.shape) < 1:
-            raise ValueError(f"PlainWeight: codes must be [N, K] with N, K > 0, got {list(self.codes.shape)}")
+            raise ValueError(
+                f"PlainWeight: codes must be [N, K] with N, K > 0, got {list(self.codes.shape)}"
+            )
         n, k = self.codes.shape
         groups, blocks = spec.groups(k), -(-k // BLOCK)
         minimum = spec.two_level and spec.zero == "minimum"
@@ -125,10 +134,13 @@ class PlainWeight:
 
     @property
     def nbytes(self) -> int:
-        return sum(t.nbytes for t in (getattr(self, f.name) for f in fields(self)) if isinstance(t, Tensor))
+        return sum(
+            t.nbytes for t in (getattr(self, f.name) for f in fields(self)) if isinstance(t, Tensor)
+        )
 
     def validate(self, first_row: int = 0) -> None:
-        """Raises ValueError for codes beyond the bits, scales or minima that are not finite, g_idx out of range.
+        """Raises ValueError for codes beyond the bits, scales or minima that are not finite, g_idx
+        out of range.
 
         first_row: added to the row named in the message, for blocks of a larger weight.
         """
@@ -148,13 +160,19 @@ class PlainWeight:
             if bad.any():
                 row, group = bad.nonzero()[0].tolist()
                 what = "block" if name.startswith("block") else "group"
-                raise ValueError(f"{name} of row {row + first_row}, {what} {group} is {values[row, group]}, not finite")
+                raise ValueError(
+                    f"{name} of row {row + first_row}, {what} {group} is {values[row, group]}, not finite"
+                )
         if self.g_idx is not None:
             check_g_idx(self.g_idx, self.spec.group(self.k))
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """[N, K]: computed in float32, then rounded to dtype."""
-        table = None if self.spec.table is None else torch.tensor(self.spec.table, dtype=torch.int8, device=self.codes.device)
+        table = (
+            None
+            if self.spec.table is None
+            else torch.tensor(self.spec.table, dtype=torch.int8, device=self.codes.device)
+        )
         return dequantize_groups(
             self.codes, self.scale, self.zero, self.block_scale, self.block_zero, table,
             bits=self.spec.bits, group=self.spec.group(self.k), g_idx=self.g_idx,
@@ -162,8 +180,13 @@ class PlainWeight:
 
     def rows(self, start: int, stop: int) -> PlainWeight:
         """Rows start..stop, as views."""
-        cut = {name: getattr(self, name) for name in ("codes", "scale", "zero", "block_scale", "block_zero")}
-        return replace(self, **{name: None if t is None else t[start:stop] for name, t in cut.items()})
+        cut = {
+            name: getattr(self, name)
+            for name in ("codes", "scale", "zero", "block_scale", "block_zero")
+        }
+        return replace(
+            self, **{name: None if t is None else t[start:stop] for name, t in cut.items()}
+        )
 
     def pack(self) -> PackedWeight:
         """The packed weight, on the same device. Raises ValueError as `validate` does."""
@@ -183,14 +206,18 @@ def check_g_idx(g_idx: Tensor, group: int) -> None:
     for index, count in enumerate(counts):
         want = min(group, k - index * group)
         if count != want:
-            raise ValueError(f"g_idx puts {count} columns into group {index}, which has room for exactly {want}")
+            raise ValueError(
+                f"g_idx puts {count} columns into group {index}, which has room for exactly {want}"
+            )
 
 
 @dataclass(eq=False)
 class PackedWeight:
-    """A quantized weight in the packed layout (docs/design.md): what every kernel reads, on every device.
+    """A quantized weight in the packed layout (docs/design.md): what every kernel reads, on every
+    device.
 
-    codes [Np, Kp * bits / 8] int8; scale, zero [Np/64, Kp/G, 64]; block_scale, block_zero [Np/64, Kp/256, 64] float16;
+    codes [Np, Kp * bits / 8] int8; scale, zero [Np/64, Kp/G, 64]; block_scale, block_zero [Np/64,
+    Kp/256, 64] float16;
     table [16] int8; perm [K] int64: with act_order, packed column i is logical column perm[i].
     """
 
@@ -208,10 +235,14 @@ class PackedWeight:
     def __post_init__(self) -> None:
         spec = self.spec
         self.group = spec.group(self.k)
-        self.kind = WeightKind(spec.bits, spec.group_size, spec.scale, spec.zero, spec.table is not None)
+        self.kind = WeightKind(
+            spec.bits, spec.group_size, spec.scale, spec.zero, spec.table is not None
+        )
 
     @classmethod
-    def empty(cls, spec: QuantSpec, n: int, k: int, device: torch.device | str = "cpu") -> PackedWeight:
+    def empty(
+        cls, spec: QuantSpec, n: int, k: int, device: torch.device | str = "cpu"
+    ) -> PackedWeight:
         """Room for an [n, k] weight; `write_rows` fills it. Raises ValueError unless n, k > 0."""
         if n < 1 or k < 1:
             raise ValueError(f"PackedWeight: a weight needs n > 0 and k > 0, got n = {n}, k = {k}")
@@ -233,14 +264,20 @@ class PackedWeight:
     def write_rows(self, start: int, plain: PlainWeight) -> None:
         """Packs rows start.. from `plain`, whose values are checked first.
 
-        start: a multiple of 64; only the block that ends the weight may have a number of rows that is not.
-        Raises ValueError for a spec, shape or row range that does not fit, and as `PlainWeight.validate` does.
+        start: a multiple of 64; only the block that ends the weight may have a number of rows that
+        is not.
+        Raises ValueError for a spec, shape or row range that does not fit, and as
+        `PlainWeight.validate` does.
         """
         stop = start + plain.n
         if plain.spec != self.spec or plain.k != self.k:
-            raise ValueError(f"write_rows: {self.spec} of {self.k} columns cannot take {plain.spec} of {plain.k}")
+            raise ValueError(
+                f"write_rows: {self.spec} of {self.k} columns cannot take {plain.spec} of {plain.k}"
+            )
         if start < 0 or start % UNIT_ROWS or stop > self.n or (stop != self.n and stop % UNIT_ROWS):
-            raise ValueError(f"write_rows: rows {start} to {stop} of {self.n} do not fall on whole blocks of {UNIT_ROWS}")
+            raise ValueError(
+                f"write_rows: rows {start} to {stop} of {self.n} do not fall on whole blocks of {UNIT_ROWS}"
+            )
         plain.validate(start)
         codes = plain.codes
         if self.perm is not None and plain.g_idx is not None:
@@ -248,16 +285,24 @@ class PackedWeight:
             if int(self.perm[0]) < 0:
                 self.perm.copy_(perm)
             elif not torch.equal(self.perm, perm):
-                raise ValueError(f"write_rows: g_idx of rows {start} to {stop} differs from that of the rows before")
+                raise ValueError(
+                    f"write_rows: g_idx of rows {start} to {stop} differs from that of the rows before"
+                )
             codes = codes[:, perm.to(codes.device)]
         np = layout.padded_n(plain.n)
-        self.codes[start : start + np] = pack_codes(codes.contiguous(), self.spec.bits, self.group, self.spec.two_level)
+        self.codes[start : start + np] = pack_codes(
+            codes.contiguous(), self.spec.bits, self.group, self.spec.two_level
+        )
         first, last = start // UNIT_ROWS, (start + np) // UNIT_ROWS
         for name in ("scale", "zero", "block_scale", "block_zero"):
             values, room = getattr(plain, name), getattr(self, name)
             if values is not None:
-                raw = torch.uint8 if values.dtype.itemsize == 1 else values.dtype  # torch copies no float8
-                room[first:last].view(raw).copy_(layout.pack_groups(values, room.shape[1]).view(raw))
+                raw = (
+                    torch.uint8 if values.dtype.itemsize == 1 else values.dtype
+                )  # torch copies no float8
+                room[first:last].view(raw).copy_(
+                    layout.pack_groups(values, room.shape[1]).view(raw)
+                )
 
     def op_args(self) -> tuple[Any, ...]:
         """The arguments that every schema lists for a weight, in order (`W` in docs/design.md)."""
@@ -301,16 +346,21 @@ class PackedWeight:
         return sum(t.nbytes for t in self.tensors().values())
 
     def tensors(self) -> dict[str, Tensor]:
-        """The tensors that there are, by the names a state_dict should use; `from_tensors` is the inverse."""
+        """The tensors that there are, by the names a state_dict should use; `from_tensors` is the
+        inverse."""
         names = ("codes", "scale", "zero", "block_scale", "block_zero", "table", "perm")
         return {name: t for name in names if (t := getattr(self, name)) is not None}
 
     @classmethod
-    def from_tensors(cls, spec: QuantSpec, n: int, k: int, tensors: Mapping[str, Tensor]) -> PackedWeight:
+    def from_tensors(
+        cls, spec: QuantSpec, n: int, k: int, tensors: Mapping[str, Tensor]
+    ) -> PackedWeight:
         """Raises ValueError for a missing, unexpected or ill-shaped tensor."""
         wanted = cls.empty(spec, n, k, device="meta").tensors()
         if set(wanted) != set(tensors):
-            raise ValueError(f"PackedWeight: {spec} has the tensors {sorted(wanted)}, got {sorted(tensors)}")
+            raise ValueError(
+                f"PackedWeight: {spec} has the tensors {sorted(wanted)}, got {sorted(tensors)}"
+            )
         for name, want in wanted.items():
             got = tensors[name]
             if (got.dtype, got.shape) != (want.dtype, want.shape):
@@ -327,30 +377,54 @@ class PackedWeight:
         return replace(self, **{name: t.to(device) for name, t in self.tensors().items()})
 
     def slice_rows(self, start: int, stop: int) -> PackedWeight:
-        """Rows start..stop as views. Both must be multiples of 64 (stop may be n). Raises ValueError."""
-        if not 0 <= start < stop <= self.n or start % UNIT_ROWS or (stop % UNIT_ROWS and stop != self.n):
-            raise ValueError(f"slice_rows: {start} to {stop} of {self.n} must be multiples of {UNIT_ROWS}")
+        """Rows start..stop as views. Both must be multiples of 64 (stop may be n). Raises
+        ValueError."""
+        if (
+            not 0 <= start < stop <= self.n
+            or start % UNIT_ROWS
+            or (stop % UNIT_ROWS and stop != self.n)
+        ):
+            raise ValueError(
+                f"slice_rows: {start} to {stop} of {self.n} must be multiples of {UNIT_ROWS}"
+            )
         np = layout.padded_n(stop)
         blocks = slice(start // UNIT_ROWS, np // UNIT_ROWS)
-        cut = {name: t[blocks] for name, t in self.tensors().items() if name not in ("codes", "table", "perm")}
+        cut = {
+            name: t[blocks]
+            for name, t in self.tensors().items()
+            if name not in ("codes", "table", "perm")
+        }
         return replace(self, n=stop - start, codes=self.codes[start:np], **cut)
 
     def slice_cols(self, start: int, stop: int) -> PackedWeight:
-        """Columns start..stop, copied. Both must be multiples of 16 and of the group (two-level: of 256; stop may be k).
+        """Columns start..stop, copied. Both must be multiples of 16 and of the group (two-level: of
+        256; stop may be k).
 
         Raises ValueError, also with act_order, whose packed columns are not in logical order.
         """
         if self.perm is not None:
-            raise ValueError("slice_cols: the columns of an act-order weight are sorted by group; slice the plain weight")
-        step = BLOCK if self.spec.two_level else UNIT_COLS if self.spec.group_size == -1 else self.group
+            raise ValueError(
+                "slice_cols: the columns of an act-order weight are sorted by group; slice the plain weight"
+            )
+        step = (
+            BLOCK
+            if self.spec.two_level
+            else UNIT_COLS
+            if self.spec.group_size == -1
+            else self.group
+        )
         if not 0 <= start < stop <= self.k or start % step or (stop % step and stop != self.k):
-            raise ValueError(f"slice_cols: {start} to {stop} of {self.k} must be multiples of {step}")
+            raise ValueError(
+                f"slice_cols: {start} to {stop} of {self.k} must be multiples of {step}"
+            )
         out = PackedWeight.empty(self.spec, self.n, stop - start, device=self.device)
         unit = 128 * self.spec.bits
         blocks = self.codes.shape[0] // UNIT_ROWS
         width = out.spec.padded_k(out.k) // UNIT_COLS
         first = start // UNIT_COLS
-        out.codes.view(blocks, width, unit).copy_(self.codes.view(blocks, -1, unit)[:, first : first + width])
+        out.codes.view(blocks, width, unit).copy_(
+            self.codes.view(blocks, -1, unit)[:, first : first + width]
+        )
         for name in ("scale", "zero", "block_scale", "block_zero"):
             source, room = getattr(self, name), getattr(out, name)
             if source is None:

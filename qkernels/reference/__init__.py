@@ -1,4 +1,5 @@
-"""The float32 definition of every op: the oracle of the tests, and a backend of its own (`qk.backend("reference")`)."""
+"""The float32 definition of every op: the oracle of the tests, and a backend of its own
+(`qk.backend("reference")`)."""
 
 from .act import quantize_act
 from .embedding import embedding

@@ -12,7 +12,8 @@ from .pack import dequantize
 
 
 def embedding(ids: Tensor, *args: Any) -> Tensor:
-    """ids [T] int64, W, dtype, multiplier -> [T, K] of dtype. Raises RuntimeError for ids outside 0 to N - 1."""
+    """ids [T] int64, W, dtype, multiplier -> [T, K] of dtype. Raises RuntimeError for ids outside 0
+    to N - 1."""
     *weight, dtype, multiplier = args
     n, k = weight[-2:]
     if ids.numel() and (int(ids.min()) < 0 or int(ids.max()) >= n):

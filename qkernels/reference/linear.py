@@ -20,7 +20,8 @@ def linear(x: Tensor, *args: Any) -> Tensor:
 
 
 def linear_quant(act_codes: Tensor, act_scale: Tensor, act_sums: Tensor, *args: Any) -> Tensor:
-    """codes [M, Kx], scale [M, Kx / group], sums [M, Kx / 16] (implied by the codes, unused), W, bias, dtype -> [M, N]."""
+    """codes [M, Kx], scale [M, Kx / group], sums [M, Kx / 16] (implied by the codes, unused), W,
+    bias, dtype -> [M, N]."""
     *weight, bias, dtype = args
     m, kx = act_codes.shape
     groups, k = act_scale.shape[1], weight[-1]
