@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
-
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 import qkernels  # noqa: F401  (defines the ops and loads the native library)
 from qkernels.ops.registry import define_namespace
-from qkernels.quant import PackedWeight, QuantSpec
+from qkernels.quant import PackedWeight, PlainWeight, QuantSpec
 
 EMULATED = "qkernels_avx512emu"
 ROOT = Path(__file__).resolve().parents[1]
@@ -60,8 +60,6 @@ def random_weight(spec: QuantSpec, n: int, k: int, seed: int = 0) -> PackedWeigh
     """A weight of random codes, scales around 0.01 and zeros of every value that the spec has."""
     g = torch.Generator().manual_seed(seed)
     weight = PackedWeight.empty(spec, n, k)
-    from qkernels.quant import PlainWeight
-
     groups, blocks = spec.groups(k), -(-k // 256)
     codes = torch.randint(0, 1 << spec.bits, (n, k), generator=g, dtype=torch.uint8)
     zero = block_scale = block_zero = None
@@ -87,22 +85,18 @@ def random_weight(spec: QuantSpec, n: int, k: int, seed: int = 0) -> PackedWeigh
     return weight
 
 
-def exact(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    """y in float64, and the bound's magnitude: what the float32 roundings of a sum of |terms| are relative to.
+@functools.lru_cache(maxsize=64)
+def prepared(spec: QuantSpec, n: int, k: int) -> tuple[PackedWeight, Tensor, Tensor]:
+    """A random weight; W [N, K] float64; the magnitude of its terms.
 
-    The kernels sum scale * dot and the zero part separately, so the terms are those of w = scale * code - shift.
+    The kernels sum scale * dot and the zero part separately, so the terms are those of w = scale * code - shift, and
+    what their float32 roundings are relative to is |scale * code| + |shift|.
     """
+    weight = random_weight(spec, n, k)
     w = torch.ops.qkernels_reference.dequantize(*weight.op_args(), torch.float32).double()
-    plain = torch.ops.qkernels_reference.unpack(*weight.op_args()).double()
-    spec = weight.spec
-    step = spread(weight).double()
-    code_part = step.abs() * plain
-    magnitude = code_part + (w - step * plain).abs()
-    y = x.double() @ w.T
-    if bias is not None:
-        y = y + bias.double()
-    assert spec.bits in (4, 8)
-    return y, x.double().abs() @ magnitude.T + (0 if bias is None else bias.double().abs())
+    codes = torch.ops.qkernels_reference.unpack(*weight.op_args()).double()
+    code_part = spread(weight) * codes
+    return weight, w, code_part.abs() + (w - code_part).abs()
 
 
 def spread(weight: PackedWeight) -> Tensor:
@@ -141,14 +135,16 @@ def assert_close(y: Tensor, want: Tensor, magnitude: Tensor, terms: int) -> None
 
 
 def check_int8(ops, spec: QuantSpec, m: int, n: int, k: int, act_group: int, dtype=torch.float32, bias=True) -> None:
-    weight = random_weight(spec, n, k)
+    weight, w, magnitude = prepared(spec, n, k)
     x = torch.randn(m, k, generator=torch.Generator().manual_seed(m + k)).to(dtype)
     b = torch.randn(n, generator=torch.Generator().manual_seed(2)) if bias else None
     act, value = quantized(x, act_group)
-    want, magnitude = exact(value, weight, b)
+    want, bound = value @ w.T, value.abs() @ magnitude.T
+    if b is not None:
+        want, bound = want + b.double(), bound + b.double().abs()
     y = ops.linear_quant(*act, *weight.op_args(), b, dtype)
     assert y.shape == (m, n) and y.dtype == dtype
-    assert_close(y, want, magnitude, 2 * k // min(weight.group, act_group))
+    assert_close(y, want, bound, 2 * k // min(weight.group, act_group))
 
 
 FLAT = [
@@ -172,7 +168,7 @@ SPECS = [pytest.param(spec, id=str(spec).replace(" ", "-")) for spec in FLAT + T
 
 
 @pytest.mark.parametrize("spec", SPECS)
-@pytest.mark.parametrize("act", [16, 32, 64, 96, 256, "row"])
+@pytest.mark.parametrize("act", [16, 32, 96, 256, "row"])
 def test_int8_specs_and_activation_groups(ops, spec: QuantSpec, act: int | str) -> None:
     k = 528  # no multiple of most groups
     group, act_group = spec.group(k), k if act == "row" else int(act)
@@ -191,8 +187,8 @@ def test_int8_tokens(ops, bits: int, zero: str, m: int) -> None:
     check_int8(ops, QuantSpec(bits, 32, "float16", zero), m, 160, 96, 32)
 
 
-@pytest.mark.parametrize("n", [1, 3, 16, 31, 32, 33, 63, 64, 65, 96, 129, 200])
-@pytest.mark.parametrize("k", [1, 15, 16, 17, 33, 100])
+@pytest.mark.parametrize("n", [1, 16, 31, 33, 64, 65, 129, 200])
+@pytest.mark.parametrize("k", [1, 16, 17, 100])
 def test_int8_ragged(ops, n: int, k: int) -> None:
     for m in (1, 3, 6):
         check_int8(ops, QuantSpec(4, 32, "float16", "minimum"), m, n, k, 32)
@@ -231,9 +227,8 @@ def test_int8_extreme_codes(ops, bits: int) -> None:
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_float(ops, spec: QuantSpec, dtype: torch.dtype) -> None:
     k, n = 528, 96
-    weight = random_weight(spec, n, k)
+    weight, w, _ = prepared(spec, n, k)
     bias = torch.randn(n, generator=torch.Generator().manual_seed(2))
-    w = torch.ops.qkernels_reference.dequantize(*weight.op_args(), torch.float32).double()
     for m in (1, 5):
         x = torch.randn(m, k, generator=torch.Generator().manual_seed(m)).to(dtype)
         y = ops.linear(x, *weight.op_args(), bias, "float", 0)
@@ -255,8 +250,7 @@ def test_float_is_exact_in_the_weight(ops, spec: QuantSpec) -> None:
 @pytest.mark.parametrize("n,k", [(1, 1), (33, 17), (64, 64), (97, 130)])
 def test_float_shapes(ops, m: int, n: int, k: int) -> None:
     for spec in (QuantSpec(4, 32, "float16", "minimum"), QuantSpec(8, 16, "bfloat16", "symmetric")):
-        weight = random_weight(spec, n, k)
-        w = torch.ops.qkernels_reference.dequantize(*weight.op_args(), torch.float32).double()
+        weight, w, _ = prepared(spec, n, k)
         x = torch.randn(m, k, generator=torch.Generator().manual_seed(m))
         y = ops.linear(x, *weight.op_args(), None, "float", 0)
         assert y.shape == (m, n)
