@@ -57,6 +57,8 @@ def test_bad_arguments_raise_alike(generator):
         for namespace in ("qkernels", "qkernels_reference"):
             with pytest.raises(RuntimeError, match=message):
                 getattr(torch.ops, namespace).embedding(*args)
+        if "contiguous" in message:  # .to("meta") makes it so
+            continue
         with pytest.raises(RuntimeError, match=message):
             torch.ops.qkernels.embedding(*(a.to("meta") if isinstance(a, torch.Tensor) else a for a in args))
 

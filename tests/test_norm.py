@@ -137,7 +137,9 @@ def test_a_gradient_is_refused(namespace):
         ops.norm(x, w, None, EPS, False).sum().backward()
     with pytest.raises(RuntimeError, match="qkernels::add_norm: has no backward"):
         ops.add_norm(x, x, w, None, EPS, False)[1].sum().backward()
-    assert not any(t.requires_grad for t in ops.norm_quant(x, w, None, EPS, False, 32))
+    for op, args in ((ops.norm_quant, (x,)), (ops.add_norm_quant, (x, x))):
+        with pytest.raises(RuntimeError, match="_quant: has no backward"):
+            op(*args, w, None, EPS, False, 32)[1].sum().backward()
 
 
 def test_opcheck_and_compile(generator):

@@ -14,7 +14,7 @@ constexpr int64_t kMaxVocab = 1 << 22;  // 2^22 weights of at most 2^40 sum to l
 Tensor sample(const Tensor& logits, const Tensor& temperature, const Tensor& top_k, const Tensor& top_p,
               const Tensor& min_p, const Tensor& seed, const Tensor& offset) {
   constexpr const char* op = "sample";
-  check(logits.scalar_type() == ScalarType::Float, op, "logits must be Float (float32), got ",
+  check(logits.scalar_type() == ScalarType::Float, op, "logits must be float32, got ",
         type_name(logits.scalar_type()));
   SampleArgs a{};
   a.logits_stride = row_stride(op, "logits", logits);

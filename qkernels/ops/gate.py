@@ -64,6 +64,7 @@ define(
     "(Tensor gate, Tensor? up, str activation, int act_group) -> (Tensor, Tensor, Tensor)",
     fake=_gate_quant_fake,
     reference=checks.checked(check_gate_quant, reference.gate_quant),
+    backward=no_backward("gate_quant"),
 )
 
 

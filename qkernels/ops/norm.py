@@ -110,6 +110,7 @@ define(
     f"(Tensor x, {_TAIL}, int act_group) -> (Tensor, Tensor, Tensor)",
     fake=_norm_quant_fake,
     reference=checks.checked(check_norm_quant, reference.norm_quant),
+    backward=no_backward("norm_quant"),
 )
 define(
     "add_norm_quant",
