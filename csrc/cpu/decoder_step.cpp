@@ -8,7 +8,8 @@
 #include <set>
 
 #include "../check.h"
-#include "ragged.h"
+#include "attention.h"
+#include "linear.h"
 #include "run.h"
 
 namespace qk {
@@ -182,7 +183,8 @@ class Decoder {
         s.dst = reg(), s.src = reg(), s.weight = weight(), s.bias = vector("bias", s.weight.n, true);
         is_float(s.dst, "a linear's output"), width_is(s.dst, s.weight.n, "a linear's output"), width_is(s.src, s.weight.k, "a linear's input");
         const int group = plan_.registers[size_t(s.src)].group;
-        check_linear_supported(kPlan, s.weight, group);
+        check_linear_weight(kPlan, s.weight);
+        if (group) check_linear_groups(kPlan, s.weight.group, group);
         follow(s.dst, s.src);
         break;
       }
@@ -298,6 +300,37 @@ int64_t decoder_plan(const std::vector<std::optional<Tensor>>& tensors, std::vec
 void decoder_plan_free(int64_t handle) {
   std::lock_guard<std::mutex> lock(g_plans_mutex);
   plans().erase(handle);
+}
+
+// Pages of all layers, k and v [L, P, Hkv, page, D]: those of layer 0, and how far apart layers are (bytes for k and v,
+// elements for scales).
+struct LayeredPages {
+  KvPages first;
+  int64_t k_bytes, v_bytes, scale_elements;
+};
+LayeredPages make_layered_pages(const char* op, const Tensor& k, const Tensor& v, const std::optional<Tensor>& k_scale,
+                                       const std::optional<Tensor>& v_scale, int64_t layers, int64_t kv_heads, int64_t dim) {
+  const auto check_layers = [&](const char* name, const Tensor& t, const char* shape) {
+    check(t.dim() == 5 && t.size(0) >= layers && t.size(0) == k.size(0), op, name, " must be [layers >= ", layers, ", ", shape, "], got ", shape_of(t));
+  };
+  check_layers("k_pages", k, "P, Hkv, page, D");
+  check_layers("v_pages", v, "P, Hkv, page, D");
+  const auto first = [](const Tensor& t) { return torch::stable::select(t, 0, 0); };
+  LayeredPages p{};
+  std::optional<Tensor> ks, vs;
+  if (k_scale && v_scale) {
+    check_layers("k_scale", *k_scale, "P, Hkv, 2, page");
+    check_layers("v_scale", *v_scale, "P, Hkv, 2, page");
+    check(k_scale->stride(0) == v_scale->stride(0), op, "layers of k_scale and v_scale must be the same distance apart");
+    ks = first(*k_scale), vs = first(*v_scale);
+    p.scale_elements = k_scale->stride(0);
+  }
+  check(k_scale.has_value() == v_scale.has_value(), op, "k_scale and v_scale go together");
+  p.first = make_pages(op, dim, first(k), first(v), ks, vs);
+  check(p.first.kv_heads == kv_heads, op, "k_pages must have ", kv_heads, " KV heads, got ", p.first.kv_heads);
+  p.k_bytes = k.stride(0) * int64_t(k.element_size());
+  p.v_bytes = v.stride(0) * int64_t(v.element_size());
+  return p;
 }
 
 // What a step needs beyond the plan.
@@ -420,7 +453,7 @@ Tensor decoder_step(int64_t handle, const Tensor& ids, const Tensor& query_start
   for (int64_t i = 0; i < in.selected; i++)
     check(in.select[i] >= 0 && in.select[i] < in.tokens, kStep, "select[", i, "] = ", in.select[i], " is not a row of the ", in.tokens, " tokens");
   in.pages = make_layered_pages(kStep, k_pages, v_pages, k_scale, v_scale, plan->layers, plan->kv_heads, plan->dim);
-  in.batch = make_ragged(kStep, query_start, kv_len, page_table, in.tokens, in.pages.first);
+  in.batch = make_ragged(kStep, in.tokens, in.pages.first, query_start, kv_len, page_table);
   for (const Step& s : plan->steps)
     if (s.op == kKvAppend && s.rope)
       for (int64_t b = 0; b < in.batch.batch; b++)

@@ -1,31 +1,13 @@
 // Boundary of the ops linear and linear_quant.
 #include "../check.h"
+#include "linear.h"
 #include "run.h"
 
 namespace qk {
 namespace {
 
-// Scales of activations and weights meet in spans of min(G, Ga) columns, whose int32 sums must not overflow:
-// 32768 * 255 * 127 plus the symmetric start of 32768 * 128 * 127 stays below 2^31.
-constexpr int64_t kMaxSpan = 32768;
-
-void check_supported(const char* op, const Weight& w) {
-  check(w.bits == 4 || w.bits == 8, op, "codes of ", w.bits, " bits are not supported by the CPU kernels; they take 4 and 8");
-  check(!w.table, op, "a table of code values is not supported by the CPU kernels");
-  check(w.scale_kind != Scale::e8m0 && w.scale_kind != Scale::e4m3, op,
-        "scales of 8-bit floats are not supported by the CPU kernels; they take float32, float16, bfloat16 and two-level scales");
-}
-
 void check_bias(const char* op, const std::optional<Tensor>& bias, int64_t n) {
   if (bias) expect(op, "bias", *bias, ScalarType::Float, {n});
-}
-
-void check_groups(const char* op, int64_t group, int64_t act_group) {
-  check(act_group >= 16 && act_group % 16 == 0, op, "act_group must be a positive multiple of 16, got ", act_group);
-  check(group % act_group == 0 || act_group % group == 0, op, "one of group_size and act_group must divide the other, got ", group,
-        " and ", act_group);
-  const int64_t span = group < act_group ? group : act_group;
-  check(span <= kMaxSpan, op, "int8 activations need a group_size or act_group of at most ", kMaxSpan, ", got ", span);
 }
 
 // One allocation, cut into pieces that start on cache lines.
@@ -59,14 +41,14 @@ Tensor linear(const Tensor& x, const Tensor& codes, const Tensor& scale, const s
   const char* op = "linear";
   LinearArgs a{};
   a.w = make_weight(op, codes, scale, zero, block_scale, block_zero, table, bits, group, n, k);
-  check_supported(op, a.w);
+  check_linear_weight(op, a.w);
   a.x_stride = row_stride(op, "x", x);
   a.x_type = a.y_type = float_type(op, "x", x.scalar_type());
   check(x.size(1) == k, op, "x must be [M, ", k, "], got ", shape_of(x));
   check_bias(op, bias, n);
   const bool int8 = act == "int8";
   check(int8 || act == "float", op, "act must be \"int8\" or \"float\", got \"", act, "\"");
-  if (int8) check_groups(op, group, act_group);
+  if (int8) check_linear_groups(op, group, act_group);
   a.m = x.size(0), a.y_stride = n, a.bias = data(bias);
 
   Tensor y = torch::stable::new_empty(x, {a.m, n});
@@ -114,19 +96,18 @@ Tensor linear_quant(const Tensor& act_codes, const Tensor& act_scale, const Tens
   const char* op = "linear_quant";
   LinearArgs a{};
   a.w = make_weight(op, codes, scale, zero, block_scale, block_zero, table, bits, group, n, k);
-  check_supported(op, a.w);
+  check_linear_weight(op, a.w);
   a.y_type = float_type(op, "dtype", dtype);
   expect(op, "act_codes", act_codes, ScalarType::Char, {-1, -1});
   const int64_t m = act_codes.size(0), kx = act_codes.size(1);
-  check(kx >= k && kx % 16 == 0, op, "act_codes must be [M, Kx] with Kx a multiple of 16 and at least k = ", k, ", got ", shape_of(act_codes));
   expect(op, "act_scale", act_scale, ScalarType::Float, {m, -1});
-  const int64_t act_groups = act_scale.size(1);
-  check(act_groups > 0 && kx % act_groups == 0, op, "act_scale must have a column for each group of the ", kx,
-        " columns of act_codes, got ", shape_of(act_scale));
-  const int64_t act_group = kx / act_groups;
+  const int64_t act_groups = act_scale.size(1), act_group = act_groups > 0 ? kx / act_groups : 0;
+  check(act_group >= 16 && act_group % 16 == 0 && kx == act_groups * act_group && kx == layout::round_up(k, act_group), op,
+        "act_codes must have k = ", k, " columns rounded up to whole groups of act_scale, got ", shape_of(act_codes), " and ",
+        shape_of(act_scale));
   expect(op, "act_sums", act_sums, ScalarType::Short, {m, kx / 16});
   check_bias(op, bias, n);
-  check_groups(op, group, act_group);
+  check_linear_groups(op, group, act_group);
   a.m = m, a.y_stride = n, a.bias = data(bias);
   a.act = {data<int8_t>(act_codes), data<float>(act_scale), data<int16_t>(act_sums), kx, int(act_group)};
 

@@ -104,22 +104,26 @@ class ComposedExecutor:
                     floats[step.dst] = ops.linear(floats[step.src], weight, bias, act="float")
             case KvAppend():
                 t = floats[step.q].shape[0]
-                pages = cache.layer(step.layer)
                 rotated = ops.kv_append(
                     floats[step.q].view(t, step.q_heads, step.head_dim),
                     floats[step.k].view(t, step.kv_heads, step.head_dim),
                     floats[step.v].view(t, step.kv_heads, step.head_dim),
                     _vector(self.weights, step.rope),
-                    batch,
-                    pages,
+                    None,
+                    batch.query_start,
+                    batch.kv_len,
+                    batch.page_table,
+                    *cache.layer(step.layer),
                 )
                 floats[step.dst] = rotated.view(t, -1)
             case Attention():
                 t = floats[step.q].shape[0]
                 out = ops.attention(
                     floats[step.q].view(t, step.q_heads, step.head_dim),
-                    batch,
-                    cache.layer(step.layer),
+                    batch.query_start,
+                    batch.kv_len,
+                    batch.page_table,
+                    *cache.layer(step.layer),
                     scale=step.scale,
                     causal=True,
                     window=step.window,
@@ -129,7 +133,9 @@ class ComposedExecutor:
             case Gate():
                 up = None if step.up is None else floats[step.up]
                 if step.act_group:
-                    acts[step.dst] = ops.gate_quant(floats[step.gate], up, step.activation, step.act_group)
+                    acts[step.dst] = ops.gate_quant(
+                        floats[step.gate], up, step.activation, act_group=step.act_group
+                    )
                 else:
                     floats[step.dst] = ops.gate(floats[step.gate], up, step.activation)
             case Select():

@@ -44,12 +44,20 @@ struct FloatRow {
     return Io<T>::load(reinterpret_cast<const typename Io<T>::type*>(row) + kDims * c + W * j);
   }
 };
+// W bytes -> W lanes. GCC 12 takes vectors of 8 bytes apart one by one, hence the instruction by name.
+QK_INLINE VI widen(const char* p) {
+#if defined(QK_NATIVE_AVX512)
+  return (VI)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p));
+#elif defined(QK_ISA_AVX2)
+  return (VI)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p));
+#else
+  return __builtin_convertvector(load_raw<VUB>(p), VI);
+#endif
+}
 struct Int8Row {
   static constexpr bool integer = true, is_float32 = false;
   static int64_t bytes(int64_t dim) { return dim; }
-  static QK_INLINE VF load(const char* row, int64_t c, int j) {
-    return to_float(__builtin_convertvector(load_raw<VUB>(row + kDims * c + W * j), VI));
-  }
+  static QK_INLINE VF load(const char* row, int64_t c, int j) { return to_float(widen(row + kDims * c + W * j)); }
 };
 struct Int4Row {  // 8 bytes per 16 dims: dims 0..7 in the low nibbles, 8..15 in the high ones
   static constexpr bool integer = true, is_float32 = false;
@@ -57,12 +65,13 @@ struct Int4Row {  // 8 bytes per 16 dims: dims 0..7 in the low nibbles, 8..15 in
   static QK_INLINE VF load(const char* row, int64_t c, int j) {
     const char* p = row + kDims / 2 * c;
     if constexpr (W == 16) {
-      typedef uint8_t Bytes8 __attribute__((vector_size(8)));
-      const Bytes8 bytes = load_raw<Bytes8>(p), halves[2] = {bytes & 15, bytes >> 4};
-      return to_float(__builtin_convertvector(load_raw<VUB>(halves), VI));
+      uint64_t bytes;
+      std::memcpy(&bytes, p, 8);
+      const uint64_t mask = 0x0f0f0f0f0f0f0f0f, halves[2] = {bytes & mask, bytes >> 4 & mask};
+      return to_float(widen(reinterpret_cast<const char*>(halves)));
     } else {
       constexpr int half = kVecs / 2;  // vectors of low nibbles
-      const VI bytes = __builtin_convertvector(load_raw<VUB>(p + W * (j % half)), VI);
+      const VI bytes = widen(p + W * (j % half));
       return to_float(j < half ? bytes & 15 : bytes >> 4);
     }
   }

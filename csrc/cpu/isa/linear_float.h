@@ -58,7 +58,7 @@ void dequantize_panel(const Weight& w, int64_t block, int first, int last, int64
         const VF zero = Z == Zero::symmetric ? middle : group.zero;
         for (int i = 0; i < 4; i++) {
           const VU codes = load_raw<VU>(unit + piece_byte<Bits>(piece) + 64 * i) >> (4 * v);
-#pragma GCC unroll 4
+QK_UNROLL(4)
           for (int j = 0; j < 4; j++) {
             const VF code = to_float((VI)(codes >> (8 * j) & ((1 << Bits) - 1)));
             VF value;
@@ -80,24 +80,24 @@ void dequantize_panel(const Weight& w, int64_t block, int first, int last, int64
 template <int R, int T>
 QK_INLINE void float_tile(const float* panel, int cols, const float* x, int64_t x_stride, float* sums) {
   VF acc[R][T];
-#pragma GCC unroll 4
+QK_UNROLL(4)
   for (int r = 0; r < R; r++)
-#pragma GCC unroll 8
+QK_UNROLL(8)
     for (int t = 0; t < T; t++) acc[r][t] = load(sums + t * 64 + r * W);
   for (int k = 0; k < cols; k++, panel += 64) {
     VF w[R];
-#pragma GCC unroll 4
+QK_UNROLL(4)
     for (int r = 0; r < R; r++) w[r] = load(panel + r * W);
-#pragma GCC unroll 8
+QK_UNROLL(8)
     for (int t = 0; t < T; t++) {
       const VF one = splat(x[t * x_stride + k]);
-#pragma GCC unroll 4
+QK_UNROLL(4)
       for (int r = 0; r < R; r++) acc[r][t] = fma(w[r], one, acc[r][t]);
     }
   }
-#pragma GCC unroll 4
+QK_UNROLL(4)
   for (int r = 0; r < R; r++)
-#pragma GCC unroll 8
+QK_UNROLL(8)
     for (int t = 0; t < T; t++) store(sums + t * 64 + r * W, acc[r][t]);
 }
 

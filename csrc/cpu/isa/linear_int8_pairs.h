@@ -47,13 +47,13 @@ QK_INLINE void dot_run(const uint8_t* w, const int8_t* x, int64_t kx, VI (&d)[R]
   for (int first = 0; first < P; first += C) {
     const uint8_t* from = w + piece_byte<Bits>(first);
     VS sum[C][2][T];
-#pragma GCC unroll 8
+QK_UNROLL(8)
     for (int i = 0; i < 4 * Units; i++)
-#pragma GCC unroll 4
+QK_UNROLL(4)
       for (int z = 0; z < C; z++) {
         const VC v = load_raw<VC>(from + i / 4 * layout::unit_bytes(Bits) + i % 4 * 64 + piece_byte<Bits>(z));
         const VC low = v & 15, high = (VC)((VW)v >> 4) & 15;
-#pragma GCC unroll 4
+QK_UNROLL(4)
         for (int t = 0; t < T; t++) {
           const VI four = splat_four(x + t * kx + 4 * i);
           if (i == 0) {
@@ -66,9 +66,9 @@ QK_INLINE void dot_run(const uint8_t* w, const int8_t* x, int64_t kx, VI (&d)[R]
           keep(sum[z][0][t]), keep(sum[z][1][t]);
         }
       }
-#pragma GCC unroll 4
+QK_UNROLL(4)
     for (int z = 0; z < C; z++)
-#pragma GCC unroll 4
+QK_UNROLL(4)
       for (int t = 0; t < T; t++) {
         if constexpr (Bits == 4) {
           d[2 * (first + z)][t] += widen_pairs<1>(sum[z][0][t]);
@@ -80,16 +80,22 @@ QK_INLINE void dot_run(const uint8_t* w, const int8_t* x, int64_t kx, VI (&d)[R]
   }
 }
 
-template <int Bits, int P, int T, int R>
+// Units: the 16 columns of a span, if known (1 or 2), else 0 and `units` says it.
+template <int Bits, int P, int T, int Units, int R>
 QK_INLINE void dot_span(const uint8_t* w, const int8_t* x, int64_t kx, int units, VI (&d)[R][T]) {
+  if constexpr (Units > 0) {
+    if (T <= 2) prefetch_units<Bits, P, Units>(w);
+    dot_run<Bits, P, T, Units>(w, x, kx, d);
+  } else {
 #pragma GCC unroll 1
-  for (; units >= 2; units -= 2, w += 2 * layout::unit_bytes(Bits), x += 32) {
-    if (T <= 2) prefetch_units<Bits, P, 2>(w);
-    dot_run<Bits, P, T, 2>(w, x, kx, d);
-  }
-  if (units) {
-    if (T <= 2) prefetch_units<Bits, P, 1>(w);
-    dot_run<Bits, P, T, 1>(w, x, kx, d);
+    for (; units >= 2; units -= 2, w += 2 * layout::unit_bytes(Bits), x += 32) {
+      if (T <= 2) prefetch_units<Bits, P, 2>(w);
+      dot_run<Bits, P, T, 2>(w, x, kx, d);
+    }
+    if (units) {
+      if (T <= 2) prefetch_units<Bits, P, 1>(w);
+      dot_run<Bits, P, T, 1>(w, x, kx, d);
+    }
   }
 }
 

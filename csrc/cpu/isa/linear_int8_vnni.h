@@ -17,7 +17,7 @@ template <int Bits>
 constexpr int tile_pieces(int tokens) { return (tokens <= 3 ? 2 : 1) * kHalfPieces<Bits>; }
 
 // acc + four products per lane, without saturation.
-QK_INLINE VI dot_four(VI acc, VC codes, VI x) {
+QK_HOT VI dot_four(VI acc, VC codes, VI x) {
 #if defined(QK_NATIVE_AVX512)
   return (VI)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)codes, (__m512i)x);
 #else
@@ -37,24 +37,26 @@ QK_INLINE VI dot_four(VI acc, VC codes, VI x) {
 
 // d[r][t] += sum over 16 * units columns of codes * activations, for P pieces (R row vectors) x T tokens.
 // w: the first piece in its unit; x [T, kx]: activations of those columns.
-template <int Bits, int P, int T, int R>
-QK_INLINE void dot_span(const uint8_t* w, const int8_t* x, int64_t kx, int units, VI (&d)[R][T]) {
-#pragma GCC unroll 2
+// Units: the 16 columns of a span, if known, else 0 and `units` says it.
+template <int Bits, int P, int T, int Units, int R>
+QK_HOT void dot_span(const uint8_t* w, const int8_t* x, int64_t kx, int units, VI (&d)[R][T]) {
+  if (Units > 0) units = Units;
+QK_UNROLL(2)
   for (; units > 0; units--, w += layout::unit_bytes(Bits), x += 16) {
     if (T <= 2) prefetch_units<Bits, P, 1>(w);
-#pragma GCC unroll 4
+QK_UNROLL(4)
     for (int i = 0; i < 4; i++) {
       VC codes[R];
-#pragma GCC unroll 4
+QK_UNROLL(4)
       for (int z = 0; z < P; z++) {
         const VC v = load_raw<VC>(w + 64 * i + piece_byte<Bits>(z));
         if constexpr (Bits == 4) codes[2 * z] = v & 15, codes[2 * z + 1] = (VC)((VW)v >> 4) & 15;
         else codes[z] = v;
       }
-#pragma GCC unroll 8
+QK_UNROLL(8)
       for (int t = 0; t < T; t++) {
         const VI four = splat_four(x + t * kx + 4 * i);
-#pragma GCC unroll 4
+QK_UNROLL(4)
         for (int r = 0; r < R; r++) d[r][t] = dot_four(d[r][t], codes[r], four);
       }
     }

@@ -30,7 +30,8 @@ typedef uint32_t VU __attribute__((vector_size(4 * W)));
 typedef uint16_t VH __attribute__((vector_size(2 * W)));
 typedef int8_t VB __attribute__((vector_size(W)));
 
-QK_INLINE VF splat(float v) { return VF{} + v; }
+// v - 0 is v, even for -0, so that this is a broadcast alone; 0 + v is an addition.
+QK_INLINE VF splat(float v) { return v - VF{}; }
 QK_INLINE VI splat_i(int32_t v) { return VI{} + v; }
 
 template <class V, class P>
@@ -190,15 +191,30 @@ QK_INLINE void store_half(uint16_t* p, VF v) {
   for (int i = 0; i < W; i++) p[i] = float_to_half(v[i]);
 #endif
 }
+// GCC 12 splits these conversions into halves or single lanes, hence the instructions by name.
 QK_INLINE VF load_bf16(const uint16_t* p) {
+#if defined(QK_NATIVE_AVX512)
+  return (VF)((VU)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)) << 16);
+#elif defined(QK_ISA_AVX2)
+  return (VF)((VU)_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)) << 16);
+#else
   return (VF)(__builtin_convertvector(load_raw<VH>(p), VU) << 16);
+#endif
 }
 QK_INLINE void store_bf16(uint16_t* p, VF v) {
   const VU u = (VU)v;
   const VU rounded = (u + 0x7fff + (u >> 16 & 1)) >> 16, nan = u >> 16 | 0x40;
   store_raw(p, __builtin_convertvector(v == v ? rounded : nan, VH));
 }
-QK_INLINE VF load_i8(const int8_t* p) { return __builtin_convertvector(load_raw<VB>(p), VF); }
+QK_INLINE VF load_i8(const int8_t* p) {
+#if defined(QK_NATIVE_AVX512)
+  return to_float((VI)_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)));
+#elif defined(QK_ISA_AVX2)
+  return to_float((VI)_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)));
+#else
+  return __builtin_convertvector(load_raw<VB>(p), VF);
+#endif
+}
 
 // Loads and stores by a storage type known at compile time: `Io<Dtype::f16>::load(p, i)`.
 template <Dtype T>
