@@ -57,14 +57,22 @@ def test_bad_arguments_raise_alike(generator):
         for namespace in ("qkernels", "qkernels_reference"):
             with pytest.raises(RuntimeError, match=message):
                 getattr(torch.ops, namespace).embedding(*args)
+        if "contiguous" in message:  # .to("meta") makes it so
+            continue
         with pytest.raises(RuntimeError, match=message):
-            torch.ops.qkernels.embedding(*(a.to("meta") if isinstance(a, torch.Tensor) else a for a in args))
+            torch.ops.qkernels.embedding(
+                *(a.to("meta") if isinstance(a, torch.Tensor) else a for a in args)
+            )
 
 
 def test_opcheck_and_compile(generator):
     plain = random_plain(QuantSpec(5, 32, zero="minimum"), 70, 48, generator)
     weight = plain.pack()
     ids = torch.tensor([[1, 69], [0, 1]])
-    torch.library.opcheck(torch.ops.qkernels.embedding.default, (ids[0], *weight.op_args(), torch.bfloat16, 2.0))
-    compiled = torch.compile(lambda i: qk.ops.embedding(i, weight), fullgraph=True, backend="aot_eager")
+    torch.library.opcheck(
+        torch.ops.qkernels.embedding.default, (ids[0], *weight.op_args(), torch.bfloat16, 2.0)
+    )
+    compiled = torch.compile(
+        lambda i: qk.ops.embedding(i, weight), fullgraph=True, backend="aot_eager"
+    )
     assert torch.equal(compiled(ids), plain.dequantize()[ids])

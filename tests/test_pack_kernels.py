@@ -24,27 +24,45 @@ def random_codes(n, k, bits, generator):
 
 @pytest.mark.parametrize("bits", BITS)
 def test_pack_is_the_layout_and_unpack_its_inverse(isa, bits, generator):
-    for n, k, group, two_level in [(64, 16, 16, False), (1, 1, 32, False), (77, 100, 48, False), (130, 700, 32, True),
-                                   (65, 1030, 1040, False), (300, 257, 16, True)]:  # fmt: skip
+    shapes = [
+        (64, 16, 16, False),
+        (1, 1, 32, False),
+        (77, 100, 48, False),
+        (130, 700, 32, True),
+        (65, 1030, 1040, False),
+        (300, 257, 16, True),
+    ]
+    for n, k, group, two_level in shapes:
         codes = random_codes(n, k, bits, generator)
         packed = isa.ops.pack(codes, bits, group, two_level)
         assert torch.equal(packed, layout.pack(codes, bits, group, two_level))
         blocks, kp = layout.padded_n(n) // 64, layout.padded_k(k, group, two_level)
-        scale = torch.zeros(blocks, kp // group, 64, dtype=torch.int8 if two_level else torch.float32)
+        scale = torch.zeros(
+            blocks, kp // group, 64, dtype=torch.int8 if two_level else torch.float32
+        )
         block_scale = torch.zeros(blocks, kp // 256, 64, dtype=torch.float16) if two_level else None
         weight = (packed, scale, None, block_scale, None, None, bits, group, n, k)
         assert torch.equal(isa.ops.unpack(*weight), codes)
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(n=st.integers(1, 150), k=st.integers(1, 600), units=st.integers(1, 20), bits=st.sampled_from(BITS), seed=st.integers(0, 99))
+@settings(
+    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    n=st.integers(1, 150),
+    k=st.integers(1, 600),
+    units=st.integers(1, 20),
+    bits=st.sampled_from(BITS),
+    seed=st.integers(0, 99),
+)
 def test_pack_of_any_shape(isa, n, k, units, bits, seed):
     codes = random_codes(n, k, bits, torch.Generator().manual_seed(seed))
     packed = isa.ops.pack(codes, bits, 16 * units, False)
     assert torch.equal(packed, layout.pack(codes, bits, 16 * units, False))
 
 
-# IEEE says which NaN a conversion gives only up to its payload: compare values, and where they are NaN.
+# IEEE says which NaN a conversion gives only up to its payload: compare values, and where they are
+# NaN.
 def assert_same_bits(got, want):
     assert got.dtype == want.dtype and got.shape == want.shape
     integers = {2: torch.int16, 4: torch.int32}[got.element_size()]
@@ -68,7 +86,9 @@ def test_every_bit_pattern_of_a_scale(isa, scale, generator):
     spec = QuantSpec(4, 16, scale, "minimum" if scale not in ("e8m0", "e4m3") else "symmetric")
     dtype, n, k = spec.scale_dtype, 64, 256 * 16 if spec.scale_dtype.itemsize > 1 else 64
     size = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[dtype.itemsize]
-    patterns = torch.randint(-(2**31), 2**31, (2, n, k // 16), generator=generator, dtype=torch.int64)
+    patterns = torch.randint(
+        -(2**31), 2**31, (2, n, k // 16), generator=generator, dtype=torch.int64
+    )
     if dtype.itemsize == 1:
         patterns[0] = torch.arange(256).view(n, k // 16)
     elif dtype.itemsize == 2:
@@ -79,13 +99,25 @@ def test_every_bit_pattern_of_a_scale(isa, scale, generator):
     groups = k // 16
     codes = random_codes(n, k, 4, generator)
     zero = layout.pack_groups(zeros, groups) if spec.zero == "minimum" else None
-    weight = (layout.pack(codes, 4, 16, False), layout.pack_groups(scales, groups), zero, None, None, None, 4, 16, n, k)
+    weight = (
+        layout.pack(codes, 4, 16, False),
+        layout.pack_groups(scales, groups),
+        zero,
+        None,
+        None,
+        None,
+        4,
+        16,
+        n,
+        k,
+    )
     for out in DTYPES:
         assert_same_bits(isa.ops.dequantize(*weight, out), REFERENCE.dequantize(*weight, out))
 
 
 def test_products_are_not_fused(isa):
-    """scale * code - minimum rounds twice: with one rounding the difference below would not be 0."""
+    """scale * code - minimum rounds twice: with one rounding the difference below would not be
+    0."""
     third = torch.tensor(1 / 3)
     codes = torch.full((64, 16), 3, dtype=torch.uint8)
     scale, zero = torch.full((1, 1, 64), third.item()), torch.full((1, 1, 64), (third * 3).item())
@@ -101,7 +133,9 @@ def test_teams_agree(isa, with_threads, generator):
         with_threads(threads)
         packed = isa.ops.pack(plain.codes, 4, 32, True)
         weight = (packed, *plain.pack().op_args()[1:])
-        results.append((packed, isa.ops.unpack(*weight), isa.ops.dequantize(*weight, torch.float16)))
+        results.append(
+            (packed, isa.ops.unpack(*weight), isa.ops.dequantize(*weight, torch.float16))
+        )
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
@@ -118,7 +152,18 @@ def test_bad_arguments_raise_alike():
     weight = random_plain(good, 64, 64, torch.Generator().manual_seed(0)).pack().op_args()
 
     def but(**changes):
-        names = ("codes", "scale", "zero", "block_scale", "block_zero", "table", "bits", "group", "n", "k")
+        names = (
+            "codes",
+            "scale",
+            "zero",
+            "block_scale",
+            "block_zero",
+            "table",
+            "bits",
+            "group",
+            "n",
+            "k",
+        )
         return tuple(changes.get(name, value) for name, value in zip(names, weight, strict=True))
 
     codes = torch.zeros(64, 64, dtype=torch.uint8)

@@ -16,11 +16,26 @@ def assert_same(got, want):
     assert codes.dtype == torch.int8 and scale.dtype == torch.float32 and sums.dtype == torch.int16
     for g, w in zip(got, want, strict=True):
         assert g.shape == w.shape
-        assert torch.equal(g.nan_to_num(-1.0), w.nan_to_num(-1.0)) if g.is_floating_point() else torch.equal(g, w)
+        assert (
+            torch.equal(g.nan_to_num(-1.0), w.nan_to_num(-1.0))
+            if g.is_floating_point()
+            else torch.equal(g, w)
+        )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(0, 64, 32), (1, 1, 16), (1, 576, 32), (3, 100, 48), (5, 1023, 16), (2, 5000, 5008), (65, 300, 128)])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        (0, 64, 32),
+        (1, 1, 16),
+        (1, 576, 32),
+        (3, 100, 48),
+        (5, 1023, 16),
+        (2, 5000, 5008),
+        (65, 300, 128),
+    ],
+)
 def test_equals_the_reference(isa, dtype, shape, generator):
     m, k, group = shape
     x = (torch.randn(m, k, generator=generator) * 3).to(dtype)
@@ -34,7 +49,28 @@ def test_equals_the_reference(isa, dtype, shape, generator):
 
 def test_ties_round_to_even(isa):
     """amax 127 makes the codes the rounded values themselves."""
-    x = torch.tensor([[127.0, 0.5, 1.5, 2.5, -0.5, -1.5, -2.5, 126.5, -126.5, 3.4999998, 3.5000002, -127, 0, 0, 0, 0]])
+    x = torch.tensor(
+        [
+            [
+                127.0,
+                0.5,
+                1.5,
+                2.5,
+                -0.5,
+                -1.5,
+                -2.5,
+                126.5,
+                -126.5,
+                3.4999998,
+                3.5000002,
+                -127,
+                0,
+                0,
+                0,
+                0,
+            ]
+        ]
+    )
     codes, scale, _ = isa.ops.quantize_act(x, 16)
     assert codes.tolist() == [[127, 0, 2, 2, 0, -2, -2, 126, -126, 3, 4, -127, 0, 0, 0, 0]]
     assert scale.item() == 1.0
@@ -59,8 +95,13 @@ def test_zero_tiny_huge_and_not_finite(isa):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_rows_may_be_any_stride_apart(isa, dtype, generator):
     x = torch.randn(7, 200, generator=generator).to(dtype)
-    assert_same(isa.ops.quantize_act(x[::2, 3:100], 32), isa.ops.quantize_act(x[::2, 3:100].contiguous(), 32))
-    assert_same(isa.ops.quantize_act(x[:1].expand(4, 200), 32), isa.ops.quantize_act(x[:1].repeat(4, 1), 32))
+    assert_same(
+        isa.ops.quantize_act(x[::2, 3:100], 32),
+        isa.ops.quantize_act(x[::2, 3:100].contiguous(), 32),
+    )
+    assert_same(
+        isa.ops.quantize_act(x[:1].expand(4, 200), 32), isa.ops.quantize_act(x[:1].repeat(4, 1), 32)
+    )
 
 
 def test_teams_agree(isa, with_threads, generator):
@@ -94,5 +135,7 @@ def test_bad_arguments_raise_alike():
 def test_opcheck_and_compile(generator):
     x = torch.randn(5, 100, generator=generator)
     torch.library.opcheck(torch.ops.qkernels.quantize_act.default, (x, 48))
-    compiled = torch.compile(lambda t: tuple(qk.ops.quantize_act(t, 32)), fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(
+        lambda t: tuple(qk.ops.quantize_act(t, 32)), fullgraph=True, backend="aot_eager"
+    )
     assert_same(compiled(x), qk.ops.quantize_act(x, 32))

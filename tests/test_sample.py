@@ -12,7 +12,8 @@ REFERENCE = torch.ops.qkernels_reference
 
 
 def settings(batch, generator, *, temperature=None, top_k=None, top_p=None, min_p=None):
-    """The arguments of a batch: what is given for all rows, else random, filters off in half of the rows."""
+    """The arguments of a batch: what is given for all rows, else random, filters off in half of the
+    rows."""
 
     def floats(value, low, high, off):
         if value is not None:
@@ -78,13 +79,21 @@ def test_greedy_takes_the_first_of_equal_logits(isa):
     assert REFERENCE.sample(logits, *args).tolist() == [30, 99, 0, 0]
 
 
-# Draws are fixed by their seeds: the statistic is a constant of the code, far inside what chance would give it.
-@pytest.mark.parametrize("filters", [{}, {"top_k": 5}, {"top_p": 0.8}, {"min_p": 0.1}, {"top_k": 12, "top_p": 0.9, "min_p": 0.02}])
+# Draws are fixed by their seeds: the statistic is a constant of the code, far inside what chance
+# would give it.
+@pytest.mark.parametrize(
+    "filters",
+    [{}, {"top_k": 5}, {"top_p": 0.8}, {"min_p": 0.1}, {"top_k": 12, "top_p": 0.9, "min_p": 0.02}],
+)
 def test_the_distribution(isa, filters, generator):
     vocab, draws, temperature = 40, 40_000, 0.7
     row = torch.randn(vocab, generator=generator) * 1.5
     probs = torch.softmax(row.double() / temperature, 0)
-    top_k, top_p, min_p = filters.get("top_k", 0), filters.get("top_p", 1.0), filters.get("min_p", 0.0)
+    top_k, top_p, min_p = (
+        filters.get("top_k", 0),
+        filters.get("top_p", 1.0),
+        filters.get("min_p", 0.0),
+    )
     # What transformers' warpers leave, one after the other.
     order = probs.argsort(descending=True)
     keep = torch.ones(vocab, dtype=torch.bool)
@@ -97,7 +106,9 @@ def test_the_distribution(isa, filters, generator):
     probs = torch.where(keep, probs, 0) / probs[keep].sum()
 
     tokens = isa.ops.sample(
-        row.expand(draws, vocab), torch.full((draws,), temperature), torch.full((draws,), top_k, dtype=torch.int32),
+        row.expand(draws, vocab),
+        torch.full((draws,), temperature),
+        torch.full((draws,), top_k, dtype=torch.int32),
         torch.full((draws,), top_p), torch.full((draws,), min_p),
         torch.full((draws,), 1234), torch.arange(draws),
     )  # fmt: skip
@@ -107,17 +118,27 @@ def test_the_distribution(isa, filters, generator):
     pooled = expected >= 5
     o, e = counts[keep][pooled], expected[pooled]
     if not pooled.all():
-        o, e = torch.cat([o, counts[keep][~pooled].sum()[None]]), torch.cat([e, expected[~pooled].sum()[None]])
+        o, e = (
+            torch.cat([o, counts[keep][~pooled].sum()[None]]),
+            torch.cat([e, expected[~pooled].sum()[None]]),
+        )
     chi2, freedom = ((o - e).square() / e).sum().item(), len(o) - 1
-    assert freedom > 0 and chi2 < freedom + 4 * (2 * freedom) ** 0.5, f"chi^2 = {chi2} with {freedom} degrees of freedom"
+    assert freedom > 0 and chi2 < freedom + 4 * (2 * freedom) ** 0.5, (
+        f"chi^2 = {chi2} with {freedom} degrees of freedom"
+    )
 
 
 def test_filters_are_those_of_transformers(generator):
     """Without ties the same tokens are kept; `kept` is what every implementation is held to."""
-    logits_process = pytest.importorskip("transformers.generation.logits_process", reason="transformers is not installed")
+    logits_process = pytest.importorskip(
+        "transformers.generation.logits_process", reason="transformers is not installed"
+    )
     for _ in range(30):
         row = torch.randn(500, generator=generator) * 4
-        t, p, m = (torch.rand(3, generator=generator) * torch.tensor([2.0, 1.0, 0.2]) + torch.tensor([0.1, 0.0, 0.0])).tolist()
+        t, p, m = (
+            torch.rand(3, generator=generator) * torch.tensor([2.0, 1.0, 0.2])
+            + torch.tensor([0.1, 0.0, 0.0])
+        ).tolist()
         k = int(torch.randint(1, 100, (), generator=generator))
         scores = row[None]
         for warp in (
@@ -134,7 +155,9 @@ def test_filters_are_those_of_transformers(generator):
 def test_reproducible_across_teams_and_batches(isa, with_threads, generator):
     logits = torch.randn(12, 5000, generator=generator) * 3
     args = settings(12, generator)
-    alone = torch.cat([isa.ops.sample(logits[b : b + 1], *(a[b : b + 1] for a in args)) for b in range(12)])
+    alone = torch.cat(
+        [isa.ops.sample(logits[b : b + 1], *(a[b : b + 1] for a in args)) for b in range(12)]
+    )
     for threads in (1, 2, 3):
         with_threads(threads)
         assert torch.equal(isa.ops.sample(logits, *args), alone)
@@ -143,7 +166,9 @@ def test_reproducible_across_teams_and_batches(isa, with_threads, generator):
 def test_rows_any_stride_apart(isa, generator):
     logits = torch.randn(6, 3, 1000, generator=generator)
     args = settings(6, generator)
-    assert torch.equal(isa.ops.sample(logits[:, -1], *args), isa.ops.sample(logits[:, -1].contiguous(), *args))
+    assert torch.equal(
+        isa.ops.sample(logits[:, -1], *args), isa.ops.sample(logits[:, -1].contiguous(), *args)
+    )
 
 
 def test_no_rows(isa, generator):
@@ -183,12 +208,30 @@ def test_bad_arguments_raise_alike(generator):
         (logits, but(seed=good[4][:1]), r"seed must be \[2\], got \[1\]"),
     ]
     values = [
-        (but(temperature=torch.tensor([1.0, -1.0])), "temperature must be finite and not negative, got -1 in row 1"),
-        (but(temperature=torch.tensor([torch.nan, 1.0])), "temperature must be finite and not negative, got nan in row 0"),
-        (but(temperature=torch.tensor([torch.inf, 1.0])), "temperature must be finite and not negative, got inf in row 0"),
-        (but(top_k=torch.tensor([-1, 0], dtype=torch.int32)), r"top_k must not be negative \(0 is off\), got -1 in row 0"),
-        (but(top_p=torch.tensor([0.5, 1.5])), r"top_p must be from 0 to 1 \(1 is off\), got 1.5 in row 1"),
-        (but(min_p=torch.tensor([0.5, torch.nan])), r"min_p must be from 0 to 1 \(0 is off\), got nan in row 1"),
+        (
+            but(temperature=torch.tensor([1.0, -1.0])),
+            "temperature must be finite and not negative, got -1 in row 1",
+        ),
+        (
+            but(temperature=torch.tensor([torch.nan, 1.0])),
+            "temperature must be finite and not negative, got nan in row 0",
+        ),
+        (
+            but(temperature=torch.tensor([torch.inf, 1.0])),
+            "temperature must be finite and not negative, got inf in row 0",
+        ),
+        (
+            but(top_k=torch.tensor([-1, 0], dtype=torch.int32)),
+            r"top_k must not be negative \(0 is off\), got -1 in row 0",
+        ),
+        (
+            but(top_p=torch.tensor([0.5, 1.5])),
+            r"top_p must be from 0 to 1 \(1 is off\), got 1.5 in row 1",
+        ),
+        (
+            but(min_p=torch.tensor([0.5, torch.nan])),
+            r"min_p must be from 0 to 1 \(0 is off\), got nan in row 1",
+        ),
     ]
     for tensor, args, message in cases:
         meta = [t.to("meta") for t in (tensor, *args)]
@@ -207,4 +250,6 @@ def test_opcheck_and_compile(generator):
     def draw(logits):
         return qk.ops.sample(logits, temperature=0.8, top_k=10, top_p=0.9, seed=3, offset=7)
 
-    assert torch.equal(torch.compile(draw, fullgraph=True, backend="aot_eager")(logits), draw(logits))
+    assert torch.equal(
+        torch.compile(draw, fullgraph=True, backend="aot_eager")(logits), draw(logits)
+    )

@@ -14,8 +14,8 @@ GateArgs gate_args(const char* op, const Tensor& gate, const std::optional<Tenso
   a.m = gate.size(0), a.k = gate.size(1);
   check(a.k > 0, op, "gate needs at least one column, got ", shape_of(gate));
   if (up) {
-    check(up->scalar_type() == gate.scalar_type(), op, "up must be ", type_name(gate.scalar_type()),
-          " like gate, got ", type_name(up->scalar_type()));
+    check(up->scalar_type() == gate.scalar_type(), op, "up must be ", type_name(gate.scalar_type()), " like gate, got ",
+          type_name(up->scalar_type()));
     a.up_stride = row_stride(op, "up", *up);
     check(up->size(0) == a.m && up->size(1) == a.k, op, "up must be ", shape_of(gate), " like gate, got ",
           shape_of(*up));

@@ -14,12 +14,12 @@ constexpr int64_t kMaxVocab = 1 << 22;  // 2^22 weights of at most 2^40 sum to l
 Tensor sample(const Tensor& logits, const Tensor& temperature, const Tensor& top_k, const Tensor& top_p,
               const Tensor& min_p, const Tensor& seed, const Tensor& offset) {
   constexpr const char* op = "sample";
-  check(logits.scalar_type() == ScalarType::Float, op, "logits must be Float (float32), got ",
-        type_name(logits.scalar_type()));
+  check(logits.scalar_type() == ScalarType::Float, op, "logits must be float32, got ", type_name(logits.scalar_type()));
   SampleArgs a{};
   a.logits_stride = row_stride(op, "logits", logits);
   a.batch = logits.size(0), a.vocab = logits.size(1);
-  check(a.vocab > 0 && a.vocab <= kMaxVocab, op, "logits must have 1 to ", kMaxVocab, " columns, got ", shape_of(logits));
+  check(a.vocab > 0 && a.vocab <= kMaxVocab, op, "logits must have 1 to ", kMaxVocab, " columns, got ",
+        shape_of(logits));
   expect(op, "temperature", temperature, ScalarType::Float, {a.batch});
   expect(op, "top_k", top_k, ScalarType::Int, {a.batch});
   expect(op, "top_p", top_p, ScalarType::Float, {a.batch});

@@ -1,4 +1,5 @@
-"""The gate of an MLP: an activation, times `up` where there is one. No backward: asking for a gradient raises."""
+"""The gate of an MLP: an activation, times `up` where there is one. No backward: asking for a
+gradient raises."""
 
 from __future__ import annotations
 
@@ -15,7 +16,9 @@ from .registry import define, no_backward
 ACTIVATIONS = ("silu", "gelu_tanh", "gelu_erf", "relu")
 
 
-def _check(op: str, gate: Tensor, up: Tensor | None, activation: str, act_group: int | None) -> None:
+def _check(
+    op: str, gate: Tensor, up: Tensor | None, activation: str, act_group: int | None
+) -> None:
     checks.float_type(op, "gate", gate.dtype)
     checks.rows(op, "gate", gate)
     if gate.shape[1] < 1:
@@ -64,21 +67,25 @@ define(
     "(Tensor gate, Tensor? up, str activation, int act_group) -> (Tensor, Tensor, Tensor)",
     fake=_gate_quant_fake,
     reference=checks.checked(check_gate_quant, reference.gate_quant),
+    backward=no_backward("gate_quant"),
 )
 
 
 def gate(gate: Tensor, up: Tensor | None = None, activation: str = "silu") -> Tensor:
     """activation(gate) * up, computed in float32 and rounded once.
 
-    gate, up [M, K] float32, float16 or bfloat16, of one dtype, rows dense; activation: one of ACTIVATIONS
-    (gelu_tanh is the tanh approximation, gelu_erf the exact one) -> [M, K] of gate's dtype. Raises RuntimeError for
-    another shape, dtype, stride or activation, and for a gradient.
+    gate, up [M, K] float32, float16 or bfloat16, of one dtype, rows dense; activation: one of
+    ACTIVATIONS (gelu_tanh is the tanh approximation, gelu_erf the exact one) -> [M, K] of gate's
+    dtype. Raises RuntimeError for another shape, dtype, stride or activation, and for a gradient.
     """
     return select("gate", gate.device)(gate, up, activation)
 
 
-def gate_quant(gate: Tensor, up: Tensor | None = None, activation: str = "silu", *, act_group: int) -> QuantAct:
-    """quantize_act(gate(gate.float(), up.float(), ...), act_group), bitwise, without the tensor in between.
+def gate_quant(
+    gate: Tensor, up: Tensor | None = None, activation: str = "silu", *, act_group: int
+) -> QuantAct:
+    """quantize_act(gate(gate.float(), up.float(), ...), act_group), bitwise, without the tensor in
+    between.
 
     act_group: columns per scale, a multiple of 16. The rest is as in `gate`.
     """

@@ -1,7 +1,7 @@
 """RMSNorm and LayerNorm, with an optional residual added first and an optional int8 output.
 
-y = (x - mean) / sqrt(mean((x - mean)^2) + eps) * weight + bias for LayerNorm (center), and without the mean for RMSNorm:
-in float32, rounded once. None has a backward: asking for a gradient raises.
+y = (x - mean) / sqrt(mean((x - mean)^2) + eps) * weight + bias for LayerNorm (center), and without
+the mean for RMSNorm: in float32, rounded once. None has a backward: asking for a gradient raises.
 """
 
 from __future__ import annotations
@@ -21,7 +21,13 @@ _TAIL = "Tensor weight, Tensor? bias, float eps, bool center"
 
 
 def _check(
-    op: str, x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float, act_group: int | None
+    op: str,
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    eps: float,
+    act_group: int | None,
 ) -> None:
     checks.float_type(op, "x", x.dtype)
     checks.rows(op, "x", x)
@@ -66,7 +72,13 @@ def check_norm_quant(
 
 
 def check_add_norm_quant(
-    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, eps: float, center: bool, act_group: int
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    eps: float,
+    center: bool,
+    act_group: int,
 ) -> None:
     _check("add_norm_quant", x, residual, weight, bias, eps, act_group)
 
@@ -110,6 +122,7 @@ define(
     f"(Tensor x, {_TAIL}, int act_group) -> (Tensor, Tensor, Tensor)",
     fake=_norm_quant_fake,
     reference=checks.checked(check_norm_quant, reference.norm_quant),
+    backward=no_backward("norm_quant"),
 )
 define(
     "add_norm_quant",
@@ -120,12 +133,14 @@ define(
 )
 
 
-def norm(x: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float = 1e-6, center: bool = False) -> Tensor:
+def norm(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float = 1e-6, center: bool = False
+) -> Tensor:
     """RMSNorm, or LayerNorm where center is set.
 
-    x [M, K] float32, float16 or bfloat16, rows dense; weight, bias [K] float32 -> [M, K] of x's dtype. Statistics are
-    float32, the mean and the variance in two passes. Raises RuntimeError for another shape, dtype or stride, for
-    eps < 0, and for a gradient.
+    x [M, K] float32, float16 or bfloat16, rows dense; weight, bias [K] float32 -> [M, K] of x's
+    dtype. Statistics are float32, the mean and the variance in two passes. Raises RuntimeError for
+    another shape, dtype or stride, for eps < 0, and for a gradient.
     """
     return select("norm", x.device)(x, weight, bias, eps, center)
 
@@ -140,8 +155,8 @@ def add_norm(
 ) -> tuple[Tensor, Tensor]:
     """norm(x + residual) and x + residual, both [M, K] of x's dtype.
 
-    residual [M, K] of x's dtype, rows dense. What is normalized is the sum after rounding to that dtype. The rest is as
-    in `norm`.
+    residual [M, K] of x's dtype, rows dense. What is normalized is the sum after rounding to that
+    dtype. The rest is as in `norm`.
     """
     return select("add_norm", x.device)(x, residual, weight, bias, eps, center)
 
@@ -172,7 +187,8 @@ def add_norm_quant(
     *,
     act_group: int,
 ) -> tuple[QuantAct, Tensor]:
-    """norm_quant(x + residual) and x + residual, [M, K] of x's dtype; see `add_norm` and `norm_quant`."""
+    """norm_quant(x + residual) and x + residual, [M, K] of x's dtype; see `add_norm` and
+    `norm_quant`."""
     op = select("add_norm_quant", x.device)
     codes, scale, sums, total = op(x, residual, weight, bias, eps, center, act_group)
     return QuantAct(codes, scale, sums), total

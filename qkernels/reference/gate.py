@@ -28,6 +28,8 @@ def gate(gate: Tensor, up: Tensor | None, activation: str) -> Tensor:
     return _gate(gate, up, activation).to(gate.dtype)
 
 
-def gate_quant(gate: Tensor, up: Tensor | None, activation: str, act_group: int) -> tuple[Tensor, Tensor, Tensor]:
+def gate_quant(
+    gate: Tensor, up: Tensor | None, activation: str, act_group: int
+) -> tuple[Tensor, Tensor, Tensor]:
     """codes, scale, sums of the same in float32."""
     return quantize_act(_gate(gate, up, activation), act_group)

@@ -25,7 +25,8 @@ def norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, center: boo
 def add_norm(
     x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, eps: float, center: bool
 ) -> tuple[Tensor, Tensor]:
-    """x, residual [M, K] -> the norm of the sum, and the sum; what is normalized is the sum as rounded to x's dtype."""
+    """x, residual [M, K] -> the norm of the sum, and the sum; what is normalized is the sum as
+    rounded to x's dtype."""
     total = x + residual
     return norm(total, weight, bias, eps, center), total
 
@@ -38,7 +39,13 @@ def norm_quant(
 
 
 def add_norm_quant(
-    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, eps: float, center: bool, act_group: int
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    eps: float,
+    center: bool,
+    act_group: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """codes, scale, sums of the norm in float32, and the sum."""
     total = x + residual

@@ -1,4 +1,5 @@
-"""Sampling. Weights are integers and the draw is theirs alone, so that every implementation picks the same token."""
+"""Sampling. Weights are integers and the draw is theirs alone, so that every implementation picks
+the same token."""
 
 from __future__ import annotations
 
@@ -11,9 +12,11 @@ LOWEST = -29.0  # exp(-29) < 2^-41: its weight rounds to 0
 
 
 def philox(seed: int, offset: int) -> tuple[int, int, int, int]:
-    """Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011): four 32-bit words.
+    """Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011): four
+    32-bit words.
 
-    seed and offset as unsigned 64-bit integers: the key is (seed low, high), the counter (offset low, high, 0, 0).
+    seed and offset as unsigned 64-bit integers: the key is (seed low, high), the counter (offset
+    low, high, 0, 0).
     """
     low = 0xFFFFFFFF
     k0, k1 = seed & low, seed >> 32 & low
@@ -26,7 +29,8 @@ def philox(seed: int, offset: int) -> tuple[int, int, int, int]:
 
 
 def exponentials(logits: Tensor, temperature: float) -> Tensor:
-    """[V] float32 -> e = exp((l - max) / temperature), by the float32 operations that every implementation follows."""
+    """[V] float32 -> e = exp((l - max) / temperature), by the float32 operations that every
+    implementation follows."""
     top = logits.max()
     d = torch.where(logits == top, 0.0, (logits - top) / temperature)
     x = d.clamp(min=LOWEST)
@@ -44,8 +48,11 @@ def weights(e: Tensor) -> Tensor:
     return torch.round(e.double() * 2.0**40).to(torch.int64)
 
 
-def kept(logits: Tensor, temperature: float, top_k: int, top_p: float, min_p: float) -> tuple[Tensor, Tensor]:
-    """[V] -> which tokens the filters leave, and the weights of all, [V] bool and int64; temperature > 0."""
+def kept(
+    logits: Tensor, temperature: float, top_k: int, top_p: float, min_p: float
+) -> tuple[Tensor, Tensor]:
+    """[V] -> which tokens the filters leave, and the weights of all, [V] bool and int64;
+    temperature > 0."""
     e = exponentials(logits, temperature)
     w = weights(e)
     keep = torch.ones_like(logits, dtype=torch.bool)
@@ -62,7 +69,13 @@ def kept(logits: Tensor, temperature: float, top_k: int, top_p: float, min_p: fl
 
 
 def sample(
-    logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, seed: Tensor, offset: Tensor
+    logits: Tensor,
+    temperature: Tensor,
+    top_k: Tensor,
+    top_p: Tensor,
+    min_p: Tensor,
+    seed: Tensor,
+    offset: Tensor,
 ) -> Tensor:
     """logits [B, V] and one value of the others per row -> [B] int64."""
     tokens = []
@@ -85,7 +98,10 @@ def _check_row(b: int, row: Tensor, t: float, k: int, p: float, m: float) -> Non
         if not ok:
             raise RuntimeError(f"qkernels::sample: {text}")
 
-    check(t >= 0 and math.isfinite(t), f"temperature must be finite and not negative, got {t:g} in row {b}")
+    check(
+        t >= 0 and math.isfinite(t),
+        f"temperature must be finite and not negative, got {t:g} in row {b}",
+    )
     check(k >= 0, f"top_k must not be negative (0 is off), got {k} in row {b}")
     check(0 <= p <= 1, f"top_p must be from 0 to 1 (1 is off), got {p:g} in row {b}")
     check(0 <= m <= 1, f"min_p must be from 0 to 1 (0 is off), got {m:g} in row {b}")

@@ -73,14 +73,15 @@ QK_INLINE float e8m0_to_float(uint8_t e) {
 // Sign, 4 bits of exponent with bias 7, 3 of mantissa; no infinity, all ones is NaN.
 QK_INLINE float e4m3_to_float(uint8_t b) {
   const int exponent = b >> 3 & 15, mantissa = b & 7;
+  const float subnormal = float(mantissa) * 0.001953125f;  // units of 2^-9
+  uint32_t u;
+  std::memcpy(&u, &subnormal, 4);
+  if (exponent) u = uint32_t(exponent + 120) << 23 | uint32_t(mantissa) << 20;
+  if ((b & 0x7f) == 0x7f) u = 0x7fc00000;
+  u |= uint32_t(b & 0x80) << 24;  // as bits, so that -0 stays
   float f;
-  if (exponent == 0) {
-    f = float(mantissa) * 0.001953125f;  // subnormal: units of 2^-9
-  } else {
-    const uint32_t u = (b & 0x7f) == 0x7f ? 0x7fc00000 : uint32_t(exponent + 120) << 23 | uint32_t(mantissa) << 20;
-    std::memcpy(&f, &u, 4);
-  }
-  return b & 0x80 ? -f : f;
+  std::memcpy(&f, &u, 4);
+  return f;
 }
 
 // What multiplies a value of a group and what is subtracted: the zero point before, or the minimum after.

@@ -64,9 +64,8 @@ QK_INLINE void gate_rows(const GateArgs& a, Team& team) {
   const Range share = team.share(a.m * groups);
   for (int64_t item = share.begin; item < share.end; item++) {
     const int64_t row = item / groups;
-    quantize_group<true>(row_out(a.act, row), item % groups, a.act.group, [&](int64_t i) __attribute__((always_inline)) {
-      return i < a.k ? value(row, i) : VF{};
-    });
+    quantize_group<true>(row_out(a.act, row), item % groups, a.act.group,
+                         [&](int64_t i) __attribute__((always_inline)) { return i < a.k ? value(row, i) : VF{}; });
   }
 }
 

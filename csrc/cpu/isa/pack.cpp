@@ -15,8 +15,7 @@ QK_INLINE void encode_plane(const uint32_t* words, uint32_t* plane) {
   if constexpr (Width == 8) {
     std::memcpy(plane, words, 4 * kUnitWords);
   } else if constexpr (Width == 4) {
-    for (int i = 0; i < 128; i++)
-      plane[i] = (words[i] >> Shift & mask) | (words[128 + i] >> Shift & mask) << 4;
+    for (int i = 0; i < 128; i++) plane[i] = (words[i] >> Shift & mask) | (words[128 + i] >> Shift & mask) << 4;
   } else if constexpr (Width == 2) {
     for (int i = 0; i < 64; i++) {  // word 2 c + e / 2: rows p = 2 i and 2 i + 1 share it
       const uint32_t* low = words + 2 * i;

@@ -82,7 +82,8 @@ QK_INLINE int64_t reduce_add_i64(VL v) {
 
 // Threshold of a filter that keeps a logit while the mass above it is below a limit: the smallest key kept, or `floor`
 // if all from there on are. `mass(logits)` gives what each of W logits weighs, `limit(total)` the limit, at least 0.5.
-// A radix search, 11 bits a level: the histogram of a level has the mass of the logits that share the bits found so far.
+// A radix search, 11 bits a level: the histogram of a level has the mass of the logits that share the bits found so
+// far.
 template <class Mass, class Limit>
 __attribute__((noinline)) uint32_t threshold(const Row& row, uint32_t floor, Mass mass, Limit limit_of) {
   int64_t bins[kBins], above = 0;
@@ -124,7 +125,8 @@ QK_INLINE uint64_t philox(int64_t seed, int64_t offset) {
   uint32_t c[4] = {uint32_t(offset), uint32_t(uint64_t(offset) >> 32), 0, 0};
   for (int round = 0; round < 10; round++) {
     const uint64_t a = uint64_t(c[0]) * 0xd2511f53u, b = uint64_t(c[2]) * 0xcd9e8d57u;
-    const uint32_t next[4] = {uint32_t(b >> 32) ^ c[1] ^ key[0], uint32_t(b), uint32_t(a >> 32) ^ c[3] ^ key[1], uint32_t(a)};
+    const uint32_t next[4] = {uint32_t(b >> 32) ^ c[1] ^ key[0], uint32_t(b), uint32_t(a >> 32) ^ c[3] ^ key[1],
+                              uint32_t(a)};
     std::memcpy(c, next, sizeof c);
     key[0] += 0x9e3779b9u, key[1] += 0xbb67ae85u;
   }
