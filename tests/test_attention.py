@@ -15,8 +15,9 @@ from torch import Tensor
 
 import qkernels
 from qkernels.cache import KV_DTYPES
-from qkernels.ops import attention as ops
-from qkernels.reference import attention as reference
+from qkernels.ops.attention import attention, attention_dense
+from qkernels.reference.attention import attend, pack_nibbles, quantize_rows
+from qkernels.reference.attention import attention_dense as reference_dense
 
 EPS = torch.finfo(torch.float32).eps
 KINDS = list(KV_DTYPES)
@@ -93,8 +94,8 @@ def make_case(
                 if scales is None:
                     target[at, :, :rows] = x.to(kv.torch_dtype)
                     continue
-                codes, step, zero = reference.quantize_rows(x, kv.bits)
-                target[at, :, :rows] = reference.pack_nibbles(codes) if kind == "int4" else codes
+                codes, step, zero = quantize_rows(x, kv.bits)
+                target[at, :, :rows] = pack_nibbles(codes) if kind == "int4" else codes
                 scales[which, at, :, 0, :rows], scales[which, at, :, 1, :rows] = step, zero
     counts = torch.tensor([0, *(count for count, _ in ragged)])
     return Case(
@@ -142,7 +143,7 @@ def exact(case: Case, mask: dict[str, Any]) -> tuple[Tensor, Tensor]:
         q = case.q[start[b] : start[b + 1]].double()
         k = rows_of(case.k_pages, case.k_scale, case.page_table[b], length, dim)
         v = rows_of(case.v_pages, case.v_scale, case.page_table[b], length, dim)
-        out.append(reference.attend(q, k, v, *options(dim, mask)))
+        out.append(attend(q, k, v, *options(dim, mask)))
         if q.shape[0] == 0:
             continue
         # Terms of integer pages: every code may be as large as the range of its row.
@@ -350,8 +351,8 @@ def test_dense_masks_and_cross_attention(isa: Any, mask: dict[str, Any]) -> None
     args = dense_case([5, 0, 90, 1, 3], [140, 7, 30, 0, 300], (6, 2), 32, torch.float32)
     out = isa.ops.attention_dense(*args, *options(32, mask))
     wide = [t.double() if t.is_floating_point() else t for t in args]
-    truth = torch.ops.qkernels_reference.attention_dense(*args, *options(32, mask)).double()
-    exact64 = reference.attention_dense(*wide, *options(32, mask))
+    truth = torch.ops.qkernels_reference_dense(*args, *options(32, mask)).double()
+    exact64 = reference_dense(*wide, *options(32, mask))
     torchs = (truth - exact64).abs().max()
     assert (out.double() - exact64).abs().max() <= 2 * torchs + 16 * EPS * (1 + mask.get("softcap", 0.0))
     if mask["causal"]:
@@ -393,18 +394,18 @@ def test_opcheck_dense() -> None:
 def test_compiles() -> None:
     case = make_case("int8", SHAPES[0], RAGGED)
     compiled = torch.compile(
-        lambda *args: ops.attention(*args, window=9) * 2, fullgraph=True, backend="aot_eager"
+        lambda *args: attention(*args, window=9) * 2, fullgraph=True, backend="aot_eager"
     )
-    assert torch.equal(compiled(*case.args()), ops.attention(*case.args(), window=9) * 2)
+    assert torch.equal(compiled(*case.args()), attention(*case.args(), window=9) * 2)
     args = dense_case([1, 7], [20, 7], (4, 2), 32, torch.float32)
-    dense = torch.compile(ops.attention_dense, fullgraph=True, backend="aot_eager")
-    assert torch.equal(dense(*args), ops.attention_dense(*args))
+    dense = torch.compile(attention_dense, fullgraph=True, backend="aot_eager")
+    assert torch.equal(dense(*args), attention_dense(*args))
 
 
 def test_reference_is_a_backend() -> None:
     case = make_case("float32", SHAPES[0], RAGGED)
     with qkernels.backend("reference"):
-        out = ops.attention(*case.args())
+        out = attention(*case.args())
     assert torch.equal(out, run(torch.ops.qkernels_reference, case, MASKS[0]))
 
 

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from qkernels.cache import KV_DTYPES
-from qkernels.ops import attention as ops
-from qkernels.reference import attention as reference
+from qkernels.ops.attention import attention, kv_append, rope_table
+from qkernels.reference.attention import pack_nibbles, unpack_nibbles
 
 EPS = torch.finfo(torch.float32).eps
 KINDS = list(KV_DTYPES)
@@ -62,7 +62,7 @@ def make_case(
         q,
         k,
         v * 3,
-        ops.rope_table(rotary, 128) if rope else None,
+        rope_table(rotary, 128) if rope else None,
         None,
         counts.cumsum(0).int(),
         ints(*(length for _, length in ragged)),
@@ -281,8 +281,8 @@ def test_quantization_property(values: list[float], kind: str) -> None:
 @given(st.binary(min_size=32, max_size=32))
 def test_nibbles_round_trip(raw: bytes) -> None:
     packed = torch.tensor(list(raw), dtype=torch.uint8)
-    codes = reference.unpack_nibbles(packed)
-    assert torch.equal(reference.pack_nibbles(codes), packed)
+    codes = unpack_nibbles(packed)
+    assert torch.equal(pack_nibbles(codes), packed)
     for c in range(4):
         for i in range(8):
             assert int(codes[16 * c + i]) == raw[8 * c + i] & 15
@@ -302,8 +302,8 @@ def test_compiles() -> None:
     eager = clone(args)
 
     def step(*a: Any) -> Tensor:
-        q = ops.kv_append(*a)
-        return ops.attention(q, *a[5:])
+        q = kv_append(*a)
+        return attention(q, *a[5:])
 
     out = torch.compile(step, fullgraph=True, backend="aot_eager")(*args)
     assert torch.equal(out, step(*eager))

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from ..backends import select
-from ..reference import attention as reference
+from ..reference.attention import attention as _attention
+from ..reference.attention import attention_dense as _attention_dense
+from ..reference.attention import kv_append as _kv_append
 from . import checks
 from .registry import RAGGED, define
 
@@ -303,7 +305,7 @@ def _reference_attention(*args: Any) -> Tensor:
     _check_attention(*args)
     q, query_start, kv_len, page_table, k_pages = args[:5]
     _ragged_contents("attention", q.shape[0], k_pages, query_start, kv_len, page_table)
-    return reference.attention(*args)
+    return _attention(*args)
 
 
 def _reference_attention_dense(*args: Any) -> Tensor:
@@ -311,7 +313,7 @@ def _reference_attention_dense(*args: Any) -> Tensor:
     q, k, _, query_start, kv_start = args[:5]
     _start_contents("attention_dense", "query_start", query_start, q.shape[0])
     _start_contents("attention_dense", "kv_start", kv_start, k.shape[0])
-    return reference.attention_dense(*args)
+    return _attention_dense(*args)
 
 
 def _reference_kv_append(*args: Any) -> Tensor:
@@ -319,7 +321,7 @@ def _reference_kv_append(*args: Any) -> Tensor:
     q, _, _, rope, positions, query_start, kv_len, page_table, k_pages = args[:9]
     _ragged_contents("kv_append", q.shape[0], k_pages, query_start, kv_len, page_table)
     _rope_contents("kv_append", rope, positions, query_start, kv_len)
-    return reference.kv_append(*args)
+    return _kv_append(*args)
 
 
 define(
