@@ -1,94 +1,306 @@
-"""Builds the native libraries with ninja, through LibTorch's stable ABI, and packages them without a Python tag."""
+"""Builds the native libraries with ninja, through LibTorch's stable ABI.
+
+    pip install --no-build-isolation .     (or -e .)
+    python setup.py native                 the libraries alone, beside the sources: for development
+    python setup.py native --avx512emu     build/avx512emu: the AVX-512 kernels on an AVX2 machine
+    python setup.py native --sanitize      build/sanitize: package and tests under ASan, UBSan
+    python setup.py native --cuda          build/cuda/_C_cuda.so alone, whatever torch is installed
+
+Environment: CXX, CUDA_HOME, MAX_JOBS, TORCH_CUDA_ARCH_LIST ("8.0;9.0a+PTX"), QKERNELS_CUDA=0 (no
+CUDA library), FORCE_CUDA=1 (CUDA library even where torch has no CUDA).
+"""
 
 from __future__ import annotations
 
+import argparse
+import importlib.util
+import json
 import os
 import platform
+import re
+import runpy
+import shlex
 import shutil
 import subprocess
 import sys
+import sysconfig
+from dataclasses import dataclass
 from pathlib import Path
 
 from setuptools import Distribution, setup
 from setuptools.command.build_py import build_py
 
+try:
+    from setuptools.command.bdist_wheel import bdist_wheel
+except ImportError:
+    raise SystemExit(
+        "qkernels: building needs setuptools >= 77. Type\n"
+        "    pip install 'setuptools>=77' ninja 'torch>=2.11'\n"
+    ) from None
+
 ROOT = Path(__file__).resolve().parent
 CSRC = ROOT / "csrc"
-STABLE_ABI_TARGET = "0x020b000000000000"  # torch 2.11
+BUILD = ROOT / "build"
 
-# Flags of each instruction set; csrc/cpu/kernels.cpp asks the CPU for the same extensions at run time.
+OLDEST_TORCH = (2, 11)
+# The same version, as the stable headers want it: nothing younger may be called.
+TORCH_TARGET = "-DTORCH_TARGET_VERSION=0x020b000000000000"
+
+# Flags of each instruction set; csrc/cpu/kernels.cpp asks the CPU for the same extensions.
+AVX2 = "-mavx2 -mfma -mf16c"
 X86_ISAS = {
-    "scalar": ["-DQK_ISA_SCALAR"],
-    "avx2": ["-DQK_ISA_AVX2", "-mavx2", "-mfma", "-mf16c"],
-    "avx512": ["-DQK_ISA_AVX512", "-mavx2", "-mfma", "-mf16c", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni"],
+    "scalar": "-DQK_ISA_SCALAR",
+    "avx2": f"-DQK_ISA_AVX2 {AVX2}",
+    "avx512": f"-DQK_ISA_AVX512 {AVX2} -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512vnni",
 }
+# sm_80 also runs on 8.6 and 8.9; its PTX is what GPUs newer than 9.0 compile from.
+CUDA_ARCHS = "8.0+PTX;9.0a"
 
 
-def torch_paths() -> tuple[Path, Path]:
-    try:
-        import torch
-    except ImportError as error:
-        raise SystemExit(
-            "qkernels: building needs torch >= 2.11 in this environment. Type\n"
-            "    pip install 'torch>=2.11' && pip install --no-build-isolation .\n"
-        ) from error
-    base = Path(torch.__file__).parent
-    return base / "include", base / "lib"
+def stop(message: str) -> SystemExit:
+    return SystemExit(f"qkernels: {message}")
 
 
-def write_cpu_rules(out: Path, build: Path, *, emulate_avx512: bool = False, sanitize: bool = False) -> Path:
-    """Writes build/build.ninja for one CPU library and returns its path."""
-    include, lib = torch_paths()
-    cxx = os.environ.get("CXX", "g++")
-    if shutil.which("ccache") and not cxx.startswith("ccache"):
-        cxx = f"ccache {cxx}"
-    flags = ["-std=c++20", "-O3", "-g0", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-Wall", "-Wextra",
-             "-Wno-unused-parameter", "-Wno-psabi", f"-DTORCH_TARGET_VERSION={STABLE_ABI_TARGET}"]
-    link = ["-shared", f"-L{lib}", "-ltorch_cpu", "-Wl,--no-undefined", "-lc10"]
+@dataclass(frozen=True)
+class Torch:
+    """An installed torch. Located, not imported: build isolation hides it from imports."""
+
+    root: Path
+    version: str
+    cuda: str | None
+
+    @staticmethod
+    def find() -> Torch:
+        spec = importlib.util.find_spec("torch")
+        places = [Path(spec.origin).parent] if spec and spec.origin else []
+        places += [Path(sysconfig.get_path(p)) / "torch" for p in ("platlib", "purelib")]
+        root = next((p for p in places if (p / "version.py").is_file()), None)
+        install = "pip install 'torch>=2.11' setuptools ninja"
+        hint = f"Type\n    {install} && pip install --no-build-isolation .\n"
+        if root is None:
+            raise stop(f"building needs torch >= 2.11 here, and there is none. {hint}")
+        facts = runpy.run_path(str(root / "version.py"))
+        version = str(facts["__version__"])
+        if tuple(map(int, re.findall(r"\d+", version)[:2])) < OLDEST_TORCH:
+            raise stop(f"building needs torch >= 2.11; {root} is torch {version}. {hint}")
+        return Torch(root, version, facts.get("cuda"))
+
+
+def cxx() -> list[str]:
+    command = shlex.split(os.environ.get("CXX", "g++"))
+    if shutil.which(command[0]) is None:
+        raise stop(f"there is no C++ compiler {command[0]!r}; install g++ 11 or newer, or set CXX")
+    return command
+
+
+def with_ccache(command: list[str]) -> str:
+    ccache = ["ccache"] if shutil.which("ccache") and command[0] != "ccache" else []
+    return shlex.join(ccache + command)
+
+
+def compiler_version(command: list[str]) -> str:
+    text = subprocess.run([*command, "--version"], capture_output=True, text=True).stdout
+    found = re.search(r"V\d[\d.]+|\d+\.\d+\.\d+", text)
+    return f"{Path(command[-1]).name} {found.group(0).lstrip('V') if found else 'unknown'}"
+
+
+def relative(path: Path, directory: Path) -> str:
+    """A path as a rule in directory/build.ninja has it; relative, so that caches serve clones."""
+    return os.path.relpath(path, directory).replace(" ", "$ ")
+
+
+def common_flags(torch: Torch, directory: Path) -> tuple[list[str], list[str]]:
+    """(for compilers, for the host's compiler): __FILE__ starts at csrc/ or torch/ everywhere."""
+    maps = {ROOT: "", torch.root: "torch/"}
+    hide = [f"-ffile-prefix-map={os.path.relpath(p, directory)}/={to}" for p, to in maps.items()]
+    return ["-std=c++20", "-O3", TORCH_TARGET], ["-fPIC", "-fvisibility=hidden", *hide]
+
+
+def rule(name: str, command: str, *, depfile: bool = False) -> list[str]:
+    depends = ["  depfile = $out.d", "  deps = gcc"] if depfile else []
+    return [f"rule {name}", f"  command = {command}", "  description = $out", *depends]
+
+
+def run_ninja(directory: Path, rules: list[str], objects: list[str], out: Path) -> None:
+    """Writes directory/build.ninja, whose rule `link` makes `out` of `objects`, and runs it."""
+    directory.mkdir(parents=True, exist_ok=True)
+    target = relative(out, directory)
+    rules = [*rules, f"build {target}: link {' '.join(objects)}", f"default {target}", ""]
+    (directory / "build.ninja").write_text("\n".join(rules))
+    bundled = importlib.util.find_spec("ninja") is not None
+    if not bundled and shutil.which("ninja") is None:
+        raise stop("building needs ninja. Type\n    pip install ninja\n")
+    command = [sys.executable, "-m", "ninja"] if bundled else ["ninja"]
+    jobs = os.environ.get("MAX_JOBS")
+    command += ["-C", str(directory), *(["-j", jobs] if jobs else [])]
+    if subprocess.run(command).returncode != 0:
+        raise stop("compiling failed; the compiler's message is above")
+
+
+def build_cpu(
+    out: Path, directory: Path, *, emulate_avx512: bool = False, sanitize: bool = False
+) -> dict[str, object]:
+    """Builds one CPU library, each file of isa/ once per instruction set; returns the facts."""
+    if sys.platform != "linux":
+        raise stop(f"the libraries build on Linux only so far, not on {sys.platform}")
+    torch = Torch.find()
+    x86 = platform.machine() in ("x86_64", "AMD64")
+    isas = {name: isa for name, isa in X86_ISAS.items() if x86 or name == "scalar"}
+    flags = [flag for flags in common_flags(torch, directory) for flag in flags]
+    # Left alone, GCC fuses a * b + c where it likes: decoding would not be bitwise, and a fused op
+    # could differ from its parts. Kernels ask for a fused multiply-add with fma().
+    flags += ["-g0", "-ffp-contract=off", "-fno-math-errno"]
+    flags += ["-Wall", "-Wextra", "-Wno-unused-parameter", "-Wno-psabi"]
+    flags += ["-Wno-maybe-uninitialized"]  # GCC 12 warns of its own AVX-512 header
+    libraries = relative(torch.root / "lib", directory)
+    link = f"-shared -L{libraries} -ltorch_cpu -Wl,--no-undefined"
     if sanitize:
-        flags += ["-fsanitize=address,undefined", "-fno-omit-frame-pointer", "-fno-sanitize-recover=undefined", "-g1"]
-        link += ["-fsanitize=address,undefined"]
+        checks = "-fsanitize=address,undefined -fno-sanitize-recover=undefined"
+        flags += [*checks.split(), "-fno-omit-frame-pointer", "-g1", "-O1"]
+        link += f" {checks}"
     if emulate_avx512:
         flags += ["-DQK_EMULATE_AVX512", "-DQK_OPS=qkernels_avx512emu"]
-    x86 = platform.machine() in ("x86_64", "AMD64")
-    isas = dict(X86_ISAS) if x86 else {"scalar": X86_ISAS["scalar"]}
-    if emulate_avx512:
-        isas["avx512"] = ["-DQK_ISA_AVX512", "-mavx2", "-mfma", "-mf16c"]
-    lines = ["ninja_required_version = 1.3", f"cxx = {cxx}", f"flags = {' '.join(flags)}",
-             f"torch = -isystem {include}",
-             "rule cc", "  command = $cxx $flags $isa $inc -MMD -MF $out.d -c $in -o $out", "  depfile = $out.d", "  deps = gcc",
-             "rule link", f"  command = {cxx.split()[-1]} $in -o $out {' '.join(link)}"]
-    objects = []
+        isas = {**isas, "avx512": f"-DQK_ISA_AVX512 {AVX2}"} if x86 else isas
+    compile = f"{with_ccache(cxx())} {shlex.join(flags)} $more -MMD -MF $out.d -c $in -o $out"
+    rules = rule("cc", compile, depfile=True)
+    rules += rule("link", f"{shlex.join(cxx())} $in -o $out {link}")
+    units: list[tuple[str, Path, str]] = []  # object, source, flags
     for source in sorted((CSRC / "cpu").glob("*.cpp")):
-        target = f"{source.stem}.o"
-        lines += [f"build {target}: cc {source}", "  inc = $torch"]
-        objects.append(target)
+        include = relative(torch.root / "include", directory)
+        units.append((f"{source.stem}.o", source, f"-isystem {include}"))
     for source in sorted((CSRC / "cpu" / "isa").glob("*.cpp")):
         for isa, isa_flags in isas.items():
-            target = f"{source.stem}.{isa}.o"
-            lines += [f"build {target}: cc {source}", f"  isa = {' '.join(isa_flags)}"]
-            objects.append(target)
-    lines += [f"build {out}: link {' '.join(objects)}", f"default {out}", ""]
-    build.mkdir(parents=True, exist_ok=True)
-    (build / "build.ninja").write_text("\n".join(lines))
-    return build
+            units.append((f"{source.stem}.{isa}.o", source, isa_flags))
+    for name, source, more in units:
+        rules += [f"build {name}: cc {relative(source, directory)}", f"  more = {more}"]
+    run_ninja(directory, rules, [name for name, _, _ in units], out)
+    return {"targets": list(isas), "compiler": compiler_version(cxx()), "headers": torch.version}
 
 
-def ninja(build: Path) -> None:
-    jobs = os.environ.get("MAX_JOBS")
-    subprocess.run([sys.executable, "-m", "ninja", "-C", str(build), *(["-j", jobs] if jobs else [])], check=True)
+def find_nvcc() -> str | None:
+    homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
+    places = [*(f"{home}/bin/nvcc" for home in homes), "nvcc", "/usr/local/cuda/bin/nvcc"]
+    return next((found for place in places if (found := shutil.which(place))), None)
 
 
-def build_native(target: Path) -> None:
-    build = ROOT / "build" / "cpu"
-    ninja(write_cpu_rules(target / "_C_cpu.so", build))
+def cuda_archs(text: str) -> dict[str, str]:
+    """ "8.0+PTX;9.0a" -> {"sm_80": its -gencode flag, "compute_80": ..., "sm_90a": ...}."""
+    flags: dict[str, str] = {}
+    for item in re.split(r"[;,\s]+", text.strip("; ,")):
+        found = re.fullmatch(r"(\d+)\.(\d[af]?)(\+PTX)?", item)
+        if not found:
+            raise stop(f"TORCH_CUDA_ARCH_LIST: {item!r} is not of the form 8.0, 9.0a or 9.0+PTX")
+        if int(found[1]) < 8:
+            raise stop(f"TORCH_CUDA_ARCH_LIST: {item!r} is older than 8.0, which the kernels need")
+        arch = found[1] + found[2]
+        flags[f"sm_{arch}"] = f"-gencode=arch=compute_{arch},code=sm_{arch}"
+        if found[3]:
+            flags[f"compute_{arch}"] = f"-gencode=arch=compute_{arch},code=compute_{arch}"
+    return flags
 
 
-class BuildNative(build_py):
+def why_no_cuda(torch: Torch) -> str | None:
+    """The reason to leave the CUDA library out, or None to build it."""
+    forced = os.environ.get("FORCE_CUDA") == "1"
+    if os.environ.get("QKERNELS_CUDA") == "0":
+        return "QKERNELS_CUDA=0"
+    if find_nvcc() is None:
+        if forced:
+            raise stop("FORCE_CUDA=1 needs nvcc on PATH, in CUDA_HOME or in /usr/local/cuda/bin")
+        return "no nvcc on PATH, in CUDA_HOME or in /usr/local/cuda/bin"
+    if torch.cuda is None and not forced:
+        return f"torch {torch.version} has no CUDA; FORCE_CUDA=1 builds it anyway"
+    return None
+
+
+def build_cuda(out: Path, directory: Path) -> dict[str, object]:
+    """Builds the CUDA library; returns the facts. ptxas' report lies beside each object (.log)."""
+    torch, nvcc = Torch.find(), find_nvcc()
+    if nvcc is None:
+        raise stop("the CUDA library needs nvcc on PATH, in CUDA_HOME or in /usr/local/cuda/bin")
+    archs = cuda_archs(os.environ.get("TORCH_CUDA_ARCH_LIST") or CUDA_ARCHS)
+    flags, host = common_flags(torch, directory)
+    flags += ["-Xptxas=-v", "-DUSE_CUDA", *archs.values(), f"-Xcompiler={','.join(host)}"]
+    include = relative(torch.root / "include", directory)
+    compile = f"{with_ccache([nvcc])} -ccbin={cxx()[-1]} {shlex.join(flags)} -isystem={include}"
+    # A CPU-only torch has no libtorch_cuda. Empty libraries with the two sonames leave the NEEDED
+    # entries through which the symbols are found where torch has CUDA.
+    stub = f"{shlex.join(cxx())} -shared -nostdlib -Wl,-soname,$name -x c /dev/null"
+    # They go in by -l: nvcc puts -Xlinker behind the files it is given, but before -l.
+    link = f"-ccbin={cxx()[-1]} -shared -cudart=static -Xlinker=--no-as-needed -L."
+    report = "> $out.log 2>&1 || (cat $out.log; exit 1)"
+    rules = rule("nvcc", f"{compile} -MMD -MF $out.d -c $in -o $out {report}", depfile=True)
+    rules += rule("stub", f"{stub} -o $out")
+    rules += rule("link", f"{shlex.quote(nvcc)} {link} -ltorch_cpu -ltorch_cuda $in -o $out")
+    stubs = ["libtorch_cpu.so", "libtorch_cuda.so"]
+    rules += [line for name in stubs for line in (f"build {name}: stub", f"  name = {name}")]
+    objects = []
+    for source in sorted((CSRC / "cuda").glob("*.cu")):
+        objects.append(f"{source.stem}.o")
+        rules.append(f"build {objects[-1]}: nvcc {relative(source, directory)}")
+    objects += ["|", *stubs]  # ninja: needed, but not in $in
+    run_ninja(directory, rules, objects, out)
+    nvcc_version = compiler_version([nvcc])
+    return {"targets": list(archs), "compiler": nvcc_version, "headers": torch.version}
+
+
+def build_native(package: Path) -> None:
+    """Builds what this machine can into `package`; says so in build_info.json and on stdout."""
+    built = {"_C_cpu": build_cpu(package / "_C_cpu.so", BUILD / "cpu")}
+    skipped: dict[str, str] = {}
+    if reason := why_no_cuda(Torch.find()):
+        skipped["_C_cuda"] = reason
+        (package / "_C_cuda.so").unlink(missing_ok=True)  # left by an earlier build
+    else:
+        built["_C_cuda"] = build_cuda(package / "_C_cuda.so", BUILD / "cuda")
+    info = {"torch_at_least": "2.11", "built": built, "skipped": skipped}
+    (package / "build_info.json").write_text(json.dumps(info, indent=2) + "\n")
+    for name, facts in built.items():
+        targets = ", ".join(facts["targets"])  # type: ignore[arg-type]
+        print(f"qkernels: built {name} for {targets} with {facts['compiler']}")
+    for name, why in skipped.items():
+        print(f"qkernels: did not build {name}: {why}")
+
+
+def native(arguments: list[str]) -> None:
+    """`setup.py native`: libraries for development, nothing installed."""
+    parser = argparse.ArgumentParser(prog="setup.py native")
+    kind = parser.add_mutually_exclusive_group()
+    for name in ("avx512emu", "sanitize", "cuda"):
+        kind.add_argument(f"--{name}", action="store_true")
+    chosen = parser.parse_args(arguments)
+    if chosen.avx512emu:
+        out = BUILD / "avx512emu"
+        build_cpu(out / "_C_cpu_avx512emu.so", out, emulate_avx512=True)
+    elif chosen.sanitize:
+        tree = BUILD / "sanitize"
+        for name in ("qkernels", "tests"):
+            shutil.rmtree(tree / name, ignore_errors=True)
+            shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("*.so"))
+        shutil.copy2(ROOT / "pyproject.toml", tree)
+        build_cpu(tree / "qkernels" / "_C_cpu.so", tree / "objects", sanitize=True)
+        emulated = tree / "build" / "avx512emu"
+        library = emulated / "_C_cpu_avx512emu.so"
+        build_cpu(library, emulated, emulate_avx512=True, sanitize=True)
+    elif chosen.cuda:
+        build_cuda(BUILD / "cuda" / "_C_cuda.so", BUILD / "cuda")
+    else:
+        build_native(ROOT / "qkernels")
+
+
+class BuildPackage(build_py):
     def run(self) -> None:
+        package = ROOT / "qkernels" if self.editable_mode else Path(self.build_lib) / "qkernels"
+        if not self.editable_mode:
+            shutil.rmtree(package, ignore_errors=True)  # build/lib keeps what the sources lost
         super().run()
-        inplace = self.editable_mode
-        build_native(ROOT / "qkernels" if inplace else Path(self.build_lib) / "qkernels")
+        build_native(package.resolve())
+
+
+class Wheel(bdist_wheel):
+    def get_tag(self) -> tuple[str, str, str]:
+        """Neither CPython's ABI nor one version of torch matters: py3-none-<platform>."""
+        return "py3", "none", super().get_tag()[2]
 
 
 class BinaryDistribution(Distribution):
@@ -97,7 +309,8 @@ class BinaryDistribution(Distribution):
 
 
 if __name__ == "__main__":
-    if sys.argv[1:] == ["native"]:  # the quick path while developing: libraries beside the sources, nothing installed
-        build_native(ROOT / "qkernels")
+    if sys.argv[1:2] == ["native"]:
+        native(sys.argv[2:])
     else:
-        setup(cmdclass={"build_py": BuildNative}, distclass=BinaryDistribution)
+        commands = {"build_py": BuildPackage, "bdist_wheel": Wheel}
+        setup(cmdclass=commands, distclass=BinaryDistribution)

@@ -81,6 +81,7 @@ struct PackArgs {
   uint8_t* packed;       // [Nb, Kp/16, 128 * bits], wholly overwritten
   int64_t n, k, kp;
   int bits;
+  uint32_t* seen;  // [1], zero before: the OR of all codes in each byte; bits beyond `bits` are dropped from packed
 };
 struct EmbeddingArgs {
   const int64_t* ids;  // [T], all in [0, N)
@@ -183,15 +184,18 @@ struct DenseAttentionArgs {
   float softcap;
 };
 
+constexpr int64_t kSampleNan = -1;    // a logit is NaN
+constexpr int64_t kSampleEmpty = -2;  // every logit is -inf
 struct SampleArgs {
   const float* logits;       // [B, V]
+  int64_t logits_stride;     // elements between rows
   const float* temperature;  // [B]; 0: greedy
   const int32_t* top_k;      // [B]; 0: off
   const float* top_p;        // [B]; 1: off
   const float* min_p;        // [B]; 0: off
   const int64_t* seed;       // [B]
   const int64_t* offset;     // [B], the index of the draw
-  int64_t* out;              // [B]
+  int64_t* out;              // [B]: the token, or kSampleNan, kSampleEmpty
   int64_t batch, vocab;
 };
 

@@ -1,8 +1,32 @@
 """Typed functions over the ops, one file per family. Importing a family defines its ops."""
 
+from . import decoder as decoder
 from .act import QuantAct, quantize_act
+from .attention import attention, attention_dense, kv_append
 from .embedding import embedding
+from .gate import gate, gate_quant
 from .linear import linear, linear_quant
+from .norm import add_norm, add_norm_quant, norm, norm_quant
 from .pack import dequantize, pack, unpack
+from .sample import sample
 
-__all__ = ["QuantAct", "dequantize", "embedding", "linear", "linear_quant", "pack", "quantize_act", "unpack"]
+__all__ = [
+    "QuantAct",
+    "add_norm",
+    "add_norm_quant",
+    "attention",
+    "attention_dense",
+    "dequantize",
+    "embedding",
+    "gate",
+    "gate_quant",
+    "kv_append",
+    "linear",
+    "linear_quant",
+    "norm",
+    "norm_quant",
+    "pack",
+    "quantize_act",
+    "sample",
+    "unpack",
+]

@@ -76,5 +76,14 @@ def define(
         _libraries[REFERENCE].impl(name, reference, "CompositeExplicitAutograd")
 
 
+def no_backward(name: str) -> Callable[..., Any]:
+    """A backward for ops that have none: it says so, where torch would only warn and give no gradient."""
+
+    def backward(ctx: Any, *grads: Any) -> Any:
+        raise RuntimeError(f"qkernels::{name}: has no backward; call it under torch.no_grad()")
+
+    return backward
+
+
 define_namespace(NATIVE)
 define_namespace(REFERENCE)

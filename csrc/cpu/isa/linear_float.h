@@ -1,0 +1,178 @@
+// y = x @ w.T with float activations: weights are dequantized exactly, in float32, and products are accumulated in
+// float32, in the order of the columns whatever M is.
+//
+// A thread dequantizes 64 rows x kPanelCols columns into a panel [columns, 64] that stays in L1, multiplies it with
+// every token of a block, and keeps the sums [tokens, 64] in its scratch between panels.
+#pragma once
+#include "linear_tile.h"
+
+namespace qk::QK_ISA {
+namespace {
+
+constexpr int kPanelCols = 64;
+constexpr int64_t kFloatTokenBlock = 128;
+constexpr int64_t kPanelFloats = kPanelCols * 64;
+constexpr int64_t kSumFloats = kFloatTokenBlock * 64;
+
+#if defined(QK_ISA_AVX512)
+constexpr int kFloatTile = 8;
+constexpr int float_vectors(int tokens) { return 2; }
+#else
+constexpr int kFloatTile = 6;
+// Row vectors of a tile: at most 12 accumulators of the 16 registers.
+constexpr int float_vectors(int tokens) { return tokens <= 3 ? 4 : 2; }
+#endif
+
+int64_t float_scratch(const LinearArgs& a, int team) {
+  const int64_t converted = a.x_type == Dtype::f32 ? 0 : a.m * a.w.k;
+  return (converted + team * (kPanelFloats + kSumFloats)) * int64_t(sizeof(float));
+}
+
+// Rows of x [M, K] as float32; tokens begin .. end - 1.
+void convert_rows(const LinearArgs& a, float* out, int64_t begin, int64_t end) {
+  with_type(a.x_type, [&](auto io) {
+    using X = decltype(io);
+    for (int64_t t = begin; t < end; t++) {
+      const typename X::type* x = (const typename X::type*)a.x + t * a.x_stride;
+      float* to = out + t * a.w.k;
+      int64_t k = 0;
+      for (; k + W <= a.w.k; k += W) store(to + k, X::load(x + k));
+      for (; k < a.w.k; k++) to[k] = X::get(x + k);
+    }
+  });
+}
+
+// Columns k .. k + cols - 1 (multiples of 16) of halves first .. last - 1 of a block, as panel [cols, 64].
+template <int Bits, Zero Z>
+void dequantize_panel(const Weight& w, int64_t block, int first, int last, int64_t k, int cols, float* panel) {
+  constexpr int V = kVectors<Bits>, half = kHalfPieces<Bits>;
+  const VF middle = splat(float(1 << (Bits - 1)));
+  for (int u = 0; u < cols; u += 16) {
+    const uint8_t* unit = w.codes + layout::unit_offset(block * 64, k + u, w.kp, Bits);
+    const int64_t at = layout::group_index(block * 64, (k + u) / w.group, w.kp / w.group);
+    const int64_t block_at = w.block_scale ? layout::group_index(block * 64, (k + u) / layout::kBlockGroup, w.kp / layout::kBlockGroup) : 0;
+    for (int piece = first * half; piece < last * half; piece++)
+      for (int v = 0; v < V; v++) {
+        const int row = piece_row<Bits>(piece, v);
+        const GroupScale group = load_group<Z>(w, at + row, block_at + row);
+        const VF zero = Z == Zero::symmetric ? middle : group.zero;
+        for (int i = 0; i < 4; i++) {
+          const VU codes = load_raw<VU>(unit + piece_byte<Bits>(piece) + 64 * i) >> (4 * v);
+QK_UNROLL(4)
+          for (int j = 0; j < 4; j++) {
+            const VF code = to_float((VI)(codes >> (8 * j) & ((1 << Bits) - 1)));
+            VF value;
+            if (Z == Zero::minimum) {
+              VF scaled = group.scale * code;
+              keep(scaled);  // two roundings, as scale * code - minimum is defined
+              value = scaled - zero;
+            } else {
+              value = group.scale * (code - zero);
+            }
+            store(panel + (u + 4 * i + j) * 64 + row, value);
+          }
+        }
+      }
+  }
+}
+
+// sums[t][row] += panel[k][row] * x[t][k] for T tokens and the rows of R vectors.
+template <int R, int T>
+QK_INLINE void float_tile(const float* panel, int cols, const float* x, int64_t x_stride, float* sums) {
+  VF acc[R][T];
+QK_UNROLL(4)
+  for (int r = 0; r < R; r++)
+QK_UNROLL(8)
+    for (int t = 0; t < T; t++) acc[r][t] = load(sums + t * 64 + r * W);
+  for (int k = 0; k < cols; k++, panel += 64) {
+    VF w[R];
+QK_UNROLL(4)
+    for (int r = 0; r < R; r++) w[r] = load(panel + r * W);
+QK_UNROLL(8)
+    for (int t = 0; t < T; t++) {
+      const VF one = splat(x[t * x_stride + k]);
+QK_UNROLL(4)
+      for (int r = 0; r < R; r++) acc[r][t] = fma(w[r], one, acc[r][t]);
+    }
+  }
+QK_UNROLL(4)
+  for (int r = 0; r < R; r++)
+QK_UNROLL(8)
+    for (int t = 0; t < T; t++) store(sums + t * 64 + r * W, acc[r][t]);
+}
+
+template <int T>
+__attribute__((noinline)) void float_rows(const float* panel, int cols, const float* x, int64_t x_stride, float* sums,
+                                          int first_row, int last_row) {
+  constexpr int R = float_vectors(T);
+  for (int row = first_row; row < last_row; row += R * W) float_tile<R, T>(panel + row, cols, x, x_stride, sums + row);
+}
+
+template <int Bits, Zero Z>
+void float_block(const LinearArgs& a, const float* x, int64_t x_stride, int64_t block, int first, int last, float* panel,
+                 float* sums) {
+  int row_of[64 / W];
+  for (int r = 0; r < 64 / W; r++) row_of[r] = r * W;
+  for (int64_t token = 0; token < a.m; token += kFloatTokenBlock) {
+    const int64_t end = token + kFloatTokenBlock < a.m ? token + kFloatTokenBlock : a.m;
+    for (int64_t i = 0; i < (end - token) * 64; i++) sums[i] = 0.f;
+    for (int64_t k = 0; k < a.w.k; k += kPanelCols) {
+      const int cols = int(a.w.k - k < kPanelCols ? a.w.k - k : kPanelCols);
+      dequantize_panel<Bits, Z>(a.w, block, first, last, k, int(layout::round_up(cols, 16)), panel);
+      for (int64_t t = token; t < end;) {
+        const int tile = int(end - t < kFloatTile ? end - t : kFloatTile);
+        const float* from = x + t * x_stride + k;
+        float* to = sums + (t - token) * 64;
+        switch (tile) {
+          case 1: float_rows<1>(panel, cols, from, x_stride, to, 32 * first, 32 * last); break;
+          case 2: float_rows<2>(panel, cols, from, x_stride, to, 32 * first, 32 * last); break;
+          case 3: float_rows<3>(panel, cols, from, x_stride, to, 32 * first, 32 * last); break;
+          case 4: float_rows<4>(panel, cols, from, x_stride, to, 32 * first, 32 * last); break;
+          case 5: float_rows<5>(panel, cols, from, x_stride, to, 32 * first, 32 * last); break;
+          case 6: float_rows<6>(panel, cols, from, x_stride, to, 32 * first, 32 * last); break;
+#if defined(QK_ISA_AVX512)
+          case 7: float_rows<7>(panel, cols, from, x_stride, to, 32 * first, 32 * last); break;
+          case 8: float_rows<8>(panel, cols, from, x_stride, to, 32 * first, 32 * last); break;
+#endif
+        }
+        t += tile;
+      }
+    }
+    for (int64_t t = token; t < end; t++)
+      write_tile(a, sums + (t - token) * 64 + 32 * first, row_of, block * 64 + 32 * first, 32 * (last - first) / W, t, 1);
+  }
+}
+
+template <int Bits>
+void float_block(const LinearArgs& a, const float* x, int64_t x_stride, int64_t block, int first, int last, float* panel,
+                 float* sums) {
+  switch (a.w.zero_kind) {
+    case Zero::symmetric: return float_block<Bits, Zero::symmetric>(a, x, x_stride, block, first, last, panel, sums);
+    case Zero::integer: return float_block<Bits, Zero::integer>(a, x, x_stride, block, first, last, panel, sums);
+    case Zero::minimum: return float_block<Bits, Zero::minimum>(a, x, x_stride, block, first, last, panel, sums);
+  }
+}
+
+void float_linear(const LinearArgs& a, void* scratch, Team& team) {
+  float* panel = (float*)scratch + team.rank * (kPanelFloats + kSumFloats);
+  const float* x = (const float*)a.x;
+  int64_t x_stride = a.x_stride;
+  if (a.x_type != Dtype::f32) {
+    float* converted = (float*)scratch + team.size * (kPanelFloats + kSumFloats);
+    const Range tokens = team.share(a.m);
+    convert_rows(a, converted, tokens.begin, tokens.end);
+    team.sync();
+    x = converted, x_stride = a.w.k;
+  }
+  const Range halves = team.share((a.w.n + 31) / 32);
+  for (int64_t half = halves.begin; half < halves.end;) {
+    const int64_t block = half / 2;
+    const int first = int(half % 2), last = half + 1 < halves.end ? 2 : first + 1;
+    half = block * 2 + last;
+    if (a.w.bits == 4) float_block<4>(a, x, x_stride, block, first, last, panel, panel + kPanelFloats);
+    else float_block<8>(a, x, x_stride, block, first, last, panel, panel + kPanelFloats);
+  }
+}
+
+}  // namespace
+}  // namespace qk::QK_ISA

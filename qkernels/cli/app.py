@@ -1,0 +1,327 @@
+"""The commands and their options."""
+
+from __future__ import annotations
+
+import sys
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from . import output
+from .errors import BadInput, describe
+
+INTERRUPTED = 130  # 128 + SIGINT
+READER_GONE = 141  # 128 + SIGPIPE
+
+
+class Commands(TyperGroup):
+    """Every error becomes one line on stderr and an exit code; a traceback needs --debug."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            output.note("interrupted")
+            raise typer.Exit(INTERRUPTED) from None
+        except BrokenPipeError:
+            output.drop_stdout()
+            raise typer.Exit(READER_GONE) from None
+
+    def main(self, args: Any = None, standalone_mode: bool = True, **extra: Any) -> Any:
+        words = list(sys.argv[1:] if args is None else args)
+        code = 0
+        try:
+            result = super().main(args=words, standalone_mode=False, **extra)
+            code = result if isinstance(result, int) else 0
+        except Exception as error:
+            if "--debug" in words:
+                raise
+            if hasattr(
+                error, "format_message"
+            ):  # a usage error of typer's: a bad option or a missing argument
+                message = " ".join(error.format_message().split())
+                if not message:
+                    raise
+                output.fail(f"{message} (see qkernels --help)")
+                code = int(getattr(error, "exit_code", 2))
+            elif isinstance(error, BadInput):
+                output.fail(describe(error))
+                code = 2
+            else:
+                output.fail(f"{type(error).__name__}: {describe(error)} (--debug shows where)")
+                code = 1
+        if standalone_mode:
+            sys.exit(code)
+        return code
+
+
+app = typer.Typer(
+    cls=Commands,
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Run quantized language models with this package's own kernels.",
+)
+
+
+class Act(str, Enum):
+    auto = "auto"
+    int8 = "int8"
+    float = "float"
+
+
+class KvDtype(str, Enum):
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+    int8 = "int8"
+    int4 = "int4"
+
+
+LOADING = "Loading"
+SAMPLING = "Sampling (defaults: the model's own)"
+
+Model = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="GGUF file, model directory, or PACKAGE:FILE for a file in an installed package.",
+    ),
+]
+ActOption = Annotated[
+    Act,
+    typer.Option(
+        "--act",
+        help="Activations of the linear layers; auto is int8 on the CPU.",
+        rich_help_panel=LOADING,
+    ),
+]
+KvOption = Annotated[
+    KvDtype,
+    typer.Option(
+        "--kv-dtype", help="Type of the KV cache; auto is a 16-bit float.", rich_help_panel=LOADING
+    ),
+]
+Threads = Annotated[
+    int | None,
+    typer.Option(
+        "--threads", min=1, help="CPU threads; default: torch's choice.", rich_help_panel=LOADING
+    ),
+]
+Context = Annotated[
+    int | None,
+    typer.Option("--context", min=2, help="Tokens of context to reserve.", rich_help_panel=LOADING),
+]
+Spec = Annotated[
+    str | None,
+    typer.Option(
+        "--spec", help="Quantize float weights on load, such as W4A16.", rich_help_panel=LOADING
+    ),
+]
+GroupSize = Annotated[
+    int | None,
+    typer.Option("--group-size", help="Columns per scale, with --spec.", rich_help_panel=LOADING),
+]
+MaxNewTokens = Annotated[
+    int, typer.Option("--max-new-tokens", "-n", min=1, help="Stop after so many tokens.")
+]
+Temperature = Annotated[
+    float | None,
+    typer.Option("--temperature", "-t", min=0.0, help="0 is greedy.", rich_help_panel=SAMPLING),
+]
+TopK = Annotated[
+    int | None,
+    typer.Option("--top-k", min=0, help="Keep the k likeliest; 0: all.", rich_help_panel=SAMPLING),
+]
+TopP = Annotated[
+    float | None,
+    typer.Option(
+        "--top-p", min=0.0, max=1.0, help="Keep this probability mass.", rich_help_panel=SAMPLING
+    ),
+]
+MinP = Annotated[
+    float | None,
+    typer.Option(
+        "--min-p",
+        min=0.0,
+        max=1.0,
+        help="Drop below this share of the likeliest.",
+        rich_help_panel=SAMPLING,
+    ),
+]
+Penalty = Annotated[
+    float | None,
+    typer.Option(
+        "--repetition-penalty", help="Above 1 discourages repeats.", rich_help_panel=SAMPLING
+    ),
+]
+Seed = Annotated[
+    int | None,
+    typer.Option("--seed", min=0, help="Makes sampling repeatable.", rich_help_panel=SAMPLING),
+]
+Stop = Annotated[
+    list[str] | None,
+    typer.Option("--stop", help="End before this text; may be repeated."),
+]
+Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
+
+
+def sampling(
+    temperature: float | None,
+    top_k: int | None,
+    top_p: float | None,
+    min_p: float | None,
+    repetition_penalty: float | None,
+    seed: int | None,
+    stop: list[str] | None,
+    max_new_tokens: int,
+) -> dict[str, Any]:
+    """Keyword arguments of `stream`; what was not given is left to the model's defaults."""
+    given = {
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "min_p": min_p,
+        "repetition_penalty": repetition_penalty,
+        "seed": seed,
+        "stop": stop or None,
+    }
+    return {"max_new_tokens": max_new_tokens} | {k: v for k, v in given.items() if v is not None}
+
+
+@app.callback()
+def common(debug: Debug = False) -> None:
+    pass
+
+
+@app.command()
+def generate(
+    model: Model,
+    prompt: Annotated[
+        str, typer.Argument(metavar="PROMPT", help='The text to continue, or "-" for stdin.')
+    ],
+    chat: Annotated[
+        bool,
+        typer.Option(
+            "--chat/--raw", help="Ask PROMPT through the chat template, or continue it as it is."
+        ),
+    ] = False,
+    max_new_tokens: MaxNewTokens = 256,
+    stop: Stop = None,
+    temperature: Temperature = None,
+    top_k: TopK = None,
+    top_p: TopP = None,
+    min_p: MinP = None,
+    repetition_penalty: Penalty = None,
+    seed: Seed = None,
+    act: ActOption = Act.auto,
+    kv_dtype: KvOption = KvDtype.auto,
+    threads: Threads = None,
+    context: Context = None,
+    spec: Spec = None,
+    group_size: GroupSize = None,
+    debug: Debug = False,
+) -> None:
+    """Continue a prompt, or answer it with --chat. The text goes to stdout as it is decoded."""
+    from .generate import run
+    from .loading import LoadOptions
+
+    run(
+        LoadOptions(model, act.value, kv_dtype.value, threads, context, spec, group_size),
+        prompt,
+        chat,
+        sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed, stop, max_new_tokens),
+    )
+
+
+@app.command()
+def chat(
+    model: Model,
+    system: Annotated[str | None, typer.Option("--system", help="The system message.")] = None,
+    max_new_tokens: MaxNewTokens = 1024,
+    stop: Stop = None,
+    temperature: Temperature = None,
+    top_k: TopK = None,
+    top_p: TopP = None,
+    min_p: MinP = None,
+    repetition_penalty: Penalty = None,
+    seed: Seed = None,
+    act: ActOption = Act.auto,
+    kv_dtype: KvOption = KvDtype.auto,
+    threads: Threads = None,
+    context: Context = None,
+    spec: Spec = None,
+    group_size: GroupSize = None,
+    debug: Debug = False,
+) -> None:
+    """Talk with a model. Ctrl-C ends an answer, Ctrl-D the program; /help lists the commands."""
+    from .chat import run
+    from .loading import LoadOptions
+
+    run(
+        LoadOptions(model, act.value, kv_dtype.value, threads, context, spec, group_size),
+        system,
+        sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed, stop, max_new_tokens),
+    )
+
+
+@app.command()
+def info(
+    model: Annotated[
+        str | None, typer.Argument(metavar="[MODEL]", help="As for generate; optional.")
+    ] = None,
+    act: ActOption = Act.auto,
+    kv_dtype: KvOption = KvDtype.auto,
+    threads: Threads = None,
+    context: Context = None,
+    spec: Spec = None,
+    group_size: GroupSize = None,
+    debug: Debug = False,
+) -> None:
+    """Show what was built and which backend serves what; with MODEL, what runs in each of its
+    layers and why.
+    """
+    from .info import run
+    from .loading import LoadOptions
+
+    options = None
+    if model is not None:
+        options = LoadOptions(model, act.value, kv_dtype.value, threads, context, spec, group_size)
+    run(options)
+
+
+@app.command("eval")
+def evaluate(
+    model: Model,
+    textfile: Annotated[Path, typer.Argument(metavar="TEXTFILE", help="UTF-8 text.")],
+    windows: Annotated[
+        int, typer.Option("--windows", min=1, help="Independent windows to evaluate.")
+    ] = 8,
+    window: Annotated[int, typer.Option("--window", min=2, help="Tokens per window.")] = 512,
+    skip_fraction: Annotated[
+        float,
+        typer.Option("--skip-fraction", min=0.0, max=0.99, help="Share of the text to skip first."),
+    ] = 0.1,
+    act: ActOption = Act.auto,
+    kv_dtype: KvOption = KvDtype.auto,
+    threads: Threads = None,
+    spec: Spec = None,
+    group_size: GroupSize = None,
+    debug: Debug = False,
+) -> None:
+    """Perplexity of a model on a text file."""
+    from .evaluate import run
+    from .loading import LoadOptions
+
+    run(
+        LoadOptions(model, act.value, kv_dtype.value, threads, None, spec, group_size),
+        textfile,
+        windows,
+        window,
+        skip_fraction,
+    )

@@ -1,0 +1,328 @@
+"""From a checkpoint to the named weights of a decoder, a block of rows at a time."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from .checkpoints import CheckpointError, GGUFFile
+from .models import Family, ModelConfig, WeightDef, family_of_gguf, family_of_hf
+from .quant import PackedWeight, PlainWeight, QuantSpec
+from .quant.quantize import quantize
+
+Weight = PackedWeight | torch.Tensor
+
+# Unpacked codes of one block of rows. Packing reads every byte a few times, so a block should stay near the caches,
+# and the peak of loading is the packed size plus two blocks; much smaller ones cost calls.
+BLOCK_BYTES = 4 << 20
+_DENSE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+class Progress(Protocol):
+    """Called after every tensor with bytes or elements done, their total, and the name of the tensor."""
+
+    def __call__(self, done: int, total: int, what: str | None = None) -> None: ...
+
+
+@dataclass
+class Checkpoint:
+    """A loaded model without any module: what `nn.decoder` is made of.
+
+    weights: by the names of the program; a tied table stands there once. generation: contents of
+    generation_config.json, {} without one. source: the path, or what stands for it. gguf: the open file, if it is one.
+    """
+
+    family: Family
+    config: ModelConfig
+    weights: dict[str, Weight]
+    source: str
+    generation: dict[str, Any] = field(default_factory=dict)
+    raw_config: dict[str, Any] = field(default_factory=dict)
+    gguf: GGUFFile | None = None
+
+
+def rows_per_block(columns: int) -> int:
+    """Rows of a block: a multiple of 64, as packing needs, near BLOCK_BYTES of codes."""
+    return max(64, BLOCK_BYTES // columns // 64 * 64)
+
+
+def check_names(
+    defs: Iterable[WeightDef],
+    names: Mapping[str, tuple[int, ...]],
+    of: Callable[[WeightDef], str],
+    ignored: Iterable[str],
+    where: str,
+) -> None:
+    """Holds the tensors of a checkpoint against those the model needs. Raises CheckpointError naming the differences.
+
+    names: the checkpoint's tensors and shapes. of: a weight's name there. ignored: patterns of extras without meaning.
+    """
+    wanted = {of(d): d.shape for d in defs}
+    missing = [name for name in wanted if name not in names]
+    skip = re.compile("|".join(f"(?:{pattern})" for pattern in ignored) or r"(?!)")
+    extra = [name for name in names if name not in wanted and not skip.fullmatch(name)]
+    misshapen = [
+        f"{name} (expected {list(shape)}, got {list(names[name])})"
+        for name, shape in wanted.items()
+        if name in names and tuple(names[name]) != tuple(shape)
+    ]
+    problems = []
+    for what, found in (("missing", missing), ("unexpected", extra), ("of the wrong shape", misshapen)):
+        if found:
+            more = f" and {len(found) - 4} more" if len(found) > 4 else ""
+            problems.append(f"{what}: {', '.join(found[:4])}{more}")
+    if problems:
+        raise CheckpointError(f"{where}: the tensors are not those of the model; {'; '.join(problems)}")
+
+
+def pack_blocks(spec: QuantSpec, n: int, k: int, blocks: Iterable[tuple[int, PlainWeight]]) -> PackedWeight:
+    """Packs (first row, rows) one block after the other."""
+    packed = PackedWeight.empty(spec, n, k)
+    for start, plain in blocks:
+        packed.write_rows(start, plain)
+    return packed
+
+
+def rotary_row_order(heads: int, head_dim: int, rotary_dim: int) -> np.ndarray:
+    """[heads * head_dim] int64: the file row of each row, where a file has rotary pairs side by side.
+
+    Row i < rotary_dim / 2 of a head pairs with row i + rotary_dim / 2; the file has them at 2 i and 2 i + 1.
+    """
+    pairs = np.arange(rotary_dim).reshape(rotary_dim // 2, 2).T.reshape(-1)
+    head = np.concatenate([pairs, np.arange(rotary_dim, head_dim)])
+    return (np.arange(heads)[:, None] * head_dim + head).reshape(-1)
+
+
+def load_gguf(path: str | Path, progress: Progress | None = None) -> Checkpoint:
+    """Reads a GGUF file. Quantized tensors keep their values exactly, float matrices their type; vectors become float32.
+
+    Raises CheckpointError for a damaged file, UnsupportedModelError (a ValueError) for a model without code here.
+    """
+    file = GGUFFile(path)
+    try:
+        metadata = file.metadata
+        architecture = metadata.get("general.architecture")
+        if not isinstance(architecture, str):
+            raise CheckpointError(f"{path}: expected the name of an architecture, got {architecture!r}")
+        family = family_of_gguf(architecture)
+        shapes = {name: tuple(info.shape) for name, info in file.tensors.items()}
+        try:
+            config = family.from_gguf(metadata, shapes, lambda name: file.dense(name).float().tolist())
+        except ValueError as error:
+            raise type(error)(f"{path}: {error}") from error
+        defs = family.weights(config)
+        check_names(defs, shapes, lambda d: d.gguf, family.ignored, str(path))
+        total, done = sum(file.tensors[d.gguf].nbytes for d in defs), 0
+        weights: dict[str, Weight] = {}
+        for d in defs:
+            order = rotary_row_order(d.rotary_heads, config.head_dim, config.rope.dim) if d.rotary_heads else None
+            weights[d.name] = _gguf_weight(file, d, order)
+            done += file.tensors[d.gguf].nbytes
+            if progress is not None:
+                progress(done, total, d.gguf)
+        return Checkpoint(family, config, weights, str(path), gguf=file)
+    except BaseException:
+        file.close()
+        raise
+
+
+def _gguf_weight(file: GGUFFile, d: WeightDef, order: np.ndarray | None) -> Weight:
+    info = file.tensors[d.gguf]
+    if info.type in ("F32", "F16", "BF16"):
+        # A matrix in the order of the file stays a mapping of it; a copy would be as large as the file.
+        dense = file.dense(d.gguf)
+        if not _finite(dense):
+            raise CheckpointError(f"{file.path}: tensor {d.gguf} has values that are not finite")
+        if not d.is_matrix:
+            dense = dense.float().clone()
+        return dense if order is None else dense[torch.from_numpy(order)]
+    if not d.is_matrix:
+        raise CheckpointError(f"{file.path}: tensor {d.gguf} must be of a float type, got {info.type}")
+    n, k = d.shape
+    blocks = iter(file.plain_blocks(d.gguf, rows_per_block(k), order))
+    start, first = next(blocks)
+    packed = PackedWeight.empty(first.spec, n, k)
+    packed.write_rows(start, first)
+    del first
+    for start, plain in blocks:
+        packed.write_rows(start, plain)
+    return packed
+
+
+def _finite(tensor: torch.Tensor) -> bool:
+    """Whether all values are finite, looking at a few megabytes at a time."""
+    return all(bool(torch.isfinite(part).all()) for part in tensor.reshape(-1).split(1 << 20))
+
+
+class TensorSource(Protocol):
+    """Float tensors by name, read when asked for."""
+
+    shapes: Mapping[str, tuple[int, ...]]
+    where: str
+
+    def rows(self, name: str, start: int, stop: int) -> torch.Tensor: ...
+
+    def whole(self, name: str) -> torch.Tensor: ...
+
+
+class SafetensorsDirectory:
+    """Tensors of model.safetensors, or of the shards that model.safetensors.index.json lists, memory-mapped."""
+
+    def __init__(self, directory: Path, stack: ExitStack) -> None:
+        from safetensors import SafetensorError, safe_open
+
+        self.where = str(directory)
+        self._error = SafetensorError
+        self._files: dict[str, Any] = {}
+        index = directory / "model.safetensors.index.json"
+        single = directory / "model.safetensors"
+        listed: dict[str, str] | None = None
+        if index.exists():
+            listed = read_json(index).get("weight_map")
+            if not isinstance(listed, dict) or not all(isinstance(v, str) for v in listed.values()):
+                raise CheckpointError(f"{index}: expected weight_map, from tensor names to file names")
+            paths = [directory / name for name in sorted(set(listed.values()))]
+        elif single.exists():
+            paths = [single]
+        else:
+            raise CheckpointError(f"{directory}: expected model.safetensors or model.safetensors.index.json, found neither")
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        for path in paths:
+            if path.resolve().parent != directory.resolve() and not path.is_symlink():
+                raise CheckpointError(f"{index}: a shard outside the directory: {path}")
+            try:
+                file = stack.enter_context(safe_open(path, framework="pt"))
+                for name in file.keys():  # noqa: SIM118  not a dict
+                    self._files[name] = file
+                    self.shapes[name] = tuple(file.get_slice(name).get_shape())
+            except (SafetensorError, OSError) as error:
+                raise CheckpointError(f"{path}: cannot be read as safetensors: {error}") from error
+        if listed is not None:
+            lost = sorted(set(listed) - set(self.shapes))
+            if lost:
+                raise CheckpointError(f"{index}: lists {lost[0]}, but {listed[lost[0]]} does not have it")
+
+    def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        return self._files[name].get_slice(name)[start:stop]
+
+    def whole(self, name: str) -> torch.Tensor:
+        return self._files[name].get_tensor(name)
+
+
+class StateDict:
+    """Tensors of a transformers model that is in memory already."""
+
+    def __init__(self, tensors: Mapping[str, torch.Tensor], where: str) -> None:
+        self.where = where
+        self._tensors = tensors
+        self.shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+    def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        return self._tensors[name][start:stop].detach().cpu()
+
+    def whole(self, name: str) -> torch.Tensor:
+        return self._tensors[name].detach().cpu()
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file. Raises CheckpointError for anything else."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: cannot be read as JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: expected a JSON object, got {type(value).__name__}")
+    return value
+
+
+def load_hf_directory(
+    directory: Path, spec: QuantSpec | None, embeddings: QuantSpec | None, progress: Progress | None = None
+) -> Checkpoint:
+    """Reads config.json and safetensors as transformers writes them, without transformers. Arguments as in `load_hf`."""
+    raw = read_json(directory / "config.json")
+    generation = directory / "generation_config.json"
+    with ExitStack() as stack:
+        source = SafetensorsDirectory(directory, stack)
+        loaded = load_hf(raw, source, spec, embeddings, progress)
+    loaded.generation = read_json(generation) if generation.exists() else {}
+    return loaded
+
+
+def load_hf_model(
+    model: Any, spec: QuantSpec | None, embeddings: QuantSpec | None, progress: Progress | None = None
+) -> Checkpoint:
+    """Takes the weights of a transformers model object. Arguments as in `load_hf`."""
+    where = f"transformers model {type(model).__name__}"
+    loaded = load_hf(model.config.to_dict(), StateDict(model.state_dict(), where), spec, embeddings, progress)
+    generation = getattr(model, "generation_config", None)
+    loaded.generation = generation.to_dict() if generation is not None else {}
+    return loaded
+
+
+def load_hf(
+    raw: dict[str, Any],
+    source: TensorSource,
+    spec: QuantSpec | None,
+    embeddings: QuantSpec | None,
+    progress: Progress | None = None,
+) -> Checkpoint:
+    """A model from the contents of config.json and float tensors.
+
+    spec: for every matrix but the embedding table; embeddings: for that, and with tied weights for the head. None
+    leaves them dense in the checkpoint's type. Quantizing goes by blocks of rows, so the peak of memory is the packed
+    size plus a few blocks. Raises CheckpointError, UnsupportedModelError or ValueError.
+    """
+    model_type = raw.get("model_type")
+    if not isinstance(model_type, str):
+        raise CheckpointError(f"{source.where}: config.json lacks model_type")
+    family = family_of_hf(model_type)
+    try:
+        config = family.from_hf(raw)
+    except ValueError as error:
+        raise type(error)(f"{source.where}: {error}") from error
+    defs = family.weights(config)
+    ignored = [*family.ignored]
+    if config.tied:
+        ignored.append(r"lm_head\.weight")
+    check_names(defs, source.shapes, lambda d: d.hf, ignored, source.where)
+    total, done = sum(int(np.prod(d.shape)) for d in defs), 0
+    weights: dict[str, Weight] = {}
+    for d in defs:
+        wanted = embeddings if d.name == "embed.weight" else spec
+        weights[d.name] = _hf_weight(source, d, wanted if d.is_matrix else None)
+        done += int(np.prod(d.shape))
+        if progress is not None:
+            progress(done, total, d.hf)
+    return Checkpoint(family, config, weights, source.where, raw_config=raw)
+
+
+def _hf_weight(source: TensorSource, d: WeightDef, spec: QuantSpec | None) -> Weight:
+    def checked(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.dtype not in _DENSE_DTYPES:
+            raise CheckpointError(
+                f"{source.where}: tensor {d.hf} must be float32, float16 or bfloat16, got {tensor.dtype}"
+            )
+        if not _finite(tensor):
+            raise CheckpointError(f"{source.where}: tensor {d.hf} has values that are not finite")
+        return tensor
+
+    if spec is None:
+        # Cloned: a dense weight must not change with the model it came from, nor keep a whole shard mapped.
+        dense = checked(source.whole(d.hf))
+        return dense.clone() if d.is_matrix else dense.to(torch.float32, copy=True)
+    n, k = d.shape
+    step = rows_per_block(4 * k)  # quantizing works on float32
+
+    def blocks() -> Iterator[tuple[int, PlainWeight]]:
+        for start in range(0, n, step):
+            yield start, quantize(checked(source.rows(d.hf, start, min(start + step, n))).float(), spec)
+
+    return pack_blocks(spec, n, k, blocks())

@@ -1,0 +1,285 @@
+"""Runs a lowered program: step by step through the torch ops, or as one native call per batch of tokens.
+
+Both take the same inputs and, on the CPU, give bitwise the same logits.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+import torch
+
+from qkernels import ops
+from qkernels.cache import Batch, PagedKVCache
+from qkernels.nn.program import (
+    Attention,
+    Embed,
+    Gate,
+    KvAppend,
+    Linear,
+    Norm,
+    Quantize,
+    Select,
+    Step,
+    writes,
+)
+from qkernels.quant.weight import PackedWeight
+
+Weight = PackedWeight | torch.Tensor
+
+
+class Executor(Protocol):
+    """Something that turns token ids into logits and appends their keys and values to the cache."""
+
+    def __call__(
+        self, ids: torch.Tensor, batch: Batch, select: torch.Tensor, cache: PagedKVCache
+    ) -> torch.Tensor:
+        """ids [T] int64, select [S] int64 (rows whose logits are wanted) -> [S, vocab] float32."""
+        ...
+
+
+def _packed(weights: Mapping[str, Weight], name: str) -> PackedWeight:
+    weight = weights[name]
+    if not isinstance(weight, PackedWeight):
+        raise TypeError(f"{name} must be a packed weight here, got a dense {weight.dtype} tensor")
+    return weight
+
+
+def _vector(weights: Mapping[str, Weight], name: str | None) -> torch.Tensor | None:
+    if name is None:
+        return None
+    weight = weights[name]
+    if isinstance(weight, PackedWeight):
+        raise TypeError(f"{name} must be a vector, got a packed weight")
+    return weight
+
+
+class ComposedExecutor:
+    """One torch op per step: runs on every backend, dense matrices included."""
+
+    def __init__(self, steps: Sequence[Step], weights: Mapping[str, Weight]) -> None:
+        self.steps = tuple(steps)
+        self.weights = weights
+
+    def __call__(
+        self, ids: torch.Tensor, batch: Batch, select: torch.Tensor, cache: PagedKVCache
+    ) -> torch.Tensor:
+        floats: dict[str, torch.Tensor] = {}
+        acts: dict[str, ops.QuantAct] = {}
+        for step in self.steps:
+            self._run(step, floats, acts, ids, batch, select, cache)
+        return floats[writes(self.steps[-1])[0]]
+
+    def _run(
+        self,
+        step: Step,
+        floats: dict[str, torch.Tensor],
+        acts: dict[str, ops.QuantAct],
+        ids: torch.Tensor,
+        batch: Batch,
+        select: torch.Tensor,
+        cache: PagedKVCache,
+    ) -> None:
+        match step:
+            case Embed():
+                table = self.weights[step.weight]
+                if isinstance(table, PackedWeight):
+                    floats[step.dst] = ops.embedding(ids, table, multiplier=step.multiplier)
+                else:
+                    rows = torch.nn.functional.embedding(ids, table).float()
+                    floats[step.dst] = rows * step.multiplier if step.multiplier != 1.0 else rows
+            case Norm():
+                self._norm(step, floats, acts)
+            case Linear():
+                weight, bias = self.weights[step.weight], _vector(self.weights, step.bias)
+                if not isinstance(weight, PackedWeight):
+                    x = floats[step.src].to(weight.dtype)  # dense matrices compute in their own dtype
+                    y = torch.nn.functional.linear(x, weight).float()
+                    floats[step.dst] = y if bias is None else y + bias
+                elif step.act_group:
+                    floats[step.dst] = ops.linear_quant(acts[step.src], weight, bias)
+                else:
+                    floats[step.dst] = ops.linear(floats[step.src], weight, bias, act="float")
+            case KvAppend():
+                t = floats[step.q].shape[0]
+                rotated = ops.kv_append(
+                    floats[step.q].view(t, step.q_heads, step.head_dim),
+                    floats[step.k].view(t, step.kv_heads, step.head_dim),
+                    floats[step.v].view(t, step.kv_heads, step.head_dim),
+                    _vector(self.weights, step.rope),
+                    None,
+                    batch.query_start,
+                    batch.kv_len,
+                    batch.page_table,
+                    *cache.layer(step.layer),
+                )
+                floats[step.dst] = rotated.view(t, -1)
+            case Attention():
+                t = floats[step.q].shape[0]
+                out = ops.attention(
+                    floats[step.q].view(t, step.q_heads, step.head_dim),
+                    batch.query_start,
+                    batch.kv_len,
+                    batch.page_table,
+                    *cache.layer(step.layer),
+                    scale=step.scale,
+                    causal=True,
+                    window=step.window,
+                    softcap=step.softcap,
+                )
+                floats[step.dst] = out.view(t, -1)
+            case Gate():
+                up = None if step.up is None else floats[step.up]
+                if step.act_group:
+                    acts[step.dst] = ops.gate_quant(
+                        floats[step.gate], up, step.activation, act_group=step.act_group
+                    )
+                else:
+                    floats[step.dst] = ops.gate(floats[step.gate], up, step.activation)
+            case Select():
+                floats[step.dst] = floats[step.src].index_select(0, select)
+            case Quantize():
+                acts[step.dst] = ops.quantize_act(floats[step.src], step.act_group)
+
+    def _norm(
+        self, step: Norm, floats: dict[str, torch.Tensor], acts: dict[str, ops.QuantAct]
+    ) -> None:
+        x, weight, bias = floats[step.src], _vector(self.weights, step.weight), _vector(self.weights, step.bias)
+        assert weight is not None
+        if step.heads:
+            rows = x.view(x.shape[0] * step.heads, -1)
+            floats[step.dst] = ops.norm(rows, weight, bias, eps=step.eps, center=step.center).view(x.shape)
+            return
+        settings = {"eps": step.eps, "center": step.center}
+        if step.add is None:
+            if step.act_group:
+                acts[step.dst] = ops.norm_quant(x, weight, bias, act_group=step.act_group, **settings)
+            else:
+                floats[step.dst] = ops.norm(x, weight, bias, **settings)
+        elif step.act_group:
+            acts[step.dst], floats[step.add] = ops.add_norm_quant(
+                x, floats[step.add], weight, bias, act_group=step.act_group, **settings
+            )
+        else:
+            floats[step.dst], floats[step.add] = ops.add_norm(x, floats[step.add], weight, bias, **settings)
+
+
+_OPCODES = {
+    kind: code
+    for code, kind in enumerate((Embed, Norm, Linear, KvAppend, Attention, Gate, Select, Quantize), start=1)
+}
+_ACTIVATIONS = ("silu", "gelu_tanh", "gelu_erf", "relu")  # order of enum Activation in csrc/args.h
+
+
+class NativeExecutor:
+    """The whole program in one call of `decoder_step`. Needs packed weights and the CPU kernels.
+
+    namespace: the op namespace that implements the step.
+    """
+
+    def __init__(
+        self, steps: Sequence[Step], weights: Mapping[str, Weight], namespace: str = "qkernels"
+    ) -> None:
+        self._ops = getattr(torch.ops, namespace)
+        encoder = _Encoder(weights)
+        for step in steps:
+            encoder.add(step)
+        self.vocab = encoder.width[writes(steps[-1])[0]]
+        registers = [n for pair in encoder.registers for n in pair]
+        self._plan = self._ops.decoder_plan(encoder.tensors, registers, encoder.code, encoder.numbers)
+        weakref.finalize(self, self._ops.decoder_plan_free, self._plan)
+
+    def __call__(
+        self, ids: torch.Tensor, batch: Batch, select: torch.Tensor, cache: PagedKVCache
+    ) -> torch.Tensor:
+        return self._ops.decoder_step(
+            self._plan,
+            ids,
+            batch.query_start,
+            batch.kv_len,
+            batch.page_table,
+            select,
+            self.vocab,
+            cache.k_pages,
+            cache.v_pages,
+            cache.k_scale,
+            cache.v_scale,
+        )
+
+
+class _Encoder:
+    """Steps as integers; csrc/cpu/decoder_step.cpp reads them back and checks every one."""
+
+    def __init__(self, weights: Mapping[str, Weight]) -> None:
+        self.weights = weights
+        self.tensors: list[torch.Tensor | None] = []
+        self.registers: list[tuple[int, int]] = []  # width, activation group
+        self.code: list[int] = []
+        self.numbers: list[float] = []
+        self.width: dict[str, int] = {}
+        self._index: dict[str, int] = {}
+        self._base: dict[str, int] = {}
+
+    def _write(self, name: str, width: int, group: int = 0) -> int:
+        if name not in self._index:
+            self._index[name] = len(self.registers)
+            self.registers.append((width, group))
+            self.width[name] = width
+        return self._index[name]
+
+    def _read(self, name: str | None) -> int:
+        return -1 if name is None else self._index[name]
+
+    def _number(self, value: float) -> int:
+        self.numbers.append(value)
+        return len(self.numbers) - 1
+
+    def _tensor(self, name: str | None) -> int:
+        vector = _vector(self.weights, name)
+        if vector is None:
+            return -1
+        assert name is not None
+        if name not in self._base:
+            self._base[name] = len(self.tensors)
+            self.tensors.append(vector)
+        return self._base[name]
+
+    def _weight(self, name: str) -> tuple[PackedWeight, list[int]]:
+        weight = _packed(self.weights, name)
+        *tensors, bits, group, n, k = weight.op_args()
+        if name not in self._base:
+            self._base[name] = len(self.tensors)
+            self.tensors += tensors
+        return weight, [self._base[name], bits, group, n, k]
+
+    def add(self, step: Step) -> None:
+        code: list[int]
+        match step:
+            case Embed():
+                table, operands = self._weight(step.weight)
+                code = [self._write(step.dst, table.k), *operands, self._number(step.multiplier)]
+            case Norm():
+                dst = self._write(step.dst, self.width[step.src], step.act_group)
+                code = [dst, self._read(step.src), self._tensor(step.weight), self._tensor(step.bias)]
+                code += [self._read(step.add), self._number(step.eps), int(step.center), step.heads]
+            case Linear():
+                weight, operands = self._weight(step.weight)
+                code = [self._write(step.dst, weight.n), self._read(step.src), *operands, self._tensor(step.bias)]
+            case KvAppend():
+                dst = self._write(step.dst, self.width[step.q])
+                code = [dst, self._read(step.q), self._read(step.k), self._read(step.v), step.layer]
+                code += [step.q_heads, step.kv_heads, step.head_dim, self._tensor(step.rope)]
+            case Attention():
+                code = [self._write(step.dst, self.width[step.q]), self._read(step.q), step.layer]
+                code += [step.q_heads, step.kv_heads, step.head_dim, self._number(step.scale)]
+                code += [step.window, self._number(step.softcap)]
+            case Gate():
+                dst = self._write(step.dst, self.width[step.gate], step.act_group)
+                code = [dst, self._read(step.gate), self._read(step.up), _ACTIVATIONS.index(step.activation)]
+            case Select():
+                code = [self._write(step.dst, self.width[step.src]), self._read(step.src)]
+            case Quantize():
+                code = [self._write(step.dst, self.width[step.src], step.act_group), self._read(step.src)]
+        self.code += [_OPCODES[type(step)], *code]

@@ -1,0 +1,185 @@
+"""A model as a program: a tuple of steps over named registers.
+
+A register is a float tensor `[T, width]`, one row per token of the ragged batch. A model family writes its steps once,
+in `qkernels/models/`; `lower` decides where activations are quantized; and the lowered steps are what both executors
+run: the composed one (`qkernels/nn/executor.py`, one torch op per step) and the native one (`decoder_step`, one call
+for all of them). A test holds the two bitwise equal.
+
+Weights are named; a name stands for a `PackedWeight`, a dense matrix `[N, K]`, or a float32 vector.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+
+@dataclass(frozen=True)
+class Embed:
+    """dst = rows `ids` of the table `weight`, times `multiplier`."""
+
+    dst: str
+    weight: str
+    multiplier: float = 1.0
+
+
+@dataclass(frozen=True)
+class Norm:
+    """dst = norm(src) * weight + bias; with `add`, src is first added to that register, which keeps the sum.
+
+    center: LayerNorm, otherwise RMSNorm. heads > 0: each of `heads` equal slices of a row is normalised by itself.
+    act_group is set by `lower`: 0 for float output, else dst is quantized in groups of that many columns.
+    """
+
+    dst: str
+    src: str
+    weight: str
+    bias: str | None = None
+    add: str | None = None
+    eps: float = 1e-5
+    center: bool = False
+    heads: int = 0
+    act_group: int = 0
+
+
+@dataclass(frozen=True)
+class Linear:
+    """dst = src @ weight.T + bias. act_group, set by `lower`: 0 when src is float, else src is quantized."""
+
+    dst: str
+    src: str
+    weight: str
+    bias: str | None = None
+    act_group: int = 0
+
+
+@dataclass(frozen=True)
+class KvAppend:
+    """Rotates q and k by the table `rope` (None: no rotation), writes k and v to layer `layer` of the cache.
+
+    The rotated queries go to `dst`.
+    """
+
+    dst: str
+    q: str
+    k: str
+    v: str
+    layer: int
+    q_heads: int
+    kv_heads: int
+    head_dim: int
+    rope: str | None = "rope"
+
+
+@dataclass(frozen=True)
+class Attention:
+    """dst = causal attention of q over layer `layer` of the cache; window 0 and softcap 0 mean none."""
+
+    dst: str
+    q: str
+    layer: int
+    q_heads: int
+    kv_heads: int
+    head_dim: int
+    scale: float
+    window: int = 0
+    softcap: float = 0.0
+
+
+@dataclass(frozen=True)
+class Gate:
+    """dst = activation(gate) * up, or activation(gate) without `up`. act_group as in `Norm`."""
+
+    dst: str
+    gate: str
+    up: str | None
+    activation: str
+    act_group: int = 0
+
+
+@dataclass(frozen=True)
+class Select:
+    """dst = the rows of src whose logits are wanted."""
+
+    dst: str
+    src: str
+
+
+@dataclass(frozen=True)
+class Quantize:
+    """dst = src quantized to int8 in groups of `act_group` columns; inserted by `lower`."""
+
+    dst: str
+    src: str
+    act_group: int
+
+
+Step = Embed | Norm | Linear | KvAppend | Attention | Gate | Select | Quantize
+
+
+def reads(step: Step) -> tuple[str, ...]:
+    """Registers that the step reads."""
+    match step:
+        case Embed():
+            return ()
+        case Norm():
+            return (step.src,) if step.add is None else (step.src, step.add)
+        case KvAppend():
+            return (step.q, step.k, step.v)
+        case Attention():
+            return (step.q,)
+        case Gate():
+            return (step.gate,) if step.up is None else (step.gate, step.up)
+        case _:
+            return (step.src,)
+
+
+def writes(step: Step) -> tuple[str, ...]:
+    """Registers that the step writes."""
+    if isinstance(step, Norm) and step.add is not None:
+        return (step.dst, step.add)
+    return (step.dst,)
+
+
+def _next_uses(steps: Sequence[Step], start: int, register: str) -> list[Step]:
+    """The steps after `start` that read `register` before it is written again."""
+    uses: list[Step] = []
+    for step in steps[start + 1 :]:
+        if register in reads(step):
+            uses.append(step)
+        if register in writes(step):
+            break
+    return uses
+
+
+def lower(steps: Sequence[Step], act_group_of: Callable[[str], int]) -> tuple[Step, ...]:
+    """Decides where activations are quantized.
+
+    act_group_of(weight name) is the group of int8 activations that a linear on this weight takes, 0 for float ones.
+    A norm or gate whose result goes only to quantized linears of one group emits it quantized, so that the values are
+    quantized once, where they are hot. Elsewhere a `Quantize` step is put before the first linear that needs it.
+    Quantized registers are called `<name>:<group>`.
+    """
+    wanted = [replace(s, act_group=act_group_of(s.weight)) if isinstance(s, Linear) else s for s in steps]
+    out: list[Step] = []
+    quantized: set[str] = set()  # quantized registers that are up to date
+    for i, step in enumerate(wanted):
+        if isinstance(step, Linear) and step.act_group:
+            name = f"{step.src}:{step.act_group}"
+            if name not in quantized:
+                out.append(Quantize(name, step.src, step.act_group))
+                quantized.add(name)
+            step = replace(step, src=name)
+        for register in writes(step):
+            quantized = {q for q in quantized if q.rpartition(":")[0] != register}
+        if isinstance(step, (Norm, Gate)):
+            uses = _next_uses(wanted, i, step.dst)
+            groups = {use.act_group if isinstance(use, Linear) else 0 for use in uses}
+            per_row = not (isinstance(step, Norm) and step.heads)
+            if per_row and len(groups) == 1 and 0 not in groups:
+                group = groups.pop()
+                name = f"{step.dst}:{group}"
+                quantized.add(name)
+                step = replace(step, dst=name, act_group=group)
+        out.append(step)
+    return tuple(out)

@@ -1,0 +1,82 @@
+"""The CUDA library, which compiles without a GPU: what ptxas made of it, what it asks of torch."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from test_build import ROOT, foreign_symbols, needed_libraries, setup_py, undefined_symbols
+
+pytestmark = pytest.mark.skipif(
+    setup_py.find_nvcc() is None, reason="nvcc is not installed, so _C_cuda cannot be compiled here"
+)
+
+ARCHS = ["sm_80", "sm_90a"]
+
+
+@dataclass
+class Entry:
+    """One kernel for one architecture, as `ptxas -v` reports it."""
+
+    name: str
+    arch: str
+    stack: int
+    spills: int
+    registers: int
+
+
+@pytest.fixture(scope="module")
+def library() -> Path:
+    environment = {**os.environ, "TORCH_CUDA_ARCH_LIST": "8.0;9.0a"}
+    subprocess.run(
+        [sys.executable, "setup.py", "native", "--cuda"], cwd=ROOT, env=environment, check=True
+    )
+    return ROOT / "build" / "cuda" / "_C_cuda.so"
+
+
+@pytest.fixture(scope="module")
+def entries(library: Path) -> list[Entry]:
+    text = "".join(log.read_text() for log in library.parent.glob("*.o.log"))
+    pattern = re.compile(
+        r"Compiling entry function '(\w+)' for '(\w+)'.*?"
+        r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads.*?"
+        r"Used (\d+) registers",
+        re.DOTALL,
+    )
+    return [
+        Entry(name, arch, int(stack), int(stores) + int(loads), int(registers))
+        for name, arch, stack, stores, loads, registers in pattern.findall(text)
+    ]
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_kernels_are_compiled(entries: list[Entry], arch: str) -> None:
+    names = [entry.name for entry in entries if entry.arch == arch]
+    for kernel, types in (("norm_registers_kernel", 3), ("norm_loop_kernel", 3)):
+        assert sum(kernel in name for name in names) >= types
+
+
+def test_no_spills_and_no_local_memory(entries: list[Entry]) -> None:
+    assert [entry for entry in entries if entry.spills or entry.stack] == []
+
+
+def test_registers_leave_room_for_two_blocks(entries: list[Entry]) -> None:
+    """Two blocks of 256 threads share the 65,536 registers of a multiprocessor."""
+    assert max(entry.registers for entry in entries) <= 65536 // 512
+
+
+def test_symbols_exist_in_torch_2_11(library: Path) -> None:
+    assert foreign_symbols(library) == set()
+    assert "aoti_torch_get_current_cuda_stream" in undefined_symbols(library)
+
+
+def test_needs_torch_and_no_cuda_runtime(library: Path) -> None:
+    """Through these entries the loader finds torch's symbols; CUDA's runtime is linked in."""
+    needed = needed_libraries(library)
+    assert {"libtorch_cpu", "libtorch_cuda"} <= needed
+    assert not any("cudart" in name for name in needed)

@@ -1,0 +1,227 @@
+"""Lowering, and the native executor against the composed one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from qkernels.cache import PagedKVCache, rope_table
+from qkernels.nn.executor import ComposedExecutor, NativeExecutor
+from qkernels.nn.program import (
+    Attention,
+    Embed,
+    Gate,
+    KvAppend,
+    Linear,
+    Norm,
+    Quantize,
+    Select,
+    Step,
+    lower,
+)
+from qkernels.quant import PackedWeight, QuantSpec, quantize
+
+HIDDEN, HEADS, KV_HEADS, DIM, FFN, VOCAB = 96, 3, 1, 32, 160, 130
+
+
+def block(layer: int, first: bool, qk_norm: bool, bias: bool) -> list[Step]:
+    name = f"{layer}."
+    shape = {"q_heads": HEADS, "kv_heads": KV_HEADS, "head_dim": DIM}
+    steps: list[Step] = [Norm("a", "h" if first else "r", name + "norm", add=None if first else "h")]
+    for r in "qkv":
+        steps.append(Linear(r, "a", name + r, name + "bias_" + r if bias else None))
+    if qk_norm:
+        steps += [Norm("q", "q", name + "q_norm", heads=HEADS), Norm("k", "k", name + "k_norm", heads=KV_HEADS)]
+    return [
+        *steps,
+        KvAppend("rotated", "q", "k", "v", layer, **shape),
+        Attention("o", "rotated", layer, **shape, scale=DIM**-0.5, window=7 if layer else 0, softcap=5.0),
+        Linear("r", "o", name + "o"),
+        Norm("a", "r", name + "ffn_norm", add="h"),
+        Linear("g", "a", name + "gate"),
+        Linear("u", "a", name + "up"),
+        Gate("m", "g", "u", "silu"),
+        Linear("r", "m", name + "down"),
+    ]
+
+
+def model(specs: tuple[QuantSpec, QuantSpec], qk_norm: bool = True, bias: bool = True):
+    torch.manual_seed(1)
+
+    def packed(n: int, k: int, spec: QuantSpec) -> PackedWeight:
+        return PackedWeight.from_plain(quantize(torch.randn(n, k) / k**0.5, spec))
+
+    steps: list[Step] = [Embed("h", "embed", multiplier=1.5)]
+    weights: dict[str, PackedWeight | torch.Tensor] = {"embed": packed(VOCAB, HIDDEN, specs[1])}
+    weights["rope"] = rope_table(DIM, 512, theta=1e4)
+    for i in range(2):
+        steps += block(i, i == 0, qk_norm, bias)
+        shapes = {"q": (HEADS * DIM, HIDDEN), "k": (DIM, HIDDEN), "v": (DIM, HIDDEN), "o": (HIDDEN, HEADS * DIM)}
+        shapes |= {"gate": (FFN, HIDDEN), "up": (FFN, HIDDEN), "down": (HIDDEN, FFN)}
+        for j, (r, (n, k)) in enumerate(shapes.items()):
+            weights[f"{i}.{r}"] = packed(n, k, specs[j % 2])
+            weights[f"{i}.bias_{r}"] = torch.randn(n)
+        for r, n in {"norm": HIDDEN, "ffn_norm": HIDDEN, "q_norm": DIM, "k_norm": DIM}.items():
+            weights[f"{i}.{r}"] = 1 + 0.1 * torch.randn(n)
+    weights["final"] = 1 + 0.1 * torch.randn(HIDDEN)
+    steps += [Norm("f", "r", "final", add="h"), Select("s", "f"), Linear("logits", "s", "embed")]
+    return steps, weights
+
+
+def act_group(weights, act: str):
+    def group(name: str) -> int:
+        weight = weights[name]
+        return 32 if act == "int8" and isinstance(weight, PackedWeight) else 0
+
+    return group
+
+
+SPECS = {
+    "w4-min": (QuantSpec(4, 32, zero="minimum"), QuantSpec(8, 32)),
+    "w4-mixed-groups": (QuantSpec(4, 16, zero="integer"), QuantSpec(4, 32)),
+    "two-level": (QuantSpec(4, 32, scale="int8", zero="minimum"), QuantSpec(8, 16, scale="int8")),
+}
+
+
+@pytest.mark.parametrize("kv", ["float32", "float16", "int8", "int4"])
+@pytest.mark.parametrize("act", ["int8", "float"])
+@pytest.mark.parametrize("spec", SPECS)
+def test_native_step_is_bitwise_the_composed_ops(spec: str, act: str, kv: str, isa) -> None:
+    steps, weights = model(SPECS[spec])
+    lowered = lower(steps, act_group(weights, act))
+    executors = [ComposedExecutor(lowered, weights), NativeExecutor(lowered, weights)]
+    results: list[list[torch.Tensor]] = []
+    for execute in executors:
+        torch.manual_seed(2)
+        cache = PagedKVCache(2, KV_HEADS, DIM, dtype=kv, page_size=16, max_tokens=512)
+        seqs = [cache.add() for _ in range(3)]
+        out = []
+        for counts in ([5, 1, 19], [1, 1, 1], [1, 17, 1]):  # prefill, decode, mixed
+            ids = torch.randint(VOCAB, (sum(counts),))
+            batch = cache.reserve(seqs, counts)
+            select = torch.tensor(counts).cumsum(0) - 1
+            out.append(execute(ids, batch, select, cache))
+        results.append(out)
+    for composed, native in zip(*results, strict=True):
+        assert composed.shape == (3, VOCAB) and composed.isfinite().all()
+        assert torch.equal(composed, native)
+
+
+@pytest.mark.parametrize("act", ["int8", "float"])
+def test_native_step_does_not_depend_on_the_thread_count(act: str) -> None:
+    steps, weights = model(SPECS["w4-min"])
+    execute = NativeExecutor(lower(steps, act_group(weights, act)), weights)
+    threads, results = torch.get_num_threads(), []
+    try:
+        for n in (1, 2, 3):
+            torch.set_num_threads(n)
+            cache = PagedKVCache(2, KV_HEADS, DIM, dtype="float16", page_size=16, max_tokens=512)
+            seq = cache.add()
+            ids = torch.arange(41) % VOCAB
+            results.append(execute(ids, cache.reserve([seq], [41]), torch.arange(41), cache))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(results[0], r) for r in results[1:])
+
+
+def test_activations_are_quantized_where_they_are_produced() -> None:
+    steps, weights = model(SPECS["w4-min"], qk_norm=False)
+    lowered = lower(steps, act_group(weights, "int8"))
+    norms = [s for s in lowered if isinstance(s, Norm)]
+    assert [n.act_group for n in norms] == [32, 32, 32, 32, 0]  # the last one goes to Select
+    assert all(s.act_group == 32 for s in lowered if isinstance(s, (Gate, Linear)))
+    # attention's output, once per layer, and the selected rows
+    assert [s.src for s in lowered if isinstance(s, Quantize)] == ["o", "o", "s"]
+
+
+def test_a_register_with_float_and_quantized_readers_is_kept_in_float() -> None:
+    steps: list[Step] = [Embed("h", "e"), Norm("a", "h", "n"), Linear("q", "a", "int8"), Linear("k", "a", "dense")]
+    lowered = lower(steps, {"int8": 64, "dense": 0}.__getitem__)
+    assert [type(s) for s in lowered] == [Embed, Norm, Quantize, Linear, Linear]
+    assert [s.src for s in lowered[2:]] == ["a", "a:64", "a"]
+
+
+def test_a_register_written_again_is_quantized_again() -> None:
+    steps: list[Step] = [
+        Embed("h", "e"),
+        Linear("x", "h", "w"),
+        Embed("h", "e"),
+        Linear("y", "h", "w"),
+    ]
+    lowered = lower(steps, lambda _: 32)
+    assert [type(s) for s in lowered] == [Embed, Quantize, Linear, Embed, Quantize, Linear]
+
+
+class TestBadInput:
+    @pytest.fixture
+    def step(self):
+        steps, weights = model(SPECS["w4-min"])
+        execute = NativeExecutor(lower(steps, act_group(weights, "int8")), weights)
+        cache = PagedKVCache(2, KV_HEADS, DIM, dtype="int8", page_size=16, max_tokens=64)
+        batch = cache.reserve([cache.add()], [3])
+        arguments = {
+            "plan": execute._plan,
+            "ids": torch.tensor([1, 2, 3]),
+            "query_start": batch.query_start,
+            "kv_len": batch.kv_len,
+            "page_table": batch.page_table,
+            "select": torch.tensor([2]),
+            "vocab": VOCAB,
+            "k_pages": cache.k_pages,
+            "v_pages": cache.v_pages,
+            "k_scale": cache.k_scale,
+            "v_scale": cache.v_scale,
+        }
+
+        def call(**change):
+            return torch.ops.qkernels.decoder_step(**{**arguments, **change})
+
+        call.execute = execute  # keeps the plan alive
+        assert call().shape == (1, VOCAB)
+        return call
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            ({"plan": 10**9}, "plan 1000000000 does not exist"),
+            ({"ids": torch.tensor([1, VOCAB, 3])}, f"token id {VOCAB} at position 1 is outside the vocabulary"),
+            ({"ids": torch.tensor([1, -1, 3])}, "token id -1"),
+            ({"ids": torch.tensor([1, 2, 3], dtype=torch.int32)}, "ids must be Long, got Int"),
+            ({"select": torch.tensor([3])}, r"select\[0\] = 3 is not a row of the 3 tokens"),
+            ({"vocab": 7}, f"vocab must be {VOCAB}, got 7"),
+            ({"kv_len": torch.tensor([2], dtype=torch.int32)}, "less than the 3 tokens"),
+            ({"kv_len": torch.tensor([2**30], dtype=torch.int32)}, "pages"),
+            ({"page_table": torch.tensor([[99]], dtype=torch.int32)}, r"page_table\[0, 0\] = 99"),
+            ({"query_start": torch.tensor([0, 4], dtype=torch.int32)}, "query_start must run from 0 to the 3 tokens"),
+            ({"k_pages": torch.zeros(2, 4, KV_HEADS, 16, DIM)}, "v_pages must be Float"),
+            ({"k_scale": None}, "k_scale and v_scale go together"),
+            ({"k_pages": torch.zeros(1, 4, KV_HEADS, 16, DIM, dtype=torch.uint8)}, "k_pages must be .layers >= 2"),
+        ],
+    )
+    def test_is_refused_by_name(self, step, change, message: str) -> None:
+        with pytest.raises(RuntimeError, match=message):
+            step(**change)
+
+    @pytest.mark.parametrize("seed", range(4))
+    def test_a_damaged_program_is_refused_or_runs_but_never_crashes(self, seed: int) -> None:
+        from qkernels.nn.executor import _Encoder
+
+        steps, weights = model(SPECS["w4-min"])
+        encoder = _Encoder(weights)
+        for s in lower(steps, act_group(weights, "int8")):
+            encoder.add(s)
+        registers = [n for pair in encoder.registers for n in pair]
+        generator = torch.Generator().manual_seed(seed)
+        refused = 0
+        for _ in range(150):
+            code = list(encoder.code)
+            at = int(torch.randint(len(code), (1,), generator=generator))
+            code[at] = int(torch.randint(-2, 200, (1,), generator=generator))
+            try:
+                torch.ops.qkernels.decoder_plan_free(
+                    torch.ops.qkernels.decoder_plan(encoder.tensors, registers, code, encoder.numbers)
+                )
+            except RuntimeError as error:
+                assert str(error).startswith("qkernels::decoder_plan: ")
+                refused += 1
+        assert refused > 75
