@@ -76,18 +76,26 @@ class PagedKVCache:
         device: torch.device | str = "cpu",
     ) -> None:
         if dtype not in KV_DTYPES:
-            raise ValueError(f"the KV cache's dtype must be one of {', '.join(KV_DTYPES)}, got {dtype!r}")
+            raise ValueError(
+                f"the KV cache's dtype must be one of {', '.join(KV_DTYPES)}, got {dtype!r}"
+            )
         if layers < 1 or kv_heads < 1:
-            raise ValueError(f"a KV cache needs layers and heads, got {layers} layers, {kv_heads} KV heads")
+            raise ValueError(
+                f"a KV cache needs layers and heads, got {layers} layers, {kv_heads} KV heads"
+            )
         if head_dim < 16 or head_dim % 16 or head_dim > MAX_HEAD_DIM:
-            raise ValueError(f"head_dim must be a multiple of 16 up to {MAX_HEAD_DIM}, got {head_dim}")
+            raise ValueError(
+                f"head_dim must be a multiple of 16 up to {MAX_HEAD_DIM}, got {head_dim}"
+            )
         if page_size < 16 or page_size % 16:
             raise ValueError(f"page_size must be a multiple of 16, got {page_size}")
         if (max_tokens is None) == (max_pages is None):
             raise ValueError("give either max_tokens or max_pages")
         limit = -(-max_tokens // page_size) if max_tokens is not None else max_pages
         if limit is None or limit < 1:
-            raise ValueError(f"the limit must be at least one token, got {max_tokens=}, {max_pages=}")
+            raise ValueError(
+                f"the limit must be at least one token, got {max_tokens=}, {max_pages=}"
+            )
         self.layers, self.kv_heads, self.head_dim = layers, kv_heads, head_dim
         self.dtype, self.page_size, self.max_pages = dtype, page_size, limit
         self.max_tokens = limit * page_size if max_tokens is None else max_tokens
@@ -120,7 +128,9 @@ class PagedKVCache:
         self.v_pages = grown("v_pages", rows, kind.torch_dtype)
         self.k_scale = grown("k_scale", planes, torch.float16) if kind.scaled else None
         self.v_scale = grown("v_scale", planes, torch.float16) if kind.scaled else None
-        self._count = pages  # last, so that running out of memory on the way leaves the cache as it was
+        self._count = (
+            pages  # last, so that running out of memory on the way leaves the cache as it was
+        )
         for page in range(old, pages):
             heapq.heappush(self._free, page)
 
@@ -137,7 +147,12 @@ class PagedKVCache:
     def bytes_per_token(self) -> int:
         """Bytes that one token takes in all layers: keys, values, their scales and zero points."""
         kind = KV_DTYPES[self.dtype]
-        return 2 * self.layers * self.kv_heads * (self.head_dim * kind.bits // 8 + (4 if kind.scaled else 0))
+        return (
+            2
+            * self.layers
+            * self.kv_heads
+            * (self.head_dim * kind.bits // 8 + (4 if kind.scaled else 0))
+        )
 
     @property
     def capacity(self) -> int:
@@ -174,7 +189,9 @@ class PagedKVCache:
         then), KeyError for an unknown sequence, ValueError for one that occurs twice or a negative count.
         """
         if len(seqs) != len(counts) or len(set(seqs)) != len(seqs):
-            raise ValueError(f"reserve needs different sequences and a count for each, got {seqs} and {counts}")
+            raise ValueError(
+                f"reserve needs different sequences and a count for each, got {seqs} and {counts}"
+            )
         for seq, count in zip(seqs, counts, strict=True):
             self._check(seq)
             if count < 0:
@@ -211,18 +228,19 @@ class PagedKVCache:
         for seq, count in zip(seqs, counts, strict=True):
             starts.append(starts[-1] + count)
             table.append(self._pages[seq] + [0] * (width - len(self._pages[seq])))
-        kwargs = {"dtype": torch.int32, "device": self.device}
-        return Batch(
-            torch.tensor(starts, **kwargs),
-            torch.tensor(lengths, **kwargs),
-            torch.tensor(table, **kwargs).reshape(len(seqs), width),
-        )
+
+        def ints(values: list[int] | list[list[int]]) -> Tensor:
+            return torch.tensor(values, dtype=torch.int32, device=self.device)
+
+        return Batch(ints(starts), ints(lengths), ints(table).reshape(len(seqs), width))
 
     def truncate(self, seq: int, length: int) -> None:
         """Forgets all tokens of a sequence from `length` on. Raises KeyError, or ValueError if there are fewer."""
         self._check(seq)
         if not 0 <= length <= self._lengths[seq]:
-            raise ValueError(f"sequence {seq} has {self._lengths[seq]} tokens, so it cannot be cut to {length}")
+            raise ValueError(
+                f"sequence {seq} has {self._lengths[seq]} tokens, so it cannot be cut to {length}"
+            )
         keep = -(-length // self.page_size)
         for page in self._pages[seq][keep:]:
             heapq.heappush(self._free, page)

@@ -17,7 +17,9 @@ EPS = torch.finfo(torch.float32).eps
 
 
 def cache_of(**kwargs: Any) -> PagedKVCache:
-    return PagedKVCache(2, 2, 32, **({"dtype": "float32", "page_size": 16, "max_tokens": 160} | kwargs))
+    return PagedKVCache(
+        2, 2, 32, **({"dtype": "float32", "page_size": 16, "max_tokens": 160} | kwargs)
+    )
 
 
 def test_reserve_says_where_tokens_go() -> None:
@@ -40,9 +42,17 @@ def test_one_tensor_per_kind(dtype: str) -> None:
     cache = cache_of(dtype=dtype)
     cache.reserve([cache.add()], [33])
     stored = 16 if dtype == "int4" else 32
-    assert cache.k_pages.shape == (2, 3, 2, 16, stored) and cache.k_pages.dtype == KV_DTYPES[dtype].torch_dtype
+    assert (
+        cache.k_pages.shape == (2, 3, 2, 16, stored)
+        and cache.k_pages.dtype == KV_DTYPES[dtype].torch_dtype
+    )
     layer = cache.layer(1)
-    assert layer.k_pages.data_ptr() == cache.k_pages[1].data_ptr() and layer.k_pages.shape == (3, 2, 16, stored)
+    assert layer.k_pages.data_ptr() == cache.k_pages[1].data_ptr() and layer.k_pages.shape == (
+        3,
+        2,
+        16,
+        stored,
+    )
     held = [cache.k_pages, cache.v_pages]
     if dtype in ("int8", "int4"):
         assert layer.k_scale is not None and layer.k_scale.shape == (3, 2, 2, 16)
@@ -61,7 +71,9 @@ def test_growth_keeps_what_is_there(dtype: str) -> None:
     seq = cache.add()
     cache.reserve([seq], [16])
     assert cache.capacity == 16
-    kinds = [t for t in (cache.k_pages, cache.v_pages, cache.k_scale, cache.v_scale) if t is not None]
+    kinds = [
+        t for t in (cache.k_pages, cache.v_pages, cache.k_scale, cache.v_scale) if t is not None
+    ]
     for i, tensor in enumerate(kinds):
         tensor.fill_(7 + i)
     capacities = []
@@ -69,7 +81,9 @@ def test_growth_keeps_what_is_there(dtype: str) -> None:
         cache.reserve([seq], [16])
         capacities.append(cache.capacity)
     assert capacities == [32, 64, 64, 128, 128, 128, 128, 160, 160]
-    kinds = [t for t in (cache.k_pages, cache.v_pages, cache.k_scale, cache.v_scale) if t is not None]
+    kinds = [
+        t for t in (cache.k_pages, cache.v_pages, cache.k_scale, cache.v_scale) if t is not None
+    ]
     assert all((tensor[:, 0] == 7 + i).all() for i, tensor in enumerate(kinds))
 
 
@@ -84,7 +98,9 @@ def test_limit() -> None:
     cache.reserve([a], [60])
     cache = cache_of(max_tokens=None, max_pages=4)
     seqs = [cache.add() for _ in range(5)]
-    with pytest.raises(RuntimeError, match="needs 80 tokens of KV cache in whole pages of 16, the limit is 64"):
+    with pytest.raises(
+        RuntimeError, match="needs 80 tokens of KV cache in whole pages of 16, the limit is 64"
+    ):
         cache.reserve(seqs, [1] * 5)
     assert cache.nbytes == 0
 
@@ -107,7 +123,10 @@ def test_truncate_and_free_give_pages_back() -> None:
 
 def test_bad_arguments() -> None:
     for kwargs, message in (
-        ({"dtype": "int2"}, "dtype must be one of float32, float16, bfloat16, int8, int4, got 'int2'"),
+        (
+            {"dtype": "int2"},
+            "dtype must be one of float32, float16, bfloat16, int8, int4, got 'int2'",
+        ),
         ({"page_size": 20}, "page_size must be a multiple of 16, got 20"),
         ({"page_size": 0}, "page_size must be"),
         ({"max_tokens": 0}, "at least one token"),
@@ -136,7 +155,14 @@ def test_bad_arguments() -> None:
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.lists(st.tuples(st.sampled_from(["add", "grow", "cut", "free"]), st.integers(0, 9), st.integers(0, 40)), max_size=40))
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from(["add", "grow", "cut", "free"]), st.integers(0, 9), st.integers(0, 40)
+        ),
+        max_size=40,
+    )
+)
 def test_sequences_never_share_a_page(steps: list[tuple[str, int, int]]) -> None:
     cache = cache_of(max_tokens=None, max_pages=9)
     lengths: dict[int, int] = {}
@@ -145,7 +171,9 @@ def test_sequences_never_share_a_page(steps: list[tuple[str, int, int]]) -> None
         if action == "add" or seq is None:
             lengths[cache.add()] = 0
         elif action == "grow":
-            pages = sum(-(-length // 16) for s, length in lengths.items() if s != seq) + -(-(lengths[seq] + amount) // 16)
+            pages = sum(-(-length // 16) for s, length in lengths.items() if s != seq) + -(
+                -(lengths[seq] + amount) // 16
+            )
             if pages > 9:
                 with pytest.raises(RuntimeError, match="the limit is"):
                     cache.reserve([seq], [amount])
@@ -161,7 +189,11 @@ def test_sequences_never_share_a_page(steps: list[tuple[str, int, int]]) -> None
         assert cache.lengths == lengths
         seqs = list(lengths)
         table = cache.reserve(seqs, [0] * len(seqs)).page_table
-        used = [p for row, s in zip(table.tolist(), seqs, strict=True) for p in row[: -(-lengths[s] // 16)]]
+        used = [
+            p
+            for row, s in zip(table.tolist(), seqs, strict=True)
+            for p in row[: -(-lengths[s] // 16)]
+        ]
         assert len(set(used)) == len(used) and all(0 <= p < cache.capacity // 16 for p in used)
 
 
@@ -169,7 +201,9 @@ def test_generation_equals_attention_without_a_cache() -> None:
     """Two layers, prefill of two sequences, a cut, then token by token: as attention over all that was said."""
     g = torch.Generator().manual_seed(0)
     rope = rope_table(32, 160)
-    x = {layer: torch.randn(2, 60, 8, 32, generator=g) for layer in range(2)}  # 4 heads of q, 2 of k, 2 of v
+    x = {
+        layer: torch.randn(2, 60, 8, 32, generator=g) for layer in range(2)
+    }  # 4 heads of q, 2 of k, 2 of v
     cache = cache_of()
     seqs = [cache.add(), cache.add()]
     out: dict[tuple[int, int], Tensor] = {}
@@ -178,9 +212,13 @@ def test_generation_equals_attention_without_a_cache() -> None:
         first = [cache.lengths[seq] for seq in seqs]
         batch = cache.reserve(seqs, counts)
         for layer in range(2):
-            new = torch.cat([x[layer][b, f : f + n] for b, (f, n) in enumerate(zip(first, counts, strict=True))])
+            new = torch.cat(
+                [x[layer][b, f : f + n] for b, (f, n) in enumerate(zip(first, counts, strict=True))]
+            )
             where = (batch.query_start, batch.kv_len, batch.page_table, *cache.layer(layer))
-            result = attention(kv_append(new[:, :4], new[:, 4:6], new[:, 6:], rope, None, *where), *where)
+            result = attention(
+                kv_append(new[:, :4], new[:, 4:6], new[:, 6:], rope, None, *where), *where
+            )
             for b, part in enumerate(result.split(counts)):
                 for i, row in enumerate(part):
                     out[layer, b, first[b] + i] = row
@@ -197,7 +235,9 @@ def test_generation_equals_attention_without_a_cache() -> None:
             cos, sin = rope[:60, None].chunk(2, dim=-1)
             low, high = x[layer][b].chunk(2, dim=-1)
             turned = torch.cat((low * cos - high * sin, high * cos + low * sin), dim=-1)
-            expected = attention_dense(turned[:, :4], turned[:, 4:6], x[layer][b][:, 6:], starts, starts, causal=True)
+            expected = attention_dense(
+                turned[:, :4], turned[:, 4:6], x[layer][b][:, 6:], starts, starts, causal=True
+            )
             mine = torch.stack([out[layer, b, t] for t in range(length)])
             assert (mine - expected[:length]).abs().max() <= 32 * EPS * 4
 
@@ -225,7 +265,12 @@ HF_CASES: list[dict[str, Any]] = [
         "mscale": 1.0,
         "mscale_all_dim": 0.707,
     },
-    {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 2048, "attention_factor": 1.25},
+    {
+        "rope_type": "yarn",
+        "factor": 8.0,
+        "original_max_position_embeddings": 2048,
+        "attention_factor": 1.25,
+    },
 ]
 
 
@@ -256,12 +301,20 @@ def test_rope_table_refuses() -> None:
         ({"rotary_dim": 63}, "rotary_dim must be even and positive, got 63"),
         ({"max_positions": -1}, "max_positions must not be negative"),
         ({"theta": 0.0}, "theta must be above 1"),
-        ({"scaling": {"rope_type": "dynamic", "factor": 2.0}}, "must be default, linear, llama3 or yarn, got 'dynamic'"),
+        (
+            {"scaling": {"rope_type": "dynamic", "factor": 2.0}},
+            "must be default, linear, llama3 or yarn, got 'dynamic'",
+        ),
         ({"scaling": {"type": "linear"}}, "linear scaling needs a positive factor, got None"),
-        ({"scaling": {"rope_type": "yarn", "factor": 2.0}}, "positive original_max_position_embeddings"),
+        (
+            {"scaling": {"rope_type": "yarn", "factor": 2.0}},
+            "positive original_max_position_embeddings",
+        ),
         ({"scaling": {"rope_type": "llama3", "factor": "8"}}, "positive factor, got '8'"),
     ):
         with pytest.raises(ValueError, match=message):
             rope_table(**({"rotary_dim": 64, "max_positions": 8} | kwargs))
     assert rope_table(64, 0).shape == (0, 64)
-    assert torch.equal(rope_table(64, 8, scaling={"type": "linear", "factor": 1.0}), rope_table(64, 8))
+    assert torch.equal(
+        rope_table(64, 8, scaling={"type": "linear", "factor": 1.0}), rope_table(64, 8)
+    )

@@ -19,7 +19,13 @@ EPS = torch.finfo(torch.float32).eps
 KINDS = list(KV_DTYPES)
 REFERENCE = torch.ops.qkernels_reference
 # (query heads, KV heads, head dim, page size, rotary dim)
-SHAPES = [(9, 3, 64, 64, 64), (4, 4, 80, 16, 20), (2, 1, 128, 48, 128), (2, 2, 16, 16, 6), (1, 1, 512, 32, 256)]
+SHAPES = [
+    (9, 3, 64, 64, 64),
+    (4, 4, 80, 16, 20),
+    (2, 1, 128, 48, 128),
+    (2, 2, 16, 16, 6),
+    (1, 1, 512, 32, 256),
+]
 RAGGED = [(1, 1), (1, 100), (70, 70), (9, 33), (0, 20)]
 
 
@@ -53,11 +59,15 @@ def make_case(
         for i in range(count):
             table[b, i] = order.pop()
     stored = dim // 2 if kind == "int4" else dim
-    pattern = torch.randint(1, 200, (2, pages, kv_heads, page, stored), generator=g).to(kv.torch_dtype)
+    pattern = torch.randint(1, 200, (2, pages, kv_heads, page, stored), generator=g).to(
+        kv.torch_dtype
+    )
     scales = torch.randint(1, 200, (2, pages, kv_heads, 2, page), generator=g).half()
     counts = torch.tensor([0, *(count for count, _ in ragged)])
     tokens = int(counts.sum())
-    q, k, v = (torch.randn(tokens, h, dim, generator=g).to(dtype) for h in (q_heads, kv_heads, kv_heads))
+    q, k, v = (
+        torch.randn(tokens, h, dim, generator=g).to(dtype) for h in (q_heads, kv_heads, kv_heads)
+    )
     return [
         q,
         k,
@@ -114,7 +124,10 @@ def rotated(x: Tensor, args: list[Any], positions: Tensor) -> Tensor:
 def positions_of(args: list[Any]) -> Tensor:
     start, lengths = args[5].tolist(), args[6].tolist()
     return torch.cat(
-        [torch.arange(length - (start[b + 1] - start[b]), length) for b, length in enumerate(lengths)]
+        [
+            torch.arange(length - (start[b + 1] - start[b]), length)
+            for b, length in enumerate(lengths)
+        ]
     )
 
 
@@ -140,7 +153,9 @@ def test_rotates_and_stores(isa: Any, kind: str, shape: tuple[int, ...]) -> None
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-def test_without_rotation_equals_the_reference_bitwise(isa: Any, kind: str, dtype: torch.dtype) -> None:
+def test_without_rotation_equals_the_reference_bitwise(
+    isa: Any, kind: str, dtype: torch.dtype
+) -> None:
     args = make_case(kind, SHAPES[0], RAGGED, dtype, rope=False)
     expected = clone(args)
     out, reference_out = isa.ops.kv_append(*args), REFERENCE.kv_append(*expected)
@@ -267,7 +282,8 @@ def test_rows_that_cannot_be_held_read_back_as_nan(isa: Any, kind: str, bad: flo
 
 @settings(max_examples=40, deadline=None)
 @given(
-    st.lists(st.floats(-1000, 1000, width=32), min_size=32, max_size=32), st.sampled_from(["int8", "int4"])
+    st.lists(st.floats(-1000, 1000, width=32), min_size=32, max_size=32),
+    st.sampled_from(["int8", "int4"]),
 )
 def test_quantization_property(values: list[float], kind: str) -> None:
     v = torch.tensor([values])
@@ -294,7 +310,9 @@ def test_nibbles_round_trip(raw: bytes) -> None:
 
 @pytest.mark.parametrize("kind", ["float16", "int8"])
 def test_opcheck(kind: str) -> None:
-    torch.library.opcheck(torch.ops.qkernels.kv_append.default, tuple(make_case(kind, SHAPES[0], RAGGED)))
+    torch.library.opcheck(
+        torch.ops.qkernels.kv_append.default, tuple(make_case(kind, SHAPES[0], RAGGED))
+    )
 
 
 def test_compiles() -> None:
@@ -320,13 +338,28 @@ def test_nothing_to_do(isa: Any) -> None:
 
 # ---- bad input ----
 
-NAMES = ["q", "k", "v", "rope", "positions", "query_start", "kv_len", "page_table", "k_pages", "v_pages"]
+NAMES = [
+    "q",
+    "k",
+    "v",
+    "rope",
+    "positions",
+    "query_start",
+    "kv_len",
+    "page_table",
+    "k_pages",
+    "v_pages",
+]
 NAMES += ["k_scale", "v_scale"]
 BAD: list[tuple[dict[str, Any], str, bool]] = [
     ({"k": torch.zeros(4, 2, 16)}, r"k must be \[4, 2, 32\], got \[4, 2, 16\]", True),
     ({"v": torch.zeros(3, 2, 32)}, r"v must be \[4, 2, 32\], got \[3, 2, 32\]", True),
     ({"k": torch.zeros(4, 2, 32).half()}, "k must be .* like q", True),
-    ({"v": torch.zeros(4, 32, 2).transpose(1, 2)}, "v must be dense in its last 2 dimensions", True),
+    (
+        {"v": torch.zeros(4, 32, 2).transpose(1, 2)},
+        "v must be dense in its last 2 dimensions",
+        True,
+    ),
     ({"q": torch.zeros(4, 5, 32)}, "heads of q .5. must be a multiple", True),
     ({"rope": torch.zeros(40, 31)}, "rope must have an even number of columns up to 32, got", True),
     ({"rope": torch.zeros(40, 34)}, "rope must have an even number of columns up to 32, got", True),
@@ -334,28 +367,46 @@ BAD: list[tuple[dict[str, Any], str, bool]] = [
     ({"rope": torch.zeros(40, 32).half()}, "rope must be", True),
     ({"rope": None, "positions": ints(0, 0, 0, 0)}, "positions need rope", True),
     ({"positions": ints(0, 0, 0)}, r"positions must be \[4\], got \[3\]", True),
-    ({"positions": ints(0, 40, 0, 0)}, r"positions\[1\] must be in \[0, 40\), the rows of rope, got 40", False),
+    (
+        {"positions": ints(0, 40, 0, 0)},
+        r"positions\[1\] must be in \[0, 40\), the rows of rope, got 40",
+        False,
+    ),
     ({"positions": ints(0, 0, -1, 0)}, r"positions\[2\] must be in \[0, 40\)", False),
     ({"rope": torch.zeros(19, 32)}, r"kv_len\[0\] = 20 passes the 19 rows of rope", False),
     ({"kv_len": ints(20, 2)}, r"kv_len\[1\] must count the 3 new tokens too, got 2", False),
-    ({"page_table": ints(0, 9, 1, 0).view(2, 2)}, r"page_table\[0, 1\] must be a page in \[0, 6\), got 9", False),
+    (
+        {"page_table": ints(0, 9, 1, 0).view(2, 2)},
+        r"page_table\[0, 1\] must be a page in \[0, 6\), got 9",
+        False,
+    ),
     ({"query_start": ints(0, 5, 4)}, "query_start must not fall", False),
 ]
 
 
 @pytest.mark.parametrize("change, message, metadata", BAD, ids=[m for _, m, _ in BAD])
 def test_bad_input(change: dict[str, Any], message: str, metadata: bool) -> None:
-    tensors = [torch.ones(4, 4, 32), torch.ones(4, 2, 32), torch.ones(4, 2, 32), torch.ones(40, 32), None]
+    tensors = [
+        torch.ones(4, 4, 32),
+        torch.ones(4, 2, 32),
+        torch.ones(4, 2, 32),
+        torch.ones(40, 32),
+        None,
+    ]
     tensors += [ints(0, 1, 4), ints(20, 3), ints(0, 1, 2, 3).view(2, 2), torch.zeros(6, 2, 16, 32)]
     fine = dict(zip(NAMES, [*tensors, torch.zeros(6, 2, 16, 32), None, None], strict=True))
     args = list((fine | change).values())
     for namespace in (torch.ops.qkernels, REFERENCE):
         with pytest.raises(RuntimeError, match="qkernels::kv_append: .*" + message):
             namespace.kv_append(*args)
-        assert (fine["k_pages"] == 0).all() and (fine["v_pages"] == 0).all()  # refused before anything is written
+        assert (fine["k_pages"] == 0).all() and (
+            fine["v_pages"] == 0
+        ).all()  # refused before anything is written
     if metadata:
         empty = [
-            torch.empty_strided(a.shape, a.stride(), dtype=a.dtype, device="meta") if torch.is_tensor(a) else a
+            torch.empty_strided(a.shape, a.stride(), dtype=a.dtype, device="meta")
+            if torch.is_tensor(a)
+            else a
             for a in args
         ]
         with pytest.raises(RuntimeError, match="qkernels::kv_append: .*" + message):

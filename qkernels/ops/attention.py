@@ -28,7 +28,9 @@ def _dense_from(op: str, name: str, tensor: Tensor, first: int) -> None:
     for i in reversed(range(first, tensor.dim())):
         if tensor.shape[i] > 1 and tensor.stride(i) != stride:
             last = tensor.dim() - first
-            checks.fail(op, f"{name} must be dense in its last {last} dimensions; call .contiguous() on it")
+            checks.fail(
+                op, f"{name} must be dense in its last {last} dimensions; call .contiguous() on it"
+            )
         stride *= tensor.shape[i]
 
 
@@ -51,23 +53,34 @@ def _query(op: str, q: Tensor) -> int:
 
 def _heads(op: str, q_heads: int, kv_heads: int) -> None:
     if kv_heads < 1 or q_heads < 1 or q_heads % kv_heads:
-        checks.fail(op, f"the heads of q ({q_heads}) must be a multiple of the KV heads ({kv_heads})")
+        checks.fail(
+            op, f"the heads of q ({q_heads}) must be a multiple of the KV heads ({kv_heads})"
+        )
 
 
-def _pages(op: str, dim: int, k: Tensor, v: Tensor, k_scale: Tensor | None, v_scale: Tensor | None) -> None:
+def _pages(
+    op: str, dim: int, k: Tensor, v: Tensor, k_scale: Tensor | None, v_scale: Tensor | None
+) -> None:
     if k.dim() != 4:
-        checks.fail(op, f"k_pages must be [pages, KV heads, page size, head dim], got {list(k.shape)}")
+        checks.fail(
+            op, f"k_pages must be [pages, KV heads, page size, head dim], got {list(k.shape)}"
+        )
     pages, kv_heads, page, stored = k.shape
     if page < 1 or page % 16:
         checks.fail(op, f"the page size must be a multiple of 16, got {page}")
     if k.dtype not in PAGE_TYPES:
-        checks.fail(op, f"k_pages must be float32, float16, bfloat16 or uint8, got {checks.type_name(k.dtype)}")
+        checks.fail(
+            op,
+            f"k_pages must be float32, float16, bfloat16 or uint8, got {checks.type_name(k.dtype)}",
+        )
     integer = k.dtype == torch.uint8
     if stored != dim and not (integer and 2 * stored == dim):
         half = " (int8) or half of it (int4)" if integer else ""
         checks.fail(op, f"k_pages must have {dim} in the last dimension{half}, got {list(k.shape)}")
     if v.dtype != k.dtype:
-        checks.fail(op, f"v_pages must be {checks.type_name(k.dtype)}, got {checks.type_name(v.dtype)}")
+        checks.fail(
+            op, f"v_pages must be {checks.type_name(k.dtype)}, got {checks.type_name(v.dtype)}"
+        )
     if v.shape != k.shape:
         checks.fail(op, f"v_pages must be {list(k.shape)}, got {list(v.shape)}")
     _dense_from(op, "k_pages", k, 1)
@@ -85,7 +98,9 @@ def _pages(op: str, dim: int, k: Tensor, v: Tensor, k_scale: Tensor | None, v_sc
         if scale.dtype != torch.float16:
             checks.fail(op, f"{name} must be float16, got {checks.type_name(scale.dtype)}")
         if tuple(scale.shape) != (pages, kv_heads, 2, page):
-            checks.fail(op, f"{name} must be [{pages}, {kv_heads}, 2, {page}], got {list(scale.shape)}")
+            checks.fail(
+                op, f"{name} must be [{pages}, {kv_heads}, 2, {page}], got {list(scale.shape)}"
+            )
         _dense_from(op, name, scale, 1)
     if pages > 1 and k_scale.stride(0) != v_scale.stride(0):
         checks.fail(op, "k_scale and v_scale must have the same stride between pages")
@@ -272,9 +287,13 @@ def _rope_contents(
     if positions is not None:
         for t, position in enumerate(positions.tolist()):
             if not 0 <= position < rows:
-                checks.fail(op, f"positions[{t}] must be in [0, {rows}), the rows of rope, got {position}")
+                checks.fail(
+                    op, f"positions[{t}] must be in [0, {rows}), the rows of rope, got {position}"
+                )
         return
-    for b, (new, length) in enumerate(zip(query_start.diff().tolist(), kv_len.tolist(), strict=True)):
+    for b, (new, length) in enumerate(
+        zip(query_start.diff().tolist(), kv_len.tolist(), strict=True)
+    ):
         if new and length > rows:
             checks.fail(op, f"kv_len[{b}] = {length} passes the {rows} rows of rope")
 
@@ -382,7 +401,18 @@ def attention(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     op = select("attention", q.device)
     out: Tensor = op(
-        q, query_start, kv_len, page_table, k_pages, v_pages, k_scale, v_scale, scale, causal, window, softcap
+        q,
+        query_start,
+        kv_len,
+        page_table,
+        k_pages,
+        v_pages,
+        k_scale,
+        v_scale,
+        scale,
+        causal,
+        window,
+        softcap,
     )
     return out
 
@@ -438,7 +468,18 @@ def kv_append(
     """
     op = select("kv_append", q.device)
     out: Tensor = op(
-        q, k, v, rope, positions, query_start, kv_len, page_table, k_pages, v_pages, k_scale, v_scale
+        q,
+        k,
+        v,
+        rope,
+        positions,
+        query_start,
+        kv_len,
+        page_table,
+        k_pages,
+        v_pages,
+        k_scale,
+        v_scale,
     )
     return out
 
@@ -457,10 +498,17 @@ def _llama3(inverse: Tensor, scaling: Mapping[str, Any]) -> Tensor:
     """Llama 3.1: long wavelengths are stretched by `factor`, short ones kept, those between interpolated."""
     factor, low, high, original = (
         _number(scaling, key, "llama3")
-        for key in ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+        for key in (
+            "factor",
+            "low_freq_factor",
+            "high_freq_factor",
+            "original_max_position_embeddings",
+        )
     )
     if high <= low:
-        raise ValueError(f"rope_table: high_freq_factor ({high}) must be above low_freq_factor ({low})")
+        raise ValueError(
+            f"rope_table: high_freq_factor ({high}) must be above low_freq_factor ({low})"
+        )
     turns = original * inverse / (2 * math.pi)  # over the original context
     keep = ((turns - low) / (high - low)).clamp(0, 1)
     return inverse * (keep + (1 - keep) / factor)
@@ -472,7 +520,9 @@ def _yarn(inverse: Tensor, theta: float, scaling: Mapping[str, Any]) -> tuple[Te
     original = _number(scaling, "original_max_position_embeddings", "yarn")
     dim = 2 * len(inverse)
 
-    def dim_of(turns: float) -> float:  # the pair that makes this many turns over the original context
+    def dim_of(
+        turns: float,
+    ) -> float:  # the pair that makes this many turns over the original context
         return dim * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(theta))
 
     low, high = dim_of(scaling.get("beta_fast") or 32.0), dim_of(scaling.get("beta_slow") or 1.0)
@@ -490,12 +540,17 @@ def _yarn(inverse: Tensor, theta: float, scaling: Mapping[str, Any]) -> tuple[Te
     attention_factor = scaling.get("attention_factor")
     if attention_factor is None:
         above, below = scaling.get("mscale"), scaling.get("mscale_all_dim")
-        attention_factor = temperature(above) / temperature(below) if above and below else temperature(1.0)
+        attention_factor = (
+            temperature(above) / temperature(below) if above and below else temperature(1.0)
+        )
     return inverse, float(attention_factor)
 
 
 def rope_table(
-    rotary_dim: int, max_positions: int, theta: float = 10000.0, scaling: Mapping[str, Any] | None = None
+    rotary_dim: int,
+    max_positions: int,
+    theta: float = 10000.0,
+    scaling: Mapping[str, Any] | None = None,
 ) -> Tensor:
     """Rotary angles for `kv_append`: [max_positions, rotary_dim] float32, cosines of rotary_dim / 2 angles, then sines.
 
@@ -520,6 +575,8 @@ def rope_table(
     elif kind == "yarn":
         inverse, magnitude = _yarn(inverse, theta, scaling)
     elif kind != "default":
-        raise ValueError(f"rope_table: rope_type must be default, linear, llama3 or yarn, got {kind!r}")
+        raise ValueError(
+            f"rope_table: rope_type must be default, linear, llama3 or yarn, got {kind!r}"
+        )
     angles = torch.outer(torch.arange(max_positions, dtype=torch.float64), inverse)
     return (torch.cat((angles.cos(), angles.sin()), dim=1) * magnitude).float()

@@ -8,7 +8,9 @@ from torch import Tensor
 FP16_MAX = 65504.0
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, window: int, softcap: float) -> Tensor:
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, window: int, softcap: float
+) -> Tensor:
     """One sequence: q [n, Hq, D], k and v [m, Hkv, D] float32 -> [n, Hq, D] float32.
 
     Query i stands at position m - n + i. It sees the keys up to its position if causal, else all; with window > 0 only
@@ -55,11 +57,15 @@ def quantize_rows(x: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
     usable = torch.isfinite(x).all(-1) & (exact < FP16_MAX)
     exact = torch.where(usable, exact, 0.0)
     scale = exact.half()
-    scale = torch.where(scale.float() < exact, (scale.view(torch.int16) + 1).view(torch.float16), scale)
+    scale = torch.where(
+        scale.float() < exact, (scale.view(torch.int16) + 1).view(torch.float16), scale
+    )
     divisor = torch.where(scale == 0, torch.inf, scale.float())
     zero = torch.round(torch.where(usable, -low, 0.0) / divisor)
     clean = torch.where(usable[..., None], x, 0.0)
-    codes = (torch.round(clean / divisor[..., None]) + zero[..., None]).clamp(0, levels).to(torch.uint8)
+    codes = (
+        (torch.round(clean / divisor[..., None]) + zero[..., None]).clamp(0, levels).to(torch.uint8)
+    )
     return codes, torch.where(usable, scale, torch.nan), zero.half()
 
 
@@ -124,7 +130,9 @@ def attention_dense(
     start, kv = query_start.tolist(), kv_start.tolist()
     for b in range(len(start) - 1):
         tokens, keys = slice(start[b], start[b + 1]), slice(kv[b], kv[b + 1])
-        part = attend(q[tokens].float(), k[keys].float(), v[keys].float(), scale, causal, window, softcap)
+        part = attend(
+            q[tokens].float(), k[keys].float(), v[keys].float(), scale, causal, window, softcap
+        )
         out[tokens] = part.to(q.dtype)
     return out
 
