@@ -1,4 +1,5 @@
-"""The paged KV cache of a model: one pool of pages per kind of tensor, shared by all layers and sequences."""
+"""The paged KV cache of a model: one pool of pages per kind of tensor, shared by all layers and
+sequences."""
 
 from __future__ import annotations
 
@@ -36,7 +37,8 @@ KV_DTYPES = {
 class Batch:
     """Where the new tokens of a ragged batch go: what `kv_append` and `attention` take.
 
-    query_start [B + 1], kv_len [B] (new tokens included), page_table [B, pages of the longest], all int32.
+    query_start [B + 1], kv_len [B] (new tokens included), page_table [B, pages of the longest], all
+    int32.
     """
 
     query_start: Tensor
@@ -45,8 +47,9 @@ class Batch:
 
 
 class LayerCache(NamedTuple):
-    """The pages of one layer, views into the pool: k and v [P, Hkv, page, D] (int4: D / 2 bytes); scales
-    [P, Hkv, 2, page] float16 for integer pages, else None. In the order that the ops take them."""
+    """The pages of one layer, views into the pool: k and v [P, Hkv, page, D] (int4: D / 2 bytes);
+    scales [P, Hkv, 2, page] float16 for integer pages, else None. In the order that the ops take
+    them."""
 
     k_pages: Tensor
     v_pages: Tensor
@@ -57,10 +60,11 @@ class LayerCache(NamedTuple):
 class PagedKVCache:
     """Keys and values of any number of sequences, in pages of `page_size` tokens.
 
-    layers, kv_heads, head_dim: of the model; head_dim a multiple of 16 up to 512. dtype: "float32", "float16",
-    "bfloat16", "int8" or "int4". page_size: a multiple of 16. The limit is max_tokens, rounded up to whole pages, or
-    max_pages; sequences share it, and each one occupies whole pages. Memory grows on demand by doubling (with a copy),
-    never beyond the limit. Raises ValueError for arguments outside these ranges.
+    layers, kv_heads, head_dim: of the model; head_dim a multiple of 16 up to 512. dtype: "float32",
+    "float16", "bfloat16", "int8" or "int4". page_size: a multiple of 16. The limit is max_tokens,
+    rounded up to whole pages, or max_pages; sequences share it, and each one occupies whole pages.
+    Memory grows on demand by doubling (with a copy), never beyond the limit. Raises ValueError for
+    arguments outside these ranges.
     """
 
     def __init__(
@@ -185,8 +189,9 @@ class PagedKVCache:
     def reserve(self, seqs: Sequence[int], counts: Sequence[int]) -> Batch:
         """Makes room for counts[i] more tokens of sequence seqs[i], and says where they go.
 
-        The lengths count the new tokens from now on. Raises RuntimeError where the limit is too low (nothing has changed
-        then), KeyError for an unknown sequence, ValueError for one that occurs twice or a negative count.
+        The lengths count the new tokens from now on. Raises RuntimeError where the limit is too low
+        (nothing has changed then), KeyError for an unknown sequence, ValueError for one that occurs
+        twice or a negative count.
         """
         if len(seqs) != len(counts) or len(set(seqs)) != len(seqs):
             raise ValueError(
@@ -216,8 +221,8 @@ class PagedKVCache:
         needed = used + missing
         if needed > self.max_pages:
             raise RuntimeError(
-                f"needs {needed * self.page_size} tokens of KV cache in whole pages of {self.page_size}, "
-                f"the limit is {self.max_pages * self.page_size}"
+                f"needs {needed * self.page_size} tokens of KV cache in whole pages of "
+                f"{self.page_size}, the limit is {self.max_pages * self.page_size}"
             )
         if needed > have:
             self._allocate(min(max(needed, 2 * have), self.max_pages))
@@ -235,7 +240,8 @@ class PagedKVCache:
         return Batch(ints(starts), ints(lengths), ints(table).reshape(len(seqs), width))
 
     def truncate(self, seq: int, length: int) -> None:
-        """Forgets all tokens of a sequence from `length` on. Raises KeyError, or ValueError if there are fewer."""
+        """Forgets all tokens of a sequence from `length` on. Raises KeyError, or ValueError if
+        there are fewer."""
         self._check(seq)
         if not 0 <= length <= self._lengths[seq]:
             raise ValueError(

@@ -1,4 +1,5 @@
-"""attention and attention_dense: every instruction set against float64 over the same stored numbers."""
+"""attention and attention_dense: every instruction set against float64 over the same stored
+numbers."""
 
 from __future__ import annotations
 
@@ -32,7 +33,8 @@ SHAPES = [
     (4, 2, 256, 80),
     (2, 2, 512, 16),
 ]
-# New tokens and keys of each sequence: decode short and long enough to be split, prefill, a chunk of one, nothing new.
+# New tokens and keys of each sequence: decode short and long enough to be split, prefill, a chunk
+# of one, nothing new.
 RAGGED = [(1, 1), (1, 300), (70, 70), (33, 100), (0, 20), (2, 129)]
 MASKS: list[dict[str, Any]] = [
     {"causal": True},
@@ -45,13 +47,15 @@ MASKS: list[dict[str, Any]] = [
 
 @pytest.fixture(autouse=True)
 def one_thread(with_threads: Callable[[int], None]) -> None:
-    """Threads change nothing but the time, as the tests of that show; where cores are busy, waiting for them is slow."""
+    """Threads change nothing but the time, as the tests of that show; where cores are busy, waiting
+    for them is slow."""
     with_threads(1)
 
 
 @dataclass
 class Case:
-    """A ragged batch over pages in random order. Whatever no sequence owns is NaN, or codes with NaN scales."""
+    """A ragged batch over pages in random order. Whatever no sequence owns is NaN, or codes with
+    NaN scales."""
 
     q: Tensor
     query_start: Tensor
@@ -143,11 +147,13 @@ def rows_of(pages: Tensor, scale: Tensor | None, table: Tensor, length: int, dim
 
 
 def exact(case: Case, mask: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    """The result in float64, and how far from it float32 arithmetic of the same formula may be, [T, 1, 1].
+    """The result in float64, and how far from it float32 arithmetic of the same formula may be, [T,
+    1, 1].
 
-    Scores are sums of D products; integer pages compute q . k as scale * (q . code - zero * sum(q)), whose terms are up to
-    the scale times 255 large. An error d of every score moves the result by at most 2 d max|v|; weighing codes instead of
-    values adds the same kind of term once more.
+    Scores are sums of D products; integer pages compute q . k as scale * (q . code - zero *
+    sum(q)), whose terms are up to the scale times 255 large. An error d of every score moves the
+    result by at most 2 d max|v|; weighing codes instead of values adds the same kind of term once
+    more.
     """
     dim = case.q.shape[2]
     out, slack = [case.q[:0].double()], [torch.zeros(0, dtype=torch.float64)]
@@ -202,14 +208,16 @@ def test_low_precision_queries(isa: Any, kind: str, dtype: torch.dtype) -> None:
     assert out.dtype == dtype
     truth, slack = exact(case, MASKS[0])
     rounding = (truth.to(dtype).double() - truth).abs()
-    # Rounding a result that is off by the slack may fall on the other neighbour: one unit in the last place.
+    # Rounding a result that is off by the slack may fall on the other neighbour: one unit in the
+    # last place.
     unit = torch.finfo(dtype).eps * truth.abs() + torch.finfo(dtype).tiny
     assert ((out.double() - truth).abs() <= torch.maximum(2 * rounding, unit) + slack).all()
 
 
 @pytest.mark.parametrize("group", [1, 2, 3, 4, 5, 6, 7, 12, 71])
 def test_every_count_of_rows(isa: Any, group: int) -> None:
-    """Rows are taken by threes, twos and ones, converted as loaded or once per tile: the same result either way."""
+    """Rows are taken by threes, twos and ones, converted as loaded or once per tile: the same
+    result either way."""
     for kind in ("float16", "int4"):
         case = make_case(kind, (group, 1, 32, 16), [(1, 40), (3, 17)])
         truth, slack = exact(case, MASKS[0])
@@ -218,7 +226,8 @@ def test_every_count_of_rows(isa: Any, group: int) -> None:
 
 @pytest.mark.parametrize("kind", ["float32", "int8"])
 def test_long_context(isa: Any, kind: str) -> None:
-    """More keys than 64 chunks of 128, so that chunks get longer; and a window that starts in the middle of a chunk."""
+    """More keys than 64 chunks of 128, so that chunks get longer; and a window that starts in the
+    middle of a chunk."""
     case = make_case(kind, (2, 1, 16, 64), [(1, 8300), (2, 4100)])
     for mask in ({"causal": True}, {"causal": True, "window": 300}):
         truth, slack = exact(case, mask)

@@ -198,7 +198,8 @@ def test_sequences_never_share_a_page(steps: list[tuple[str, int, int]]) -> None
 
 
 def test_generation_equals_attention_without_a_cache() -> None:
-    """Two layers, prefill of two sequences, a cut, then token by token: as attention over all that was said."""
+    """Two layers, prefill of two sequences, a cut, then token by token: as attention over all that
+    was said."""
     g = torch.Generator().manual_seed(0)
     rope = rope_table(32, 160)
     x = {
@@ -290,7 +291,8 @@ def test_rope_table_is_transformers(scaling: dict[str, Any], theta: float) -> No
     table = rope_table(64, 300, theta, scaling)
     assert table.shape == (300, 64) and table.dtype == torch.float32
     cos, sin = embedding(torch.zeros(1), torch.arange(300)[None])
-    # transformers multiplies float32 frequencies, off by a few units in the last place, by the position.
+    # transformers multiplies float32 frequencies, off by a few units in the last place, by the
+    # position.
     slack = 8 * EPS * torch.arange(1, 301)[:, None] * embedding.attention_scaling
     assert ((table[:, :32] - cos[0, :, :32]).abs() <= slack).all()
     assert ((table[:, 32:] - sin[0, :, :32]).abs() <= slack).all()

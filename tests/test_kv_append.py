@@ -98,7 +98,8 @@ def places(args: list[Any]) -> tuple[Tensor, Tensor]:
 
 
 def stored(args: list[Any], which: int) -> tuple[Tensor, Tensor]:
-    """What pages `which` (0: k, 1: v) hold of the new tokens, [T, Hkv, D] float64, and the step [T, Hkv, 1] (0: floats)."""
+    """What pages `which` (0: k, 1: v) hold of the new tokens, [T, Hkv, D] float64, and the step [T,
+    Hkv, 1] (0: floats)."""
     page, slot = places(args)
     pages, scales, dim = args[8 + which], args[10 + which], args[0].shape[2]
     rows = pages[page, :, slot]

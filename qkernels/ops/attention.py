@@ -384,19 +384,22 @@ def attention(
     window: int = 0,
     softcap: float = 0.0,
 ) -> Tensor:
-    """Softmax attention of a ragged batch over a paged KV cache: prefill, chunked prefill and decode alike.
+    """Softmax attention of a ragged batch over a paged KV cache: prefill, chunked prefill and
+    decode alike.
 
-    q [T, Hq, D] float32, float16 or bfloat16, tokens any stride apart, D a multiple of 16 up to 512; query_start [B + 1],
-    kv_len [B] and page_table [B, pages per sequence] int32: sequence b owns the tokens query_start[b] to
-    query_start[b + 1], which are the last ones of its kv_len[b] keys; key t lies in slot t % page of page
-    page_table[b, t // page]. k_pages, v_pages [P, Hkv, page, D] float32, float16, bfloat16 or uint8 (int8 codes; with
-    D / 2 in the last dimension, int4), page a multiple of 16, Hq a multiple of Hkv; k_scale, v_scale
-    [P, Hkv, 2, page] float16, scales and zero points, for uint8 pages only.
+    q [T, Hq, D] float32, float16 or bfloat16, tokens any stride apart, D a multiple of 16 up to
+    512; query_start [B + 1], kv_len [B] and page_table [B, pages per sequence] int32: sequence b
+    owns the tokens query_start[b] to query_start[b + 1], which are the last ones of its kv_len[b]
+    keys; key t lies in slot t % page of page page_table[b, t // page]. k_pages, v_pages [P, Hkv,
+    page, D] float32, float16, bfloat16 or uint8 (int8 codes; with D / 2 in the last dimension,
+    int4), page a multiple of 16, Hq a multiple of Hkv; k_scale, v_scale [P, Hkv, 2, page] float16,
+    scales and zero points, for uint8 pages only.
 
-    scale multiplies q . k (default D ** -0.5). causal: a query sees no later keys. window > 0: it sees only the last
-    `window` positions up to its own (and, when not causal, all later ones). softcap > 0: scores become
-    softcap * tanh(score / softcap). A query that sees no key gives zeros. Returns [T, Hq, D] in q's dtype.
-    Raises RuntimeError for wrong shapes, dtypes, devices, strides and indices out of range.
+    scale multiplies q . k (default D ** -0.5). causal: a query sees no later keys. window > 0: it
+    sees only the last `window` positions up to its own (and, when not causal, all later ones).
+    softcap > 0: scores become softcap * tanh(score / softcap). A query that sees no key gives
+    zeros. Returns [T, Hq, D] in q's dtype. Raises RuntimeError for wrong shapes, dtypes, devices,
+    strides and indices out of range.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     op = select("attention", q.device)
@@ -431,9 +434,10 @@ def attention_dense(
 ) -> Tensor:
     """Softmax attention without a cache, for encoders and cross attention.
 
-    q [Tq, Hq, D], k and v [Tk, Hkv, D], all float32, float16 or bfloat16, tokens any stride apart; query_start and
-    kv_start [B + 1] int32: sequence b owns these ranges of q and of k and v. Positions are aligned at the end: query i of
-    n stands at key m - n + i of m. The options and errors are those of `attention`. Returns [Tq, Hq, D] in q's dtype.
+    q [Tq, Hq, D], k and v [Tk, Hkv, D], all float32, float16 or bfloat16, tokens any stride apart;
+    query_start and kv_start [B + 1] int32: sequence b owns these ranges of q and of k and v.
+    Positions are aligned at the end: query i of n stands at key m - n + i of m. The options and
+    errors are those of `attention`. Returns [Tq, Hq, D] in q's dtype.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     op = select("attention_dense", q.device)
@@ -455,16 +459,19 @@ def kv_append(
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
 ) -> Tensor:
-    """Rotates q and k, quantizes k and v where the pages are integers, and writes them into their pages.
+    """Rotates q and k, quantizes k and v where the pages are integers, and writes them into their
+    pages.
 
-    q [T, Hq, D], k and v [T, Hkv, D] of one float dtype, tokens any stride apart; rope [positions, rotary_dim] float32,
-    cosines then sines (`rope_table`), or None; positions [T] int32, rows of rope, or None: the token's place in its
-    sequence. query_start, kv_len (which counts the new tokens too), page_table and pages as in `attention`. The pairs
-    (i, i + rotary_dim / 2) are turned in float32; dims from rotary_dim on are left. Integer pages hold
-    x ~= scale * (code - zero), one scale (float16, rounded up) and zero point per token and head, the range including 0.
+    q [T, Hq, D], k and v [T, Hkv, D] of one float dtype, tokens any stride apart; rope [positions,
+    rotary_dim] float32, cosines then sines (`rope_table`), or None; positions [T] int32, rows of
+    rope, or None: the token's place in its sequence. query_start, kv_len (which counts the new
+    tokens too), page_table and pages as in `attention`. The pairs (i, i + rotary_dim / 2) are
+    turned in float32; dims from rotary_dim on are left. Integer pages hold x ~= scale * (code -
+    zero), one scale (float16, rounded up) and zero point per token and head, the range including 0.
 
-    Writes the pages (and scales) in place; returns the rotated q [T, Hq, D] in its dtype, contiguous.
-    Raises RuntimeError for wrong shapes, dtypes, devices, strides and indices out of range; nothing is written then.
+    Writes the pages (and scales) in place; returns the rotated q [T, Hq, D] in its dtype,
+    contiguous. Raises RuntimeError for wrong shapes, dtypes, devices, strides and indices out of
+    range; nothing is written then.
     """
     op = select("kv_append", q.device)
     out: Tensor = op(
@@ -495,7 +502,8 @@ def _number(scaling: Mapping[str, Any], key: str, kind: str) -> float:
 
 
 def _llama3(inverse: Tensor, scaling: Mapping[str, Any]) -> Tensor:
-    """Llama 3.1: long wavelengths are stretched by `factor`, short ones kept, those between interpolated."""
+    """Llama 3.1: long wavelengths are stretched by `factor`, short ones kept, those between
+    interpolated."""
     factor, low, high, original = (
         _number(scaling, key, "llama3")
         for key in (
@@ -515,7 +523,8 @@ def _llama3(inverse: Tensor, scaling: Mapping[str, Any]) -> Tensor:
 
 
 def _yarn(inverse: Tensor, theta: float, scaling: Mapping[str, Any]) -> tuple[Tensor, float]:
-    """YaRN (arXiv 2309.00071), with the options of Hugging Face configurations; also the factor on cos and sin."""
+    """YaRN (arXiv 2309.00071), with the options of Hugging Face configurations; also the factor on
+    cos and sin."""
     factor = _number(scaling, "factor", "yarn")
     original = _number(scaling, "original_max_position_embeddings", "yarn")
     dim = 2 * len(inverse)
@@ -552,11 +561,13 @@ def rope_table(
     theta: float = 10000.0,
     scaling: Mapping[str, Any] | None = None,
 ) -> Tensor:
-    """Rotary angles for `kv_append`: [max_positions, rotary_dim] float32, cosines of rotary_dim / 2 angles, then sines.
+    """Rotary angles for `kv_append`: [max_positions, rotary_dim] float32, cosines of rotary_dim / 2
+    angles, then sines.
 
-    scaling: the `rope_scaling` (or `rope_parameters`) of a Hugging Face configuration: rope_type default, linear, llama3
-    or yarn with their parameters. YaRN's attention factor multiplies the table. Angles are computed in float64.
-    Raises ValueError for another rope_type, a parameter that is missing or not positive, or an odd rotary_dim.
+    scaling: the `rope_scaling` (or `rope_parameters`) of a Hugging Face configuration: rope_type
+    default, linear, llama3 or yarn with their parameters. YaRN's attention factor multiplies the
+    table. Angles are computed in float64. Raises ValueError for another rope_type, a parameter that
+    is missing or not positive, or an odd rotary_dim.
     """
     if rotary_dim < 2 or rotary_dim % 2:
         raise ValueError(f"rope_table: rotary_dim must be even and positive, got {rotary_dim}")
