@@ -1,4 +1,5 @@
-"""The paged KV cache of a model: one pool of pages per kind of tensor, shared by all layers and sequences."""
+"""The paged KV cache of a model: one pool of pages per kind of tensor, shared by all layers and
+sequences."""
 
 from __future__ import annotations
 
@@ -36,7 +37,8 @@ KV_DTYPES = {
 class Batch:
     """Where the new tokens of a ragged batch go: what `kv_append` and `attention` take.
 
-    query_start [B + 1], kv_len [B] (new tokens included), page_table [B, pages of the longest], all int32.
+    query_start [B + 1], kv_len [B] (new tokens included), page_table [B, pages of the longest], all
+    int32.
     """
 
     query_start: Tensor
@@ -45,8 +47,9 @@ class Batch:
 
 
 class LayerCache(NamedTuple):
-    """The pages of one layer, views into the pool: k and v [P, Hkv, page, D] (int4: D / 2 bytes); scales
-    [P, Hkv, 2, page] float16 for integer pages, else None. In the order that the ops take them."""
+    """The pages of one layer, views into the pool: k and v [P, Hkv, page, D] (int4: D / 2 bytes);
+    scales [P, Hkv, 2, page] float16 for integer pages, else None. In the order that the ops take
+    them."""
 
     k_pages: Tensor
     v_pages: Tensor
@@ -57,10 +60,11 @@ class LayerCache(NamedTuple):
 class PagedKVCache:
     """Keys and values of any number of sequences, in pages of `page_size` tokens.
 
-    layers, kv_heads, head_dim: of the model; head_dim a multiple of 16 up to 512. dtype: "float32", "float16",
-    "bfloat16", "int8" or "int4". page_size: a multiple of 16. The limit is max_tokens, rounded up to whole pages, or
-    max_pages; sequences share it, and each one occupies whole pages. Memory grows on demand by doubling (with a copy),
-    never beyond the limit. Raises ValueError for arguments outside these ranges.
+    layers, kv_heads, head_dim: of the model; head_dim a multiple of 16 up to 512. dtype: "float32",
+    "float16", "bfloat16", "int8" or "int4". page_size: a multiple of 16. The limit is max_tokens,
+    rounded up to whole pages, or max_pages; sequences share it, and each one occupies whole pages.
+    Memory grows on demand by doubling (with a copy), never beyond the limit. Raises ValueError for
+    arguments outside these ranges.
     """
 
     def __init__(
@@ -76,18 +80,26 @@ class PagedKVCache:
         device: torch.device | str = "cpu",
     ) -> None:
         if dtype not in KV_DTYPES:
-            raise ValueError(f"the KV cache's dtype must be one of {', '.join(KV_DTYPES)}, got {dtype!r}")
+            raise ValueError(
+                f"the KV cache's dtype must be one of {', '.join(KV_DTYPES)}, got {dtype!r}"
+            )
         if layers < 1 or kv_heads < 1:
-            raise ValueError(f"a KV cache needs layers and heads, got {layers} layers, {kv_heads} KV heads")
+            raise ValueError(
+                f"a KV cache needs layers and heads, got {layers} layers, {kv_heads} KV heads"
+            )
         if head_dim < 16 or head_dim % 16 or head_dim > MAX_HEAD_DIM:
-            raise ValueError(f"head_dim must be a multiple of 16 up to {MAX_HEAD_DIM}, got {head_dim}")
+            raise ValueError(
+                f"head_dim must be a multiple of 16 up to {MAX_HEAD_DIM}, got {head_dim}"
+            )
         if page_size < 16 or page_size % 16:
             raise ValueError(f"page_size must be a multiple of 16, got {page_size}")
         if (max_tokens is None) == (max_pages is None):
             raise ValueError("give either max_tokens or max_pages")
         limit = -(-max_tokens // page_size) if max_tokens is not None else max_pages
         if limit is None or limit < 1:
-            raise ValueError(f"the limit must be at least one token, got {max_tokens=}, {max_pages=}")
+            raise ValueError(
+                f"the limit must be at least one token, got {max_tokens=}, {max_pages=}"
+            )
         self.layers, self.kv_heads, self.head_dim = layers, kv_heads, head_dim
         self.dtype, self.page_size, self.max_pages = dtype, page_size, limit
         self.max_tokens = limit * page_size if max_tokens is None else max_tokens
@@ -120,7 +132,9 @@ class PagedKVCache:
         self.v_pages = grown("v_pages", rows, kind.torch_dtype)
         self.k_scale = grown("k_scale", planes, torch.float16) if kind.scaled else None
         self.v_scale = grown("v_scale", planes, torch.float16) if kind.scaled else None
-        self._count = pages  # last, so that running out of memory on the way leaves the cache as it was
+        self._count = (
+            pages  # last, so that running out of memory on the way leaves the cache as it was
+        )
         for page in range(old, pages):
             heapq.heappush(self._free, page)
 
@@ -137,7 +151,12 @@ class PagedKVCache:
     def bytes_per_token(self) -> int:
         """Bytes that one token takes in all layers: keys, values, their scales and zero points."""
         kind = KV_DTYPES[self.dtype]
-        return 2 * self.layers * self.kv_heads * (self.head_dim * kind.bits // 8 + (4 if kind.scaled else 0))
+        return (
+            2
+            * self.layers
+            * self.kv_heads
+            * (self.head_dim * kind.bits // 8 + (4 if kind.scaled else 0))
+        )
 
     @property
     def capacity(self) -> int:
@@ -170,11 +189,14 @@ class PagedKVCache:
     def reserve(self, seqs: Sequence[int], counts: Sequence[int]) -> Batch:
         """Makes room for counts[i] more tokens of sequence seqs[i], and says where they go.
 
-        The lengths count the new tokens from now on. Raises RuntimeError where the limit is too low (nothing has changed
-        then), KeyError for an unknown sequence, ValueError for one that occurs twice or a negative count.
+        The lengths count the new tokens from now on. Raises RuntimeError where the limit is too low
+        (nothing has changed then), KeyError for an unknown sequence, ValueError for one that occurs
+        twice or a negative count.
         """
         if len(seqs) != len(counts) or len(set(seqs)) != len(seqs):
-            raise ValueError(f"reserve needs different sequences and a count for each, got {seqs} and {counts}")
+            raise ValueError(
+                f"reserve needs different sequences and a count for each, got {seqs} and {counts}"
+            )
         for seq, count in zip(seqs, counts, strict=True):
             self._check(seq)
             if count < 0:
@@ -199,8 +221,8 @@ class PagedKVCache:
         needed = used + missing
         if needed > self.max_pages:
             raise RuntimeError(
-                f"needs {needed * self.page_size} tokens of KV cache in whole pages of {self.page_size}, "
-                f"the limit is {self.max_pages * self.page_size}"
+                f"needs {needed * self.page_size} tokens of KV cache in whole pages of "
+                f"{self.page_size}, the limit is {self.max_pages * self.page_size}"
             )
         if needed > have:
             self._allocate(min(max(needed, 2 * have), self.max_pages))
@@ -211,18 +233,20 @@ class PagedKVCache:
         for seq, count in zip(seqs, counts, strict=True):
             starts.append(starts[-1] + count)
             table.append(self._pages[seq] + [0] * (width - len(self._pages[seq])))
-        kwargs = {"dtype": torch.int32, "device": self.device}
-        return Batch(
-            torch.tensor(starts, **kwargs),
-            torch.tensor(lengths, **kwargs),
-            torch.tensor(table, **kwargs).reshape(len(seqs), width),
-        )
+
+        def ints(values: list[int] | list[list[int]]) -> Tensor:
+            return torch.tensor(values, dtype=torch.int32, device=self.device)
+
+        return Batch(ints(starts), ints(lengths), ints(table).reshape(len(seqs), width))
 
     def truncate(self, seq: int, length: int) -> None:
-        """Forgets all tokens of a sequence from `length` on. Raises KeyError, or ValueError if there are fewer."""
+        """Forgets all tokens of a sequence from `length` on. Raises KeyError, or ValueError if
+        there are fewer."""
         self._check(seq)
         if not 0 <= length <= self._lengths[seq]:
-            raise ValueError(f"sequence {seq} has {self._lengths[seq]} tokens, so it cannot be cut to {length}")
+            raise ValueError(
+                f"sequence {seq} has {self._lengths[seq]} tokens, so it cannot be cut to {length}"
+            )
         keep = -(-length // self.page_size)
         for page in self._pages[seq][keep:]:
             heapq.heappush(self._free, page)

@@ -1,4 +1,5 @@
-"""attention and attention_dense: every instruction set against float64 over the same stored numbers."""
+"""attention and attention_dense: every instruction set against float64 over the same stored
+numbers."""
 
 from __future__ import annotations
 
@@ -15,16 +16,25 @@ from torch import Tensor
 
 import qkernels
 from qkernels.cache import KV_DTYPES
-from qkernels.ops import attention as ops
-from qkernels.reference import attention as reference
+from qkernels.ops.attention import attention, attention_dense
+from qkernels.reference.attention import attend, pack_nibbles, quantize_rows
+from qkernels.reference.attention import attention_dense as reference_dense
 
 EPS = torch.finfo(torch.float32).eps
 KINDS = list(KV_DTYPES)
 FLOATS = [torch.float32, torch.float16, torch.bfloat16]
 
 # (query heads, KV heads, head dim, page size)
-SHAPES = [(9, 3, 64, 64), (4, 4, 80, 16), (8, 1, 128, 48), (2, 1, 16, 32), (4, 2, 256, 80), (2, 2, 512, 16)]
-# New tokens and keys of each sequence: decode short and long enough to be split, prefill, a chunk of one, nothing new.
+SHAPES = [
+    (9, 3, 64, 64),
+    (4, 4, 80, 16),
+    (8, 1, 128, 48),
+    (2, 1, 16, 32),
+    (4, 2, 256, 80),
+    (2, 2, 512, 16),
+]
+# New tokens and keys of each sequence: decode short and long enough to be split, prefill, a chunk
+# of one, nothing new.
 RAGGED = [(1, 1), (1, 300), (70, 70), (33, 100), (0, 20), (2, 129)]
 MASKS: list[dict[str, Any]] = [
     {"causal": True},
@@ -35,9 +45,17 @@ MASKS: list[dict[str, Any]] = [
 ]
 
 
+@pytest.fixture(autouse=True)
+def one_thread(with_threads: Callable[[int], None]) -> None:
+    """Threads change nothing but the time, as the tests of that show; where cores are busy, waiting
+    for them is slow."""
+    with_threads(1)
+
+
 @dataclass
 class Case:
-    """A ragged batch over pages in random order. Whatever no sequence owns is NaN, or codes with NaN scales."""
+    """A ragged batch over pages in random order. Whatever no sequence owns is NaN, or codes with
+    NaN scales."""
 
     q: Tensor
     query_start: Tensor
@@ -68,7 +86,9 @@ def make_case(
     used = [-(-length // page) for _, length in ragged]
     pages = sum(used) + 2
     order = torch.randperm(pages, generator=g).tolist()
-    table = torch.full((len(ragged), max([*used, 1])), -7, dtype=torch.int32)  # entries past the end are not read
+    table = torch.full(
+        (len(ragged), max([*used, 1])), -7, dtype=torch.int32
+    )  # entries past the end are not read
     stored = dim // 2 if kind == "int4" else dim
     k_pages = torch.zeros(pages, kv_heads, page, stored, dtype=kv.torch_dtype)
     if kv.scaled:
@@ -76,7 +96,11 @@ def make_case(
     else:
         k_pages.fill_(torch.nan)
     v_pages = k_pages.clone()
-    scales = torch.full((2, pages, kv_heads, 2, page), torch.nan, dtype=torch.float16) if kv.scaled else None
+    scales = (
+        torch.full((2, pages, kv_heads, 2, page), torch.nan, dtype=torch.float16)
+        if kv.scaled
+        else None
+    )
     for b, (_, length) in enumerate(ragged):
         for i in range(used[b]):
             at = order.pop()
@@ -87,8 +111,8 @@ def make_case(
                 if scales is None:
                     target[at, :, :rows] = x.to(kv.torch_dtype)
                     continue
-                codes, step, zero = reference.quantize_rows(x, kv.bits)
-                target[at, :, :rows] = reference.pack_nibbles(codes) if kind == "int4" else codes
+                codes, step, zero = quantize_rows(x, kv.bits)
+                target[at, :, :rows] = pack_nibbles(codes) if kind == "int4" else codes
                 scales[which, at, :, 0, :rows], scales[which, at, :, 1, :rows] = step, zero
     counts = torch.tensor([0, *(count for count, _ in ragged)])
     return Case(
@@ -109,37 +133,36 @@ def options(dim: int, mask: dict[str, Any]) -> tuple[float, bool, int, float]:
 
 def rows_of(pages: Tensor, scale: Tensor | None, table: Tensor, length: int, dim: int) -> Tensor:
     """[length, Hkv, D] float64, exact."""
-    page, out = pages.shape[2], []
-    for t in range(length):
-        at, slot = int(table[t // page]), t % page
-        row = pages[at, :, slot]
-        if scale is None:
-            out.append(row.double())
-            continue
-        if row.shape[-1] != dim:  # byte i of a run of 8: dims i and 8 + i
-            byte = row.reshape(row.shape[0], -1, 1, 8)
-            row = torch.cat((byte & 15, byte >> 4), dim=2).reshape(row.shape[0], dim)
-        step, zero = scale[at, :, 0, slot].double(), scale[at, :, 1, slot].double()
-        out.append(step[:, None] * (row.double() - zero[:, None]))
-    heads = pages.shape[1]
-    return torch.stack(out) if out else torch.zeros(0, heads, dim, dtype=torch.float64)
+    page = pages.shape[2]
+    t = torch.arange(length)
+    at, slot = table[t // page].long(), t % page
+    rows = pages[at, :, slot]
+    if scale is None:
+        return rows.double()
+    if rows.shape[-1] != dim:  # byte i of a run of 8: dims i and 8 + i of 16
+        byte = rows.view(length, rows.shape[1], dim // 16, 1, 8)
+        rows = torch.cat((byte & 15, byte >> 4), dim=3).view(length, -1, dim)
+    step, zero = scale[at, :, 0, slot].double(), scale[at, :, 1, slot].double()
+    return step[..., None] * (rows.double() - zero[..., None])
 
 
 def exact(case: Case, mask: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    """The result in float64, and how far from it float32 arithmetic of the same formula may be, [T, 1, 1].
+    """The result in float64, and how far from it float32 arithmetic of the same formula may be, [T,
+    1, 1].
 
-    Scores are sums of D products; integer pages compute q . k as scale * (q . code - zero * sum(q)), whose terms are up to
-    the scale times 255 large. An error d of every score moves the result by at most 2 d max|v|; weighing codes instead of
-    values adds the same kind of term once more.
+    Scores are sums of D products; integer pages compute q . k as scale * (q . code - zero *
+    sum(q)), whose terms are up to the scale times 255 large. An error d of every score moves the
+    result by at most 2 d max|v|; weighing codes instead of values adds the same kind of term once
+    more.
     """
     dim = case.q.shape[2]
-    out, slack = [], []
+    out, slack = [case.q[:0].double()], [torch.zeros(0, dtype=torch.float64)]
     start = case.query_start.tolist()
     for b, length in enumerate(case.kv_len.tolist()):
         q = case.q[start[b] : start[b + 1]].double()
         k = rows_of(case.k_pages, case.k_scale, case.page_table[b], length, dim)
         v = rows_of(case.v_pages, case.v_scale, case.page_table[b], length, dim)
-        out.append(reference.attend(q, k, v, *options(dim, mask)))
+        out.append(attend(q, k, v, *options(dim, mask)))
         if q.shape[0] == 0:
             continue
         # Terms of integer pages: every code may be as large as the range of its row.
@@ -172,7 +195,9 @@ def test_reference_against_float64(kind: str) -> None:
     case = make_case(kind, SHAPES[0], RAGGED)
     for mask in MASKS:
         truth, slack = exact(case, mask)
-        assert ((run(torch.ops.qkernels_reference, case, mask).double() - truth).abs() <= slack).all(), mask
+        assert (
+            (run(torch.ops.qkernels_reference, case, mask).double() - truth).abs() <= slack
+        ).all(), mask
 
 
 @pytest.mark.parametrize("dtype", FLOATS[1:], ids=str)
@@ -183,14 +208,16 @@ def test_low_precision_queries(isa: Any, kind: str, dtype: torch.dtype) -> None:
     assert out.dtype == dtype
     truth, slack = exact(case, MASKS[0])
     rounding = (truth.to(dtype).double() - truth).abs()
-    # Rounding a result that is off by the slack may fall on the other neighbour: one unit in the last place.
+    # Rounding a result that is off by the slack may fall on the other neighbour: one unit in the
+    # last place.
     unit = torch.finfo(dtype).eps * truth.abs() + torch.finfo(dtype).tiny
     assert ((out.double() - truth).abs() <= torch.maximum(2 * rounding, unit) + slack).all()
 
 
 @pytest.mark.parametrize("group", [1, 2, 3, 4, 5, 6, 7, 12, 71])
 def test_every_count_of_rows(isa: Any, group: int) -> None:
-    """Rows are taken by threes, twos and ones, converted as loaded or once per tile: the same result either way."""
+    """Rows are taken by threes, twos and ones, converted as loaded or once per tile: the same
+    result either way."""
     for kind in ("float16", "int4"):
         case = make_case(kind, (group, 1, 32, 16), [(1, 40), (3, 17)])
         truth, slack = exact(case, MASKS[0])
@@ -199,7 +226,8 @@ def test_every_count_of_rows(isa: Any, group: int) -> None:
 
 @pytest.mark.parametrize("kind", ["float32", "int8"])
 def test_long_context(isa: Any, kind: str) -> None:
-    """More keys than 64 chunks of 128, so that chunks get longer; and a window that starts in the middle of a chunk."""
+    """More keys than 64 chunks of 128, so that chunks get longer; and a window that starts in the
+    middle of a chunk."""
     case = make_case(kind, (2, 1, 16, 64), [(1, 8300), (2, 4100)])
     for mask in ({"causal": True}, {"causal": True, "window": 300}):
         truth, slack = exact(case, mask)
@@ -261,7 +289,9 @@ def test_page_order_does_not_matter(data: st.DataObject) -> None:
     where[order] = torch.arange(len(order))
     table = torch.where(case.page_table >= 0, where[case.page_table.clamp(min=0).long()].int(), -1)
     moved = [None if t is None else t[order] for t in case.cache()]
-    after = run(torch.ops.qkernels, Case(case.q, case.query_start, case.kv_len, table, *moved), MASKS[0])
+    after = run(
+        torch.ops.qkernels, Case(case.q, case.query_start, case.kv_len, table, *moved), MASKS[0]
+    )
     assert torch.equal(before, after)
     truth, slack = exact(case, MASKS[0])
     if before.numel():
@@ -307,7 +337,12 @@ def test_nothing_to_do(isa: Any) -> None:
 
 
 def dense_case(
-    queries: list[int], keys: list[int], heads: tuple[int, int], dim: int, dtype: torch.dtype, seed: int = 0
+    queries: list[int],
+    keys: list[int],
+    heads: tuple[int, int],
+    dim: int,
+    dtype: torch.dtype,
+    seed: int = 0,
 ) -> tuple[Tensor, ...]:
     g = torch.Generator().manual_seed(seed)
     q = torch.randn(sum(queries), heads[0], dim, generator=g).to(dtype)
@@ -325,7 +360,11 @@ def sdpa(args: tuple[Tensor, ...], causal: bool) -> Tensor:
         keys, values = (t[rows].transpose(0, 1)[None] for t in (k, v))
         n, m = part.shape[2], keys.shape[2]
         mask = torch.ones(n, m, dtype=torch.bool).tril(m - n) if causal else None
-        out.append(F.scaled_dot_product_attention(part, keys, values, mask, enable_gqa=True)[0].transpose(0, 1))
+        out.append(
+            F.scaled_dot_product_attention(part, keys, values, mask, enable_gqa=True)[0].transpose(
+                0, 1
+            )
+        )
     return torch.cat(out)
 
 
@@ -348,11 +387,15 @@ def test_dense_masks_and_cross_attention(isa: Any, mask: dict[str, Any]) -> None
     out = isa.ops.attention_dense(*args, *options(32, mask))
     wide = [t.double() if t.is_floating_point() else t for t in args]
     truth = torch.ops.qkernels_reference.attention_dense(*args, *options(32, mask)).double()
-    exact64 = reference.attention_dense(*wide, *options(32, mask))
+    exact64 = reference_dense(*wide, *options(32, mask))
     torchs = (truth - exact64).abs().max()
-    assert (out.double() - exact64).abs().max() <= 2 * torchs + 16 * EPS * (1 + mask.get("softcap", 0.0))
+    assert (out.double() - exact64).abs().max() <= 2 * torchs + 16 * EPS * (
+        1 + mask.get("softcap", 0.0)
+    )
     if mask["causal"]:
-        assert (out[5:65] == 0).all()  # the first 60 of 90 queries stand before the first of 30 keys
+        assert (
+            out[5:65] == 0
+        ).all()  # the first 60 of 90 queries stand before the first of 30 keys
     assert (out[95] == 0).all()  # no keys at all
 
 
@@ -390,18 +433,18 @@ def test_opcheck_dense() -> None:
 def test_compiles() -> None:
     case = make_case("int8", SHAPES[0], RAGGED)
     compiled = torch.compile(
-        lambda *args: ops.attention(*args, window=9) * 2, fullgraph=True, backend="aot_eager"
+        lambda *args: attention(*args, window=9) * 2, fullgraph=True, backend="aot_eager"
     )
-    assert torch.equal(compiled(*case.args()), ops.attention(*case.args(), window=9) * 2)
+    assert torch.equal(compiled(*case.args()), attention(*case.args(), window=9) * 2)
     args = dense_case([1, 7], [20, 7], (4, 2), 32, torch.float32)
-    dense = torch.compile(ops.attention_dense, fullgraph=True, backend="aot_eager")
-    assert torch.equal(dense(*args), ops.attention_dense(*args))
+    dense = torch.compile(attention_dense, fullgraph=True, backend="aot_eager")
+    assert torch.equal(dense(*args), attention_dense(*args))
 
 
 def test_reference_is_a_backend() -> None:
     case = make_case("float32", SHAPES[0], RAGGED)
     with qkernels.backend("reference"):
-        out = ops.attention(*case.args())
+        out = attention(*case.args())
     assert torch.equal(out, run(torch.ops.qkernels_reference, case, MASKS[0]))
 
 
@@ -421,14 +464,20 @@ BAD_METADATA: list[tuple[dict[str, Any], str]] = [
     ({"q": torch.zeros(4, 4, 24)}, "head dim must be a multiple of 16 up to 512, got 24"),
     ({"q": torch.zeros(4, 4, 1024)}, "head dim must be a multiple of 16 up to 512, got 1024"),
     ({"q": torch.zeros(4, 4, 0)}, "head dim must be"),
-    ({"q": torch.zeros(4, 4, 32, dtype=torch.float64)}, "q must be float32, float16 or bfloat16, got"),
+    (
+        {"q": torch.zeros(4, 4, 32, dtype=torch.float64)},
+        "q must be float32, float16 or bfloat16, got",
+    ),
     ({"q": torch.zeros(4, 3, 32)}, r"heads of q \(3\) must be a multiple of the KV heads \(2\)"),
     ({"q": torch.zeros(4, 32, 4).transpose(1, 2)}, "q must be dense in its last 2 dimensions"),
     ({"k_pages": torch.zeros(6, 2, 24, 32)}, "page size must be a multiple of 16, got 24"),
     ({"k_pages": torch.zeros(6, 2, 0, 32)}, "page size must be a multiple of 16, got 0"),
     ({"k_pages": torch.zeros(6, 2, 16, 48)}, "k_pages must have 32 in the last dimension"),
     ({"k_pages": torch.zeros(6, 2, 16)}, "k_pages must be .pages, KV heads, page size, head dim."),
-    ({"k_pages": torch.zeros(6, 2, 16, 32, dtype=torch.int8)}, "k_pages must be float32, float16, bfloat16 or uint8"),
+    (
+        {"k_pages": torch.zeros(6, 2, 16, 32, dtype=torch.int8)},
+        "k_pages must be float32, float16, bfloat16 or uint8",
+    ),
     ({"k_pages": torch.zeros(6, 2, 32, 16).transpose(2, 3)}, "k_pages must be dense in its last 3"),
     ({"v_pages": torch.zeros(6, 2, 16, 32).half()}, "v_pages must be"),
     ({"v_pages": torch.zeros(5, 2, 16, 32)}, "v_pages must be .6, 2, 16, 32., got .5, 2, 16, 32."),
@@ -453,19 +502,36 @@ BAD_CONTENTS: list[tuple[dict[str, Any], str]] = [
     ({"kv_len": ints(-1, 3)}, r"kv_len\[0\] must count the 1 new tokens too, got -1"),
     ({"kv_len": ints(33, 3)}, r"page_table has 2 pages per sequence, but kv_len\[0\] = 33 needs 3"),
     ({"kv_len": ints(2**31 - 1, 3)}, "page_table has 2 pages per sequence"),
-    ({"page_table": ints(0, 6, 1, 0).view(2, 2)}, r"page_table\[0, 1\] must be a page in \[0, 6\), got 6"),
-    ({"page_table": ints(0, 1, -1, 0).view(2, 2)}, r"page_table\[1, 0\] must be a page in \[0, 6\), got -1"),
+    (
+        {"page_table": ints(0, 6, 1, 0).view(2, 2)},
+        r"page_table\[0, 1\] must be a page in \[0, 6\), got 6",
+    ),
+    (
+        {"page_table": ints(0, 1, -1, 0).view(2, 2)},
+        r"page_table\[1, 0\] must be a page in \[0, 6\), got -1",
+    ),
 ]
 
 
 def good() -> dict[str, Any]:
     pages = torch.zeros(6, 2, 16, 32)
-    values = [torch.zeros(4, 4, 32), ints(0, 1, 4), ints(20, 3), ints(0, 1, 2, 3).view(2, 2), pages, pages.clone()]
+    values = [
+        torch.zeros(4, 4, 32),
+        ints(0, 1, 4),
+        ints(20, 3),
+        ints(0, 1, 2, 3).view(2, 2),
+        pages,
+        pages.clone(),
+    ]
     return dict(zip(ARGUMENTS, [*values, None, None, 0.125, True, 0, 0.0], strict=True))
 
 
 def meta(value: Any) -> Any:
-    return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta") if torch.is_tensor(value) else value
+    return (
+        torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
+        if torch.is_tensor(value)
+        else value
+    )
 
 
 @pytest.mark.parametrize("change, message", BAD_METADATA, ids=[m for _, m in BAD_METADATA])
@@ -501,7 +567,10 @@ def test_bad_scales() -> None:
         ({}, "uint8 pages need k_scale and v_scale"),
         ({"k_scale": scale}, "uint8 pages need k_scale and v_scale"),
         ({"k_scale": scale.float(), "v_scale": scale}, "k_scale must be"),
-        ({"k_scale": scale, "v_scale": scale[:, :, :1]}, r"v_scale must be \[6, 2, 2, 16\], got \[6, 2, 1, 16\]"),
+        (
+            {"k_scale": scale, "v_scale": scale[:, :, :1]},
+            r"v_scale must be \[6, 2, 2, 16\], got \[6, 2, 1, 16\]",
+        ),
         ({"k_scale": scale, "v_scale": scale.repeat(2, 1, 1, 1)[::2]}, "same stride between pages"),
     ):
         args = list((good() | {"k_pages": codes, "v_pages": codes.clone()} | change).values())
@@ -516,7 +585,11 @@ BAD_DENSE: list[tuple[dict[str, Any], str, bool]] = [
     ({"k": torch.zeros(9, 2, 16)}, r"k must be \[9, 2, 32\], got \[9, 2, 16\]", True),
     ({"v": torch.zeros(8, 2, 32)}, r"v must be \[9, 2, 32\], got \[8, 2, 32\]", True),
     ({"v": torch.zeros(9, 2, 32).half()}, "v must be .* like q", True),
-    ({"k": torch.zeros(9, 32, 2).transpose(1, 2)}, "k must be dense in its last 2 dimensions", True),
+    (
+        {"k": torch.zeros(9, 32, 2).transpose(1, 2)},
+        "k must be dense in its last 2 dimensions",
+        True,
+    ),
     ({"kv_start": ints(0, 9)}, r"kv_start must be \[3\] like query_start, got \[2\]", True),
     ({"window": -3}, "window must be", True),
     ({"kv_start": ints(0, 5, 8)}, "kv_start must run from 0 to 9, got 0 to 8", False),
@@ -526,7 +599,13 @@ BAD_DENSE: list[tuple[dict[str, Any], str, bool]] = [
 
 @pytest.mark.parametrize("change, message, metadata", BAD_DENSE, ids=[m for _, m, _ in BAD_DENSE])
 def test_bad_dense(change: dict[str, Any], message: str, metadata: bool) -> None:
-    tensors = [torch.zeros(4, 4, 32), torch.zeros(9, 2, 32), torch.zeros(9, 2, 32), ints(0, 1, 4), ints(0, 5, 9)]
+    tensors = [
+        torch.zeros(4, 4, 32),
+        torch.zeros(9, 2, 32),
+        torch.zeros(9, 2, 32),
+        ints(0, 1, 4),
+        ints(0, 5, 9),
+    ]
     fine = dict(zip(DENSE, [*tensors, 0.125, True, 0, 0.0], strict=True))
     args = list((fine | change).values())
     for namespace in (torch.ops.qkernels, torch.ops.qkernels_reference):

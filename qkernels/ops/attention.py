@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from ..backends import select
-from ..reference import attention as reference
+from ..reference.attention import attention as _attention
+from ..reference.attention import attention_dense as _attention_dense
+from ..reference.attention import kv_append as _kv_append
 from . import checks
 from .registry import RAGGED, define
 
@@ -26,7 +28,9 @@ def _dense_from(op: str, name: str, tensor: Tensor, first: int) -> None:
     for i in reversed(range(first, tensor.dim())):
         if tensor.shape[i] > 1 and tensor.stride(i) != stride:
             last = tensor.dim() - first
-            checks.fail(op, f"{name} must be dense in its last {last} dimensions; call .contiguous() on it")
+            checks.fail(
+                op, f"{name} must be dense in its last {last} dimensions; call .contiguous() on it"
+            )
         stride *= tensor.shape[i]
 
 
@@ -49,23 +53,34 @@ def _query(op: str, q: Tensor) -> int:
 
 def _heads(op: str, q_heads: int, kv_heads: int) -> None:
     if kv_heads < 1 or q_heads < 1 or q_heads % kv_heads:
-        checks.fail(op, f"the heads of q ({q_heads}) must be a multiple of the KV heads ({kv_heads})")
+        checks.fail(
+            op, f"the heads of q ({q_heads}) must be a multiple of the KV heads ({kv_heads})"
+        )
 
 
-def _pages(op: str, dim: int, k: Tensor, v: Tensor, k_scale: Tensor | None, v_scale: Tensor | None) -> None:
+def _pages(
+    op: str, dim: int, k: Tensor, v: Tensor, k_scale: Tensor | None, v_scale: Tensor | None
+) -> None:
     if k.dim() != 4:
-        checks.fail(op, f"k_pages must be [pages, KV heads, page size, head dim], got {list(k.shape)}")
+        checks.fail(
+            op, f"k_pages must be [pages, KV heads, page size, head dim], got {list(k.shape)}"
+        )
     pages, kv_heads, page, stored = k.shape
     if page < 1 or page % 16:
         checks.fail(op, f"the page size must be a multiple of 16, got {page}")
     if k.dtype not in PAGE_TYPES:
-        checks.fail(op, f"k_pages must be float32, float16, bfloat16 or uint8, got {checks.type_name(k.dtype)}")
+        checks.fail(
+            op,
+            f"k_pages must be float32, float16, bfloat16 or uint8, got {checks.type_name(k.dtype)}",
+        )
     integer = k.dtype == torch.uint8
     if stored != dim and not (integer and 2 * stored == dim):
         half = " (int8) or half of it (int4)" if integer else ""
         checks.fail(op, f"k_pages must have {dim} in the last dimension{half}, got {list(k.shape)}")
     if v.dtype != k.dtype:
-        checks.fail(op, f"v_pages must be {checks.type_name(k.dtype)}, got {checks.type_name(v.dtype)}")
+        checks.fail(
+            op, f"v_pages must be {checks.type_name(k.dtype)}, got {checks.type_name(v.dtype)}"
+        )
     if v.shape != k.shape:
         checks.fail(op, f"v_pages must be {list(k.shape)}, got {list(v.shape)}")
     _dense_from(op, "k_pages", k, 1)
@@ -83,7 +98,9 @@ def _pages(op: str, dim: int, k: Tensor, v: Tensor, k_scale: Tensor | None, v_sc
         if scale.dtype != torch.float16:
             checks.fail(op, f"{name} must be float16, got {checks.type_name(scale.dtype)}")
         if tuple(scale.shape) != (pages, kv_heads, 2, page):
-            checks.fail(op, f"{name} must be [{pages}, {kv_heads}, 2, {page}], got {list(scale.shape)}")
+            checks.fail(
+                op, f"{name} must be [{pages}, {kv_heads}, 2, {page}], got {list(scale.shape)}"
+            )
         _dense_from(op, name, scale, 1)
     if pages > 1 and k_scale.stride(0) != v_scale.stride(0):
         checks.fail(op, "k_scale and v_scale must have the same stride between pages")
@@ -270,9 +287,13 @@ def _rope_contents(
     if positions is not None:
         for t, position in enumerate(positions.tolist()):
             if not 0 <= position < rows:
-                checks.fail(op, f"positions[{t}] must be in [0, {rows}), the rows of rope, got {position}")
+                checks.fail(
+                    op, f"positions[{t}] must be in [0, {rows}), the rows of rope, got {position}"
+                )
         return
-    for b, (new, length) in enumerate(zip(query_start.diff().tolist(), kv_len.tolist(), strict=True)):
+    for b, (new, length) in enumerate(
+        zip(query_start.diff().tolist(), kv_len.tolist(), strict=True)
+    ):
         if new and length > rows:
             checks.fail(op, f"kv_len[{b}] = {length} passes the {rows} rows of rope")
 
@@ -303,7 +324,7 @@ def _reference_attention(*args: Any) -> Tensor:
     _check_attention(*args)
     q, query_start, kv_len, page_table, k_pages = args[:5]
     _ragged_contents("attention", q.shape[0], k_pages, query_start, kv_len, page_table)
-    return reference.attention(*args)
+    return _attention(*args)
 
 
 def _reference_attention_dense(*args: Any) -> Tensor:
@@ -311,7 +332,7 @@ def _reference_attention_dense(*args: Any) -> Tensor:
     q, k, _, query_start, kv_start = args[:5]
     _start_contents("attention_dense", "query_start", query_start, q.shape[0])
     _start_contents("attention_dense", "kv_start", kv_start, k.shape[0])
-    return reference.attention_dense(*args)
+    return _attention_dense(*args)
 
 
 def _reference_kv_append(*args: Any) -> Tensor:
@@ -319,7 +340,7 @@ def _reference_kv_append(*args: Any) -> Tensor:
     q, _, _, rope, positions, query_start, kv_len, page_table, k_pages = args[:9]
     _ragged_contents("kv_append", q.shape[0], k_pages, query_start, kv_len, page_table)
     _rope_contents("kv_append", rope, positions, query_start, kv_len)
-    return reference.kv_append(*args)
+    return _kv_append(*args)
 
 
 define(
@@ -363,24 +384,38 @@ def attention(
     window: int = 0,
     softcap: float = 0.0,
 ) -> Tensor:
-    """Softmax attention of a ragged batch over a paged KV cache: prefill, chunked prefill and decode alike.
+    """Softmax attention of a ragged batch over a paged KV cache: prefill, chunked prefill and
+    decode alike.
 
-    q [T, Hq, D] float32, float16 or bfloat16, tokens any stride apart, D a multiple of 16 up to 512; query_start [B + 1],
-    kv_len [B] and page_table [B, pages per sequence] int32: sequence b owns the tokens query_start[b] to
-    query_start[b + 1], which are the last ones of its kv_len[b] keys; key t lies in slot t % page of page
-    page_table[b, t // page]. k_pages, v_pages [P, Hkv, page, D] float32, float16, bfloat16 or uint8 (int8 codes; with
-    D / 2 in the last dimension, int4), page a multiple of 16, Hq a multiple of Hkv; k_scale, v_scale
-    [P, Hkv, 2, page] float16, scales and zero points, for uint8 pages only.
+    q [T, Hq, D] float32, float16 or bfloat16, tokens any stride apart, D a multiple of 16 up to
+    512; query_start [B + 1], kv_len [B] and page_table [B, pages per sequence] int32: sequence b
+    owns the tokens query_start[b] to query_start[b + 1], which are the last ones of its kv_len[b]
+    keys; key t lies in slot t % page of page page_table[b, t // page]. k_pages, v_pages [P, Hkv,
+    page, D] float32, float16, bfloat16 or uint8 (int8 codes; with D / 2 in the last dimension,
+    int4), page a multiple of 16, Hq a multiple of Hkv; k_scale, v_scale [P, Hkv, 2, page] float16,
+    scales and zero points, for uint8 pages only.
 
-    scale multiplies q . k (default D ** -0.5). causal: a query sees no later keys. window > 0: it sees only the last
-    `window` positions up to its own (and, when not causal, all later ones). softcap > 0: scores become
-    softcap * tanh(score / softcap). A query that sees no key gives zeros. Returns [T, Hq, D] in q's dtype.
-    Raises RuntimeError for wrong shapes, dtypes, devices, strides and indices out of range.
+    scale multiplies q . k (default D ** -0.5). causal: a query sees no later keys. window > 0: it
+    sees only the last `window` positions up to its own (and, when not causal, all later ones).
+    softcap > 0: scores become softcap * tanh(score / softcap). A query that sees no key gives
+    zeros. Returns [T, Hq, D] in q's dtype. Raises RuntimeError for wrong shapes, dtypes, devices,
+    strides and indices out of range.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     op = select("attention", q.device)
     out: Tensor = op(
-        q, query_start, kv_len, page_table, k_pages, v_pages, k_scale, v_scale, scale, causal, window, softcap
+        q,
+        query_start,
+        kv_len,
+        page_table,
+        k_pages,
+        v_pages,
+        k_scale,
+        v_scale,
+        scale,
+        causal,
+        window,
+        softcap,
     )
     return out
 
@@ -399,9 +434,10 @@ def attention_dense(
 ) -> Tensor:
     """Softmax attention without a cache, for encoders and cross attention.
 
-    q [Tq, Hq, D], k and v [Tk, Hkv, D], all float32, float16 or bfloat16, tokens any stride apart; query_start and
-    kv_start [B + 1] int32: sequence b owns these ranges of q and of k and v. Positions are aligned at the end: query i of
-    n stands at key m - n + i of m. The options and errors are those of `attention`. Returns [Tq, Hq, D] in q's dtype.
+    q [Tq, Hq, D], k and v [Tk, Hkv, D], all float32, float16 or bfloat16, tokens any stride apart;
+    query_start and kv_start [B + 1] int32: sequence b owns these ranges of q and of k and v.
+    Positions are aligned at the end: query i of n stands at key m - n + i of m. The options and
+    errors are those of `attention`. Returns [Tq, Hq, D] in q's dtype.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     op = select("attention_dense", q.device)
@@ -423,20 +459,34 @@ def kv_append(
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
 ) -> Tensor:
-    """Rotates q and k, quantizes k and v where the pages are integers, and writes them into their pages.
+    """Rotates q and k, quantizes k and v where the pages are integers, and writes them into their
+    pages.
 
-    q [T, Hq, D], k and v [T, Hkv, D] of one float dtype, tokens any stride apart; rope [positions, rotary_dim] float32,
-    cosines then sines (`rope_table`), or None; positions [T] int32, rows of rope, or None: the token's place in its
-    sequence. query_start, kv_len (which counts the new tokens too), page_table and pages as in `attention`. The pairs
-    (i, i + rotary_dim / 2) are turned in float32; dims from rotary_dim on are left. Integer pages hold
-    x ~= scale * (code - zero), one scale (float16, rounded up) and zero point per token and head, the range including 0.
+    q [T, Hq, D], k and v [T, Hkv, D] of one float dtype, tokens any stride apart; rope [positions,
+    rotary_dim] float32, cosines then sines (`rope_table`), or None; positions [T] int32, rows of
+    rope, or None: the token's place in its sequence. query_start, kv_len (which counts the new
+    tokens too), page_table and pages as in `attention`. The pairs (i, i + rotary_dim / 2) are
+    turned in float32; dims from rotary_dim on are left. Integer pages hold x ~= scale * (code -
+    zero), one scale (float16, rounded up) and zero point per token and head, the range including 0.
 
-    Writes the pages (and scales) in place; returns the rotated q [T, Hq, D] in its dtype, contiguous.
-    Raises RuntimeError for wrong shapes, dtypes, devices, strides and indices out of range; nothing is written then.
+    Writes the pages (and scales) in place; returns the rotated q [T, Hq, D] in its dtype,
+    contiguous. Raises RuntimeError for wrong shapes, dtypes, devices, strides and indices out of
+    range; nothing is written then.
     """
     op = select("kv_append", q.device)
     out: Tensor = op(
-        q, k, v, rope, positions, query_start, kv_len, page_table, k_pages, v_pages, k_scale, v_scale
+        q,
+        k,
+        v,
+        rope,
+        positions,
+        query_start,
+        kv_len,
+        page_table,
+        k_pages,
+        v_pages,
+        k_scale,
+        v_scale,
     )
     return out
 
@@ -452,25 +502,36 @@ def _number(scaling: Mapping[str, Any], key: str, kind: str) -> float:
 
 
 def _llama3(inverse: Tensor, scaling: Mapping[str, Any]) -> Tensor:
-    """Llama 3.1: long wavelengths are stretched by `factor`, short ones kept, those between interpolated."""
+    """Llama 3.1: long wavelengths are stretched by `factor`, short ones kept, those between
+    interpolated."""
     factor, low, high, original = (
         _number(scaling, key, "llama3")
-        for key in ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+        for key in (
+            "factor",
+            "low_freq_factor",
+            "high_freq_factor",
+            "original_max_position_embeddings",
+        )
     )
     if high <= low:
-        raise ValueError(f"rope_table: high_freq_factor ({high}) must be above low_freq_factor ({low})")
+        raise ValueError(
+            f"rope_table: high_freq_factor ({high}) must be above low_freq_factor ({low})"
+        )
     turns = original * inverse / (2 * math.pi)  # over the original context
     keep = ((turns - low) / (high - low)).clamp(0, 1)
     return inverse * (keep + (1 - keep) / factor)
 
 
 def _yarn(inverse: Tensor, theta: float, scaling: Mapping[str, Any]) -> tuple[Tensor, float]:
-    """YaRN (arXiv 2309.00071), with the options of Hugging Face configurations; also the factor on cos and sin."""
+    """YaRN (arXiv 2309.00071), with the options of Hugging Face configurations; also the factor on
+    cos and sin."""
     factor = _number(scaling, "factor", "yarn")
     original = _number(scaling, "original_max_position_embeddings", "yarn")
     dim = 2 * len(inverse)
 
-    def dim_of(turns: float) -> float:  # the pair that makes this many turns over the original context
+    def dim_of(
+        turns: float,
+    ) -> float:  # the pair that makes this many turns over the original context
         return dim * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(theta))
 
     low, high = dim_of(scaling.get("beta_fast") or 32.0), dim_of(scaling.get("beta_slow") or 1.0)
@@ -488,18 +549,25 @@ def _yarn(inverse: Tensor, theta: float, scaling: Mapping[str, Any]) -> tuple[Te
     attention_factor = scaling.get("attention_factor")
     if attention_factor is None:
         above, below = scaling.get("mscale"), scaling.get("mscale_all_dim")
-        attention_factor = temperature(above) / temperature(below) if above and below else temperature(1.0)
+        attention_factor = (
+            temperature(above) / temperature(below) if above and below else temperature(1.0)
+        )
     return inverse, float(attention_factor)
 
 
 def rope_table(
-    rotary_dim: int, max_positions: int, theta: float = 10000.0, scaling: Mapping[str, Any] | None = None
+    rotary_dim: int,
+    max_positions: int,
+    theta: float = 10000.0,
+    scaling: Mapping[str, Any] | None = None,
 ) -> Tensor:
-    """Rotary angles for `kv_append`: [max_positions, rotary_dim] float32, cosines of rotary_dim / 2 angles, then sines.
+    """Rotary angles for `kv_append`: [max_positions, rotary_dim] float32, cosines of rotary_dim / 2
+    angles, then sines.
 
-    scaling: the `rope_scaling` (or `rope_parameters`) of a Hugging Face configuration: rope_type default, linear, llama3
-    or yarn with their parameters. YaRN's attention factor multiplies the table. Angles are computed in float64.
-    Raises ValueError for another rope_type, a parameter that is missing or not positive, or an odd rotary_dim.
+    scaling: the `rope_scaling` (or `rope_parameters`) of a Hugging Face configuration: rope_type
+    default, linear, llama3 or yarn with their parameters. YaRN's attention factor multiplies the
+    table. Angles are computed in float64. Raises ValueError for another rope_type, a parameter that
+    is missing or not positive, or an odd rotary_dim.
     """
     if rotary_dim < 2 or rotary_dim % 2:
         raise ValueError(f"rope_table: rotary_dim must be even and positive, got {rotary_dim}")
@@ -518,6 +586,8 @@ def rope_table(
     elif kind == "yarn":
         inverse, magnitude = _yarn(inverse, theta, scaling)
     elif kind != "default":
-        raise ValueError(f"rope_table: rope_type must be default, linear, llama3 or yarn, got {kind!r}")
+        raise ValueError(
+            f"rope_table: rope_type must be default, linear, llama3 or yarn, got {kind!r}"
+        )
     angles = torch.outer(torch.arange(max_positions, dtype=torch.float64), inverse)
     return (torch.cat((angles.cos(), angles.sin()), dim=1) * magnitude).float()

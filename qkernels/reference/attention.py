@@ -8,11 +8,13 @@ from torch import Tensor
 FP16_MAX = 65504.0
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, window: int, softcap: float) -> Tensor:
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, window: int, softcap: float
+) -> Tensor:
     """One sequence: q [n, Hq, D], k and v [m, Hkv, D] float32 -> [n, Hq, D] float32.
 
-    Query i stands at position m - n + i. It sees the keys up to its position if causal, else all; with window > 0 only
-    those above position - window. A query that sees none gives zeros.
+    Query i stands at position m - n + i. It sees the keys up to its position if causal, else all;
+    with window > 0 only those above position - window. A query that sees none gives zeros.
     """
     group = q.shape[1] // k.shape[1]
     scores = torch.einsum("nhd,mhd->hnm", q, k.repeat_interleave(group, 1)) * scale
@@ -31,7 +33,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, window: 
 
 
 def unpack_nibbles(packed: Tensor) -> Tensor:
-    """[..., D / 2] uint8 -> [..., D]: each run of 8 bytes holds 16 dims, the first 8 in the low nibbles."""
+    """[..., D / 2] uint8 -> [..., D]: each run of 8 bytes holds 16 dims, the first 8 in the low
+    nibbles."""
     runs = packed.unflatten(-1, (-1, 8))
     return torch.cat((runs & 15, runs >> 4), dim=-1).flatten(-2)
 
@@ -43,11 +46,12 @@ def pack_nibbles(codes: Tensor) -> Tensor:
 
 
 def quantize_rows(x: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
-    """x [..., D] float32 -> codes [..., D] uint8, scale and zero [...] float16, with x ~= scale * (code - zero).
+    """x [..., D] float32 -> codes [..., D] uint8, scale and zero [...] float16, with x ~= scale *
+    (code - zero).
 
-    The range of a row is stretched to include 0; scale is range / (2^bits - 1) rounded up to float16, and codes are
-    computed with the rounded scale. A row of zeros has scale 0. A row that is not finite, or too wide for a float16
-    scale, gets a NaN scale: it reads back as NaN.
+    The range of a row is stretched to include 0; scale is range / (2^bits - 1) rounded up to
+    float16, and codes are computed with the rounded scale. A row of zeros has scale 0. A row that
+    is not finite, or too wide for a float16 scale, gets a NaN scale: it reads back as NaN.
     """
     levels = 2**bits - 1
     low, high = x.amin(-1).clamp(max=0.0), x.amax(-1).clamp(min=0.0)
@@ -55,16 +59,21 @@ def quantize_rows(x: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
     usable = torch.isfinite(x).all(-1) & (exact < FP16_MAX)
     exact = torch.where(usable, exact, 0.0)
     scale = exact.half()
-    scale = torch.where(scale.float() < exact, (scale.view(torch.int16) + 1).view(torch.float16), scale)
+    scale = torch.where(
+        scale.float() < exact, (scale.view(torch.int16) + 1).view(torch.float16), scale
+    )
     divisor = torch.where(scale == 0, torch.inf, scale.float())
     zero = torch.round(torch.where(usable, -low, 0.0) / divisor)
     clean = torch.where(usable[..., None], x, 0.0)
-    codes = (torch.round(clean / divisor[..., None]) + zero[..., None]).clamp(0, levels).to(torch.uint8)
+    codes = (
+        (torch.round(clean / divisor[..., None]) + zero[..., None]).clamp(0, levels).to(torch.uint8)
+    )
     return codes, torch.where(usable, scale, torch.nan), zero.half()
 
 
 def rotate(x: Tensor, table: Tensor) -> Tensor:
-    """x [T, H, D] float32, table [T, rotary_dim]: pairs (i, i + rotary_dim / 2) turned by the angles of each token."""
+    """x [T, H, D] float32, table [T, rotary_dim]: pairs (i, i + rotary_dim / 2) turned by the
+    angles of each token."""
     cos, sin = table.unsqueeze(1).chunk(2, dim=-1)
     rotary = table.shape[-1]
     a, b = x[..., :rotary].chunk(2, dim=-1)
@@ -72,7 +81,8 @@ def rotate(x: Tensor, table: Tensor) -> Tensor:
 
 
 def read_pages(pages: Tensor, scale: Tensor | None, table: Tensor, length: int, dim: int) -> Tensor:
-    """The first `length` rows of a sequence: [length, Hkv, D] float32. table: its pages, in order."""
+    """The first `length` rows of a sequence: [length, Hkv, D] float32. table: its pages, in
+    order."""
     page = pages.shape[2]
     used = table[: (length + page - 1) // page].long()
     rows = pages[used]
@@ -97,7 +107,8 @@ def attention(
     window: int,
     softcap: float,
 ) -> Tensor:
-    """q [T, Hq, D], pages [P, Hkv, page, D] (int4: D / 2), scales [P, Hkv, 2, page] or None -> [T, Hq, D]."""
+    """q [T, Hq, D], pages [P, Hkv, page, D] (int4: D / 2), scales [P, Hkv, 2, page] or None -> [T,
+    Hq, D]."""
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     start, dim = query_start.tolist(), q.shape[2]
     for b, length in enumerate(kv_len.tolist()):
@@ -119,12 +130,15 @@ def attention_dense(
     window: int,
     softcap: float,
 ) -> Tensor:
-    """q [Tq, Hq, D], k and v [Tk, Hkv, D] -> [Tq, Hq, D]; sequence b owns the ranges b of query_start and kv_start."""
+    """q [Tq, Hq, D], k and v [Tk, Hkv, D] -> [Tq, Hq, D]; sequence b owns the ranges b of
+    query_start and kv_start."""
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     start, kv = query_start.tolist(), kv_start.tolist()
     for b in range(len(start) - 1):
         tokens, keys = slice(start[b], start[b + 1]), slice(kv[b], kv[b + 1])
-        part = attend(q[tokens].float(), k[keys].float(), v[keys].float(), scale, causal, window, softcap)
+        part = attend(
+            q[tokens].float(), k[keys].float(), v[keys].float(), scale, causal, window, softcap
+        )
         out[tokens] = part.to(q.dtype)
     return out
 
