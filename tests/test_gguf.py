@@ -1,4 +1,5 @@
-"""GGUF reading: metadata, dense tensors, exact decoding, and an error for everything else. Oracle: the `gguf` package."""
+"""GGUF reading: metadata, dense tensors, exact decoding, and an error for everything else. Oracle:
+the `gguf` package."""
 
 from __future__ import annotations
 
@@ -152,8 +153,10 @@ def test_every_finite_scale_and_every_code(tmp_path, kind):
 def test_specs():
     spec = {name: BY_NAME[name].spec for name in QUANTIZED}
     assert [(s.bits, s.group_size, s.scale, s.zero) for s in spec.values()] == [
-        (4, 32, "float16", "symmetric"), (4, 32, "float16", "minimum"), (8, 32, "float16", "symmetric"),
-    ]  # fmt: skip
+        (4, 32, "float16", "symmetric"),
+        (4, 32, "float16", "minimum"),
+        (8, 32, "float16", "symmetric"),
+    ]
 
 
 @pytest.mark.parametrize("kind", QUANTIZED)
@@ -257,7 +260,7 @@ def test_wrong_names_and_types_are_refused(tmp_path):
         CheckpointError, match="among F32, F16, BF16, got Q4_0; read it with plain_blocks"
     ):
         file.dense("q")
-    with pytest.raises(CheckpointError, match="among Q4_0, Q4_1, Q8_0, got Q4_K$"):
+    with pytest.raises(CheckpointError, match=r"among Q4_0, Q4_1, Q8_0, got Q4_K$"):
         file.plain_blocks("k", 1)
     with pytest.raises(CheckpointError, match="got F32; read it with dense"):
         file.plain_blocks("f", 1)
@@ -282,12 +285,25 @@ def test_a_file_that_shrinks_is_an_error(tmp_path):
 
 def test_metadata_values(tmp_path):
     values = {
-        "u8": Typed(0, 255), "i8": Typed(1, -128), "u16": Typed(2, 65535), "i16": Typed(3, -32768),
-        "u32": Typed(4, 2**32 - 1), "i32": Typed(5, -(2**31)), "f32": Typed(6, 0.5), "yes": Typed(7, True),
-        "s": Typed(8, "naïve ✓"), "empty": Typed(8, ""), "u64": Typed(10, 2**64 - 1), "i64": Typed(11, -(2**63)),
-        "f64": Typed(12, 0.1), "strings": Typed(9, ["a", "", "ü"], 8), "none": Typed(9, [], 8),
-        "ints": Typed(9, [1, -2], 5), "flags": Typed(9, [1, 0], 7), "floats": Typed(9, [0.5, -1.0], 6),
-    }  # fmt: skip
+        "u8": Typed(0, 255),
+        "i8": Typed(1, -128),
+        "u16": Typed(2, 65535),
+        "i16": Typed(3, -32768),
+        "u32": Typed(4, 2**32 - 1),
+        "i32": Typed(5, -(2**31)),
+        "f32": Typed(6, 0.5),
+        "yes": Typed(7, True),
+        "s": Typed(8, "naïve ✓"),
+        "empty": Typed(8, ""),
+        "u64": Typed(10, 2**64 - 1),
+        "i64": Typed(11, -(2**63)),
+        "f64": Typed(12, 0.1),
+        "strings": Typed(9, ["a", "", "ü"], 8),
+        "none": Typed(9, [], 8),
+        "ints": Typed(9, [1, -2], 5),
+        "flags": Typed(9, [1, 0], 7),
+        "floats": Typed(9, [0.5, -1.0], 6),
+    }
     for version in (2, 3):
         meta = GGUFFile(write_gguf(tmp_path / "x.gguf", values, [], version=version)).metadata
         for key, item in values.items():
@@ -336,9 +352,14 @@ def test_files_that_are_not_gguf(tmp_path):
     (tmp_path / "zip").write_bytes(b"PK\x03\x04" + bytes(100))
     os.mkfifo(tmp_path / "pipe")
     for name, message in {
-        "missing": "No such file", "empty": "at least 24 bytes, got 0", "short": "got 5 bytes", "zip": "not a GGUF file",
-        ".": "got a directory", "pipe": "not a regular file", "a\0b": "null",
-    }.items():  # fmt: skip
+        "missing": "No such file",
+        "empty": "at least 24 bytes, got 0",
+        "short": "got 5 bytes",
+        "zip": "not a GGUF file",
+        ".": "got a directory",
+        "pipe": "not a regular file",
+        "a\0b": "null",
+    }.items():
         with pytest.raises(CheckpointError, match=message):
             GGUFFile(os.path.join(tmp_path, name))
 
@@ -554,7 +575,8 @@ from pathlib import Path
 from qkernels.checkpoints import GGUFFile
 
 def peak():
-    return next(int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines() if "VmHWM" in line)
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if "VmHWM" in line)
 
 file = GGUFFile(sys.argv[1])
 next(file.plain_blocks("blk.0.ffn_up.weight", 256))
@@ -577,9 +599,12 @@ def test_reading_a_large_file_keeps_neither_pages_nor_blocks(tmp_path):
     assert path.stat().st_size > 120 << 20
     root = Path(__file__).resolve().parent.parent
     run = subprocess.run(
-        [sys.executable, "-c", CONVERT, str(path)], capture_output=True, text=True, check=True,
+        [sys.executable, "-c", CONVERT, str(path)],
+        capture_output=True,
+        text=True,
+        check=True,
         env={**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    )
     assert int(run.stdout) < 32, f"peak resident size grew by {run.stdout} MiB"
 
 
