@@ -167,17 +167,28 @@ def write_gguf(
     version: int = 3,
     alignment: int = 32,
     seed: int = 0,
+    sparse: bool = False,
 ) -> Path:
-    """Writes the file and returns its path. An alignment other than 32 must be in the metadata
-    too."""
+    """Writes the file and returns its path.
+
+    alignment: other than 32, it must be in the metadata too. sparse: large tensors get their first
+    4 MiB only; the rest is a hole of the file, zeros that take neither time nor disk, so that a
+    file of any size can be had at once.
+    """
     header, _ = header_bytes(metadata, tensors, version=version, alignment=alignment)
     rng, chunks = np.random.default_rng(seed), {}
     with open(path, "wb") as file:
         file.write(header)
         for tensor in tensors:
             file.write(bytes(-file.tell() % alignment))
-            file.writelines(_stream(tensor, rng, chunks))
-        file.write(bytes(-file.tell() % alignment))
+            start = file.tell()
+            for part in _stream(tensor, rng, chunks):
+                file.write(part)
+                if sparse and tensor.data is None:
+                    file.seek(start + tensor.nbytes)
+                    break
+        end = file.tell()
+        file.truncate(end + -end % alignment)
     return Path(path)
 
 
@@ -263,6 +274,7 @@ def write_llama(
     eps: float = 1e-5,
     tokenizer: Mapping[str, Any] | None = None,
     seed: int = 0,
+    sparse: bool = False,
 ) -> Path:
     """A llama model with random weights; its norms are ones. output: None ties the output to the
     embedding.
@@ -305,4 +317,4 @@ def write_llama(
     tensors.append(Tensor("output_norm.weight", "F32", (hidden,), ones))
     if output is not None:
         tensors.append(Tensor("output.weight", output, (vocab, hidden)))
-    return write_gguf(path, metadata, tensors, seed=seed)
+    return write_gguf(path, metadata, tensors, seed=seed, sparse=sparse)
