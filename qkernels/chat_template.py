@@ -21,11 +21,14 @@ def _compiled(source: str) -> Any:
         import jinja2
         from jinja2 import ext, nodes, parser, sandbox
     except ImportError as error:
-        raise ImportError("chat templates need the package jinja2. Type\n    pip install 'jinja2>=3.1.6'") from error
+        raise ImportError(
+            "chat templates need the package jinja2. Type\n    pip install 'jinja2>=3.1.6'"
+        ) from error
     version = tuple(int(part) for part in jinja2.__version__.split(".")[:3] if part.isdigit())
     if version < MINIMUM_JINJA:
         raise ImportError(
-            f"chat templates need jinja2 >= 3.1.6, this is {jinja2.__version__}. Type\n    pip install -U jinja2"
+            f"chat templates need jinja2 >= 3.1.6, this is {jinja2.__version__}. Type\n    pip "
+            "install -U jinja2"
         )
 
     class Generation(ext.Extension):
@@ -47,7 +50,11 @@ def _compiled(source: str) -> Any:
     ) -> str:
         # Jinja's own filter escapes HTML, which a model was not trained on.
         return json.dumps(
-            value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+            value,
+            ensure_ascii=ensure_ascii,
+            indent=indent,
+            separators=separators,
+            sort_keys=sort_keys,
         )
 
     def raise_exception(message: str) -> NoReturn:
@@ -75,25 +82,47 @@ def render(
 ) -> str:
     """The prompt of a conversation.
 
-    messages: dicts with "role" and "content" (and whatever else the template knows). tools: JSON schemas.
+    messages: dicts with "role" and "content" (and whatever else the template knows). tools: JSON
+    schemas.
     variables: further names of the template, such as bos_token or documents.
-    Raises `ChatTemplateError` if the template fails or refuses, TypeError for what is not plain data.
+    Raises `ChatTemplateError` if the template fails or refuses, TypeError for what is not plain
+    data.
     """
     compiled = _compiled(template)
     import jinja2
 
-    if isinstance(messages, (str, bytes, Mapping)) or not all(isinstance(m, Mapping) for m in messages):
-        raise TypeError("messages: expected a list of dicts such as {'role': 'user', 'content': 'Hello'}")
+    if isinstance(messages, (str, bytes, Mapping)) or not all(
+        isinstance(m, Mapping) for m in messages
+    ):
+        raise TypeError(
+            "messages: expected a list of dicts such as {'role': 'user', 'content': 'Hello'}"
+        )
     for i, message in enumerate(messages):
         if not isinstance(message.get("role"), str):
-            raise TypeError(f"messages[{i}]: expected a dict with a 'role', got keys {sorted(map(str, message))}")
+            raise TypeError(
+                f"messages[{i}]: expected a dict with a 'role', got keys "
+                f"{sorted(map(str, message))}"
+            )
     # A template must not get hold of objects with methods: it sees a copy made of plain JSON types.
-    given = {"messages": [dict(m) for m in messages], "tools": tools and [dict(t) for t in tools], **variables}
+    given = {
+        "messages": [dict(m) for m in messages],
+        "tools": tools and [dict(t) for t in tools],
+        **variables,
+    }
     try:
         plain = json.loads(json.dumps(given))
     except (TypeError, ValueError) as error:
-        raise TypeError(f"chat templates see plain data only (text, numbers, lists, dicts): {error}") from None
+        raise TypeError(
+            f"chat templates see plain data only (text, numbers, lists, dicts): {error}"
+        ) from None
     try:
         return compiled.render(**plain, add_generation_prompt=add_generation_prompt)
-    except (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
+    except (
+        jinja2.TemplateError,
+        TypeError,
+        ValueError,
+        LookupError,
+        AttributeError,
+        ArithmeticError,
+    ) as error:
         raise ChatTemplateError(f"the chat template failed: {error}") from error

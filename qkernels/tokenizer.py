@@ -1,4 +1,5 @@
-"""Text to token ids and back: of GGUF files and of directories with a tokenizer.json, without importing transformers."""
+"""Text to token ids and back: of GGUF files and of directories with a tokenizer.json, without
+importing transformers."""
 
 from __future__ import annotations
 
@@ -28,8 +29,9 @@ NO_TEMPLATE = "this tokenizer has no chat template; pass template=, or give the 
 class Tokenizer:
     """A `tokenizers.Tokenizer` with the model's special tokens and chat templates.
 
-    backend: does the work; `bos_id`, `pad_id`, `unk_id`: token ids or None; `eos_ids`: every id that ends a
-    generation, the model's EOS first; `chat_templates`: by name, the usual one is "default".
+    backend: does the work; `bos_id`, `pad_id`, `unk_id`: token ids or None; `eos_ids`: every id
+    that ends a generation, the model's EOS first; `chat_templates`: by name, the usual one is
+    "default".
     """
 
     def __init__(
@@ -56,7 +58,8 @@ class Tokenizer:
     def from_gguf(cls, source: GGUFFile | str | os.PathLike[str]) -> Tokenizer:
         """The tokenizer in the metadata of a GGUF file.
 
-        Raises `CheckpointError` for a file that cannot be read, has no tokenizer or one that is not supported.
+        Raises `CheckpointError` for a file that cannot be read, has no tokenizer or one that is not
+        supported.
         """
         if not isinstance(source, GGUFFile):
             with GGUFFile(source) as file:
@@ -64,11 +67,10 @@ class Tokenizer:
         where, metadata = source.path, source.metadata
         backend = gguf_tokenizer.build_backend(where, metadata)
         templates = {}
-        for key in metadata:
-            prefix, name = key[:23], key[23:]
-            if prefix == "tokenizer.chat_template" and (not name or name.startswith(".")):
-                if isinstance(template := metadata[key], str):
-                    templates[name[1:] or "default"] = template
+        for key in metadata:  # tokenizer.chat_template, tokenizer.chat_template.tool_use, ...
+            stem, _, name = key.partition("chat_template")
+            if stem == "tokenizer." and isinstance(template := metadata[key], str):
+                templates[name.removeprefix(".") or "default"] = template
         return cls(
             backend,
             bos_id=gguf_tokenizer.token_id(where, metadata, "bos"),
@@ -83,7 +85,8 @@ class Tokenizer:
         """The tokenizer of a directory with tokenizer.json and, if present, tokenizer_config.json,
         generation_config.json, chat_template.jinja and additional_chat_templates/.
 
-        Raises `CheckpointError` if one of them is missing or broken, ImportError without `tokenizers`.
+        Raises `CheckpointError` if one of them is missing or broken, ImportError without
+        `tokenizers`.
         """
         try:
             import tokenizers
@@ -98,7 +101,9 @@ class Tokenizer:
         try:
             backend = tokenizers.Tokenizer.from_file(str(file))
         except Exception as error:  # the package raises bare Exception
-            raise CheckpointError(f"{file}: expected a tokenizer of the package tokenizers: {error}") from error
+            raise CheckpointError(
+                f"{file}: expected a tokenizer of the package tokenizers: {error}"
+            ) from error
         config = _json_object(folder / "tokenizer_config.json")
         ids: dict[str, int | None] = {}
         for name in ("bos", "eos", "pad", "unk"):
@@ -108,7 +113,9 @@ class Tokenizer:
         ends = [ids["eos"]]
         for name in ("generation_config.json", "config.json"):
             stated = _json_object(folder / name).get("eos_token_id")
-            ends += [i for i in (stated if isinstance(stated, list) else [stated]) if isinstance(i, int)]
+            ends += [
+                i for i in (stated if isinstance(stated, list) else [stated]) if isinstance(i, int)
+            ]
         return cls(
             backend,
             bos_id=ids["bos"],
@@ -148,7 +155,8 @@ class Tokenizer:
     def encode(self, text: str, *, add_special: bool = True) -> list[int]:
         """The ids of a text. Special tokens spelled out in it are recognised.
 
-        add_special: with the BOS and EOS that the model's metadata ask for; prompts of `render_chat` have their own.
+        add_special: with the BOS and EOS that the model's metadata ask for; prompts of
+        `render_chat` have their own.
         Raises TypeError for what is not a str, ValueError for lone surrogates, which no UTF-8 has.
         """
         if not isinstance(text, str):
@@ -156,17 +164,21 @@ class Tokenizer:
         try:
             text.encode()
         except UnicodeEncodeError as error:
-            raise ValueError(f"encode: expected Unicode text, got a lone surrogate at {error.start}") from None
+            raise ValueError(
+                f"encode: expected Unicode text, got a lone surrogate at {error.start}"
+            ) from None
         return self.backend.encode(text, add_special_tokens=add_special).ids
 
     def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
-        """The text of ids; bytes that are not UTF-8 become U+FFFD. Ids that no token has are nothing, since embeddings
-        are often padded. Raises TypeError and ValueError for what cannot be an id."""
+        """The text of ids; bytes that are not UTF-8 become U+FFFD. Ids that no token has are
+        nothing, since embeddings are often padded. Raises TypeError and ValueError for what cannot
+        be an id."""
         stream = self.stream(skip_special=skip_special)
         return "".join([*map(stream.push, ids), stream.flush()])
 
     def stream(self, *, skip_special: bool = True, prompt: Sequence[int] = ()) -> StreamDecoder:
-        """A decoder to feed one id after the other. prompt: the ids before, which are not returned again."""
+        """A decoder to feed one id after the other. prompt: the ids before, which are not returned
+        again."""
         return StreamDecoder(self, skip_special=skip_special, prompt=prompt)
 
     def render_chat(
@@ -180,33 +192,45 @@ class Tokenizer:
     ) -> str:
         """The prompt of a conversation, by the model's chat template.
 
-        messages: dicts with "role" and "content". tools: JSON schemas of functions. template: another template, or the
-        name of one of `chat_templates`; by default "tool_use" if there are tools and the model has it, else "default".
-        variables: further names that the template knows. Raises `ChatTemplateError`, TypeError for bad messages.
+        messages: dicts with "role" and "content". tools: JSON schemas of functions. template:
+        another template, or the name of one of `chat_templates`; by default "tool_use" if there are
+        tools and the model has it, else "default".
+        variables: further names that the template knows. Raises `ChatTemplateError`, TypeError for
+        bad messages.
         """
         if template is None:
             template = "tool_use" if tools and "tool_use" in self.chat_templates else "default"
             if template not in self.chat_templates:
-                named = f" (only {', '.join(sorted(self.chat_templates))})" if self.chat_templates else ""
+                named = (
+                    f" (only {', '.join(sorted(self.chat_templates))})"
+                    if self.chat_templates
+                    else ""
+                )
                 raise ChatTemplateError(NO_TEMPLATE + named)
         tokens = {"bos": self.bos_id, "eos": self.eos_id, "pad": self.pad_id, "unk": self.unk_id}
-        spelled = {f"{name}_token": self.id_to_token(i) for name, i in tokens.items() if i is not None}
+        spelled = {
+            f"{name}_token": self.id_to_token(i) for name, i in tokens.items() if i is not None
+        }
         return chat_template.render(
             self.chat_templates.get(template, template), messages, tools=tools,
             add_generation_prompt=add_generation_prompt, **{**spelled, **variables},
         )  # fmt: skip
 
     def encode_chat(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> list[int]:
-        """The ids of `render_chat(messages, **options)`; nothing is added, as the template writes its own BOS."""
+        """The ids of `render_chat(messages, **options)`; nothing is added, as the template writes
+        its own BOS."""
         return self.encode(self.render_chat(messages, **options), add_special=False)
 
     @cached_property
     def hf(self) -> Any:
-        """The same tokenizer as a `transformers.PreTrainedTokenizerFast`. Raises ImportError without transformers."""
+        """The same tokenizer as a `transformers.PreTrainedTokenizerFast`. Raises ImportError
+        without transformers."""
         try:
             from transformers import PreTrainedTokenizerFast
         except ImportError as error:
-            raise ImportError("Tokenizer.hf needs the package transformers. Type\n    pip install transformers") from error
+            raise ImportError(
+                "Tokenizer.hf needs the package transformers. Type\n    pip install transformers"
+            ) from error
         tokens = {"bos": self.bos_id, "eos": self.eos_id, "pad": self.pad_id, "unk": self.unk_id}
         wrapped = PreTrainedTokenizerFast(
             tokenizer_object=self.backend,
@@ -222,16 +246,21 @@ class Tokenizer:
 class StreamDecoder:
     """Ids in, one by one; text out, as soon as it is complete.
 
-    The pieces joined, with `flush` at the end, are `Tokenizer.decode` of all ids: a character of several tokens comes
-    with its last one, and U+FFFD stands only for bytes that can be no UTF-8, whatever follows.
+    The pieces joined, with `flush` at the end, are `Tokenizer.decode` of all ids: a character of
+    several tokens comes with its last one, and U+FFFD stands only for bytes that can be no UTF-8,
+    whatever follows.
     """
 
-    def __init__(self, tokenizer: Tokenizer, *, skip_special: bool = True, prompt: Sequence[int] = ()) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, *, skip_special: bool = True, prompt: Sequence[int] = ()
+    ) -> None:
         self._tokenizer = tokenizer
         self._skip = tokenizer._special if skip_special else frozenset()
         speller = tokenizer._speller
         self._text: _Bytes | _Window = (
-            _Window(tokenizer.backend, skip_special) if speller is None else _Bytes(tokenizer, speller)
+            _Window(tokenizer.backend, skip_special)
+            if speller is None
+            else _Bytes(tokenizer, speller)
         )
         for token_id in prompt:
             self.push(token_id)
@@ -246,7 +275,8 @@ class StreamDecoder:
         return "" if token_id in self._skip else self._text.push(token_id)
 
     def flush(self) -> str:
-        """What is left at the end: U+FFFD if the last character stays unfinished, else mostly nothing."""
+        """What is left at the end: U+FFFD if the last character stays unfinished, else mostly
+        nothing."""
         return self._text.flush()
 
 
@@ -255,7 +285,9 @@ class _Speller:
 
     def __init__(self, byte_level: bool, strip: bool) -> None:
         self.strip = strip  # one space at the start, the one that encoding added
-        self._byte_of = {char: byte for byte, char in enumerate(byte_alphabet())} if byte_level else None
+        self._byte_of = (
+            {char: byte for byte, char in enumerate(byte_alphabet())} if byte_level else None
+        )
 
     def spell(self, token: str) -> bytes:
         if self._byte_of is not None:
@@ -290,7 +322,8 @@ def _speller(backend: tokenizers.Tokenizer) -> _Speller | None:
 
 
 class _Bytes:
-    """Tokens are bytes: an incremental UTF-8 decoder holds back what is unfinished. Constant work per token."""
+    """Tokens are bytes: an incremental UTF-8 decoder holds back what is unfinished. Constant work
+    per token."""
 
     def __init__(self, tokenizer: Tokenizer, speller: _Speller) -> None:
         self._tokenizer = tokenizer
@@ -317,8 +350,8 @@ class _Bytes:
 
 
 class _Window:
-    """Any other decoder (WordPiece, Metaspace, ...), whose spacing depends on neighbours: decode the last tokens with
-    and without the new one, and return the difference."""
+    """Any other decoder (WordPiece, Metaspace, ...), whose spacing depends on neighbours: decode
+    the last tokens with and without the new one, and return the difference."""
 
     def __init__(self, backend: tokenizers.Tokenizer, skip_special: bool) -> None:
         self._backend = backend
@@ -346,7 +379,8 @@ class _Window:
 
 
 def _json_object(path: Path) -> dict[str, Any]:
-    """The object in a JSON file, {} if there is no such file. Raises `CheckpointError` for anything else."""
+    """The object in a JSON file, {} if there is no such file. Raises `CheckpointError` for anything
+    else."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -368,7 +402,9 @@ def _templates(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
         if isinstance(entry, dict) and isinstance(entry.get("template"), str):
             templates[str(entry.get("name"))] = entry["template"]
     files = {"default": folder / "chat_template.jinja"}
-    files |= {path.stem: path for path in sorted((folder / "additional_chat_templates").glob("*.jinja"))}
+    files |= {
+        path.stem: path for path in sorted((folder / "additional_chat_templates").glob("*.jinja"))
+    }
     for name, path in files.items():
         if path.is_file():
             try:

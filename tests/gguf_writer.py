@@ -1,4 +1,5 @@
-"""Writes GGUF files for tests: any header, well-formed or not, and llama models of any size with random blocks."""
+"""Writes GGUF files for tests: any header, well-formed or not, and llama models of any size with
+random blocks."""
 
 from __future__ import annotations
 
@@ -43,7 +44,8 @@ CHUNK = 1 << 22
 
 @dataclass(frozen=True)
 class Typed:
-    """A metadata value with its GGUF type spelled out; `element` is the type of an array's elements."""
+    """A metadata value with its GGUF type spelled out; `element` is the type of an array's
+    elements."""
 
     kind: int
     value: Any
@@ -52,7 +54,8 @@ class Typed:
 
 @dataclass
 class Tensor:
-    """shape: rows first. data: the bytes of the tensor, or None for random blocks with finite scales."""
+    """shape: rows first. data: the bytes of the tensor, or None for random blocks with finite
+    scales."""
 
     name: str
     type: str
@@ -101,7 +104,8 @@ def payload(item: Typed) -> bytes:
 
 
 def random_blocks(kind: str, count: int, rng: np.random.Generator) -> np.ndarray:
-    """[count, bytes per block] uint8: random codes, float16 numbers of the size that weights have."""
+    """[count, bytes per block] uint8: random codes, float16 numbers of the size that weights
+    have."""
     _, _, size, halves = TYPES[kind]
     if kind in ("F32", "F16", "BF16"):
         values = (rng.standard_normal(count) * 0.02).astype("<f4")
@@ -163,16 +167,28 @@ def write_gguf(
     version: int = 3,
     alignment: int = 32,
     seed: int = 0,
+    sparse: bool = False,
 ) -> Path:
-    """Writes the file and returns its path. An alignment other than 32 must be in the metadata too."""
+    """Writes the file and returns its path.
+
+    alignment: other than 32, it must be in the metadata too. sparse: large tensors get their first
+    4 MiB only; the rest is a hole of the file, zeros that take neither time nor disk, so that a
+    file of any size can be had at once.
+    """
     header, _ = header_bytes(metadata, tensors, version=version, alignment=alignment)
     rng, chunks = np.random.default_rng(seed), {}
     with open(path, "wb") as file:
         file.write(header)
         for tensor in tensors:
             file.write(bytes(-file.tell() % alignment))
-            file.writelines(_stream(tensor, rng, chunks))
-        file.write(bytes(-file.tell() % alignment))
+            start = file.tell()
+            for part in _stream(tensor, rng, chunks):
+                file.write(part)
+                if sparse and tensor.data is None:
+                    file.seek(start + tensor.nbytes)
+                    break
+        end = file.tell()
+        file.truncate(end + -end % alignment)
     return Path(path)
 
 
@@ -184,7 +200,8 @@ def byte_alphabet() -> list[str]:
 
 
 def bpe_tokenizer(vocab: int = 320) -> dict[str, Any]:
-    """Metadata of a byte-level tokenizer: 256 bytes, 8 merges, two special tokens, unused fillers up to `vocab`."""
+    """Metadata of a byte-level tokenizer: 256 bytes, 8 merges, two special tokens, unused fillers
+    up to `vocab`."""
     merges = ["h e", "l l", "he ll", "hell o", "Ġ w", "o r", "Ġw or", "l d"]
     tokens = [*byte_alphabet(), *(m.replace(" ", "") for m in merges), "<|bos|>", "<|eos|>"]
     kinds = [1] * (len(tokens) - 2) + [3, 3]
@@ -201,12 +218,14 @@ def bpe_tokenizer(vocab: int = 320) -> dict[str, Any]:
         "tokenizer.ggml.bos_token_id": tokens.index("<|bos|>"),
         "tokenizer.ggml.eos_token_id": tokens.index("<|eos|>"),
         "tokenizer.ggml.add_bos_token": False,
-        "tokenizer.chat_template": "{% for m in messages %}<|bos|>{{ m.role }}: {{ m.content }}<|eos|>{% endfor %}",
+        "tokenizer.chat_template": "{% for m in messages %}"
+        "<|bos|>{{ m.role }}: {{ m.content }}<|eos|>{% endfor %}",
     }
 
 
 def spm_tokenizer(*, with_bytes: bool = True, **changes: Any) -> dict[str, Any]:
-    """Metadata of a SentencePiece tokenizer: parts of a sentence as pieces with distinct scores, bytes, special tokens;
+    """Metadata of a SentencePiece tokenizer: parts of a sentence as pieces with distinct scores,
+    bytes, special tokens;
     changes: keys of tokenizer.ggml."""
     tokens = ["<unk>", "<s>", "</s>"]
     kinds, scores = [2, 3, 3], [0.0, 0.0, 0.0]
@@ -218,7 +237,7 @@ def spm_tokenizer(*, with_bytes: bool = True, **changes: Any) -> dict[str, Any]:
     rng = random.Random(3)
     pieces = list(dict.fromkeys(text[i : i + n] for n in range(2, 7) for i in range(len(text) - n)))
     rng.shuffle(pieces)
-    pieces = pieces[:120] + [c for c in dict.fromkeys(text + "ab.")]
+    pieces = pieces[:120] + list(dict.fromkeys(text + "ab."))
     tokens += pieces
     kinds += [1] * len(pieces)
     scores += [-float(i) for i in range(len(pieces))]
@@ -226,10 +245,15 @@ def spm_tokenizer(*, with_bytes: bool = True, **changes: Any) -> dict[str, Any]:
     kinds += [4, 4]
     scores += [-1000.0, -1000.0]
     return {
-        "tokenizer.ggml.model": "llama", "tokenizer.ggml.pre": "default", "tokenizer.ggml.tokens": tokens,
-        "tokenizer.ggml.scores": scores, "tokenizer.ggml.token_type": kinds, "tokenizer.ggml.bos_token_id": 1,
-        "tokenizer.ggml.eos_token_id": 2, "tokenizer.ggml.unknown_token_id": 0,
-    } | {f"tokenizer.ggml.{key}": value for key, value in changes.items()}  # fmt: skip
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.pre": "default",
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.scores": scores,
+        "tokenizer.ggml.token_type": kinds,
+        "tokenizer.ggml.bos_token_id": 1,
+        "tokenizer.ggml.eos_token_id": 2,
+        "tokenizer.ggml.unknown_token_id": 0,
+    } | {f"tokenizer.ggml.{key}": value for key, value in changes.items()}
 
 
 def write_llama(
@@ -250,10 +274,13 @@ def write_llama(
     eps: float = 1e-5,
     tokenizer: Mapping[str, Any] | None = None,
     seed: int = 0,
+    sparse: bool = False,
 ) -> Path:
-    """A llama model with random weights; its norms are ones. output: None ties the output to the embedding.
+    """A llama model with random weights; its norms are ones. output: None ties the output to the
+    embedding.
 
-    Llama 3 8B: hidden 4096, ffn 14336, layers 32, heads 32, kv_heads 8, vocab 128256, output "Q8_0", rope_base 5e5.
+    Llama 3 8B: hidden 4096, ffn 14336, layers 32, heads 32, kv_heads 8, vocab 128256, output
+    "Q8_0", rope_base 5e5.
     """
     head_dim = head_dim or hidden // heads
     ones = np.ones(hidden, "<f4").tobytes()
@@ -290,4 +317,4 @@ def write_llama(
     tensors.append(Tensor("output_norm.weight", "F32", (hidden,), ones))
     if output is not None:
         tensors.append(Tensor("output.weight", output, (vocab, hidden)))
-    return write_gguf(path, metadata, tensors, seed=seed)
+    return write_gguf(path, metadata, tensors, seed=seed, sparse=sparse)

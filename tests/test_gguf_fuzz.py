@@ -1,4 +1,5 @@
-"""Damaged GGUF files end in a CheckpointError or open; nothing else, and never at a cost beyond the file's size."""
+"""Damaged GGUF files end in a CheckpointError or open; nothing else, and never at a cost beyond the
+file's size."""
 
 from __future__ import annotations
 
@@ -21,19 +22,53 @@ from qkernels.tokenizer import Tokenizer
 
 # What a few Python objects per entry of the header may cost at most, besides a fixed amount.
 ALLOCATION_FACTOR, ALLOCATION_FIXED = 40, 1 << 20
-EDGES = [0, 1, 2, 3, 7, 8, 9, 13, 31, 32, 33, 255, 2**16, 2**31 - 1, 2**31, 2**32 - 1, 2**32, 2**62, 2**63 - 1, 2**63, 2**64 - 1]
+EDGES = [
+    0,
+    1,
+    2,
+    3,
+    7,
+    8,
+    9,
+    13,
+    31,
+    32,
+    33,
+    255,
+    2**16,
+    2**31 - 1,
+    2**31,
+    2**32 - 1,
+    2**32,
+    2**62,
+    2**63 - 1,
+    2**63,
+    2**64 - 1,
+]
 
 
 def seed_file(folder: Path) -> bytes:
     metadata = {
-        "general.architecture": "llama", "general.alignment": 32, "a.float": 1.5, "a.flag": True, "a.string": "text",
-        "a.strings": ["one", "", "three"], "a.ints": [1, -2, 3], "a.empty": Typed(9, [], 4),
-        "a.bools": Typed(9, [0, 1], 7), "a.long": Typed(10, 2**40), "a.double": Typed(12, 0.25),
-    }  # fmt: skip
+        "general.architecture": "llama",
+        "general.alignment": 32,
+        "a.float": 1.5,
+        "a.flag": True,
+        "a.string": "text",
+        "a.strings": ["one", "", "three"],
+        "a.ints": [1, -2, 3],
+        "a.empty": Typed(9, [], 4),
+        "a.bools": Typed(9, [0, 1], 7),
+        "a.long": Typed(10, 2**40),
+        "a.double": Typed(12, 0.25),
+    }
     tensors = [
-        Tensor("norm", "F32", (6,)), Tensor("half", "F16", (3, 5)), Tensor("w0", "Q4_0", (3, 64)),
-        Tensor("w1", "Q4_1", (2, 2, 32)), Tensor("w2", "Q8_0", (5, 32)), Tensor("k", "Q4_K", (1, 256)),
-    ]  # fmt: skip
+        Tensor("norm", "F32", (6,)),
+        Tensor("half", "F16", (3, 5)),
+        Tensor("w0", "Q4_0", (3, 64)),
+        Tensor("w1", "Q4_1", (2, 2, 32)),
+        Tensor("w2", "Q8_0", (5, 32)),
+        Tensor("k", "Q4_K", (1, 256)),
+    ]
     return write_gguf(folder / "seed.gguf", metadata, tensors).read_bytes()
 
 
@@ -68,7 +103,8 @@ def read_everything(path: Path) -> bool:
 
 
 def mutate(raw: bytes, header: int, rng: random.Random) -> bytes:
-    """One to three damages within the header: bits, bytes, whole numbers, parts removed, repeated or moved."""
+    """One to three damages within the header: bits, bytes, whole numbers, parts removed, repeated
+    or moved."""
     data = bytearray(raw)
     for _ in range(rng.choice((1, 1, 1, 2, 3))):
         kind, at = rng.randrange(8), rng.randrange(4 if rng.random() < 0.98 else 0, header)
@@ -105,7 +141,9 @@ def test_mutated_headers(tmp_path):
             before = tracemalloc.get_traced_memory()[0]
             opened += read_everything(path)
             peak = tracemalloc.get_traced_memory()[1] - before
-            assert peak < ALLOCATION_FACTOR * len(data) + ALLOCATION_FIXED, f"mutation {i}: {peak} bytes"
+            assert peak < ALLOCATION_FACTOR * len(data) + ALLOCATION_FIXED, (
+                f"mutation {i}: {peak} bytes"
+            )
     finally:
         tracemalloc.stop()
     assert 100 < opened < 2400  # the mutations reach both outcomes
@@ -141,7 +179,9 @@ def test_arbitrary_bytes(tmp_path_factory, data):
     element=st.integers(0, 14),
     rest=st.binary(max_size=100),
 )
-def test_arbitrary_numbers_at_the_start(tmp_path_factory, tensors, keys, length, kind, element, rest):
+def test_arbitrary_numbers_at_the_start(
+    tmp_path_factory, tensors, keys, length, kind, element, rest
+):
     path = tmp_path_factory.getbasetemp() / "numbers.gguf"
     start = b"GGUF" + struct.pack("<IQQ", 3, tensors, keys) + struct.pack("<Q", 1) + b"k"
     path.write_bytes(start + struct.pack("<IIQ", kind, element, length) + rest)
@@ -155,7 +195,22 @@ def test_mutated_tokenizers(tmp_path, monkeypatch, good):
     pytest.importorskip("tokenizers", reason="tokenizers are built with the package tokenizers")
     rng = random.Random(1)
     path = tmp_path / "x.gguf"
-    other = [0, -1, 2**31 - 1, True, 0.5, "", "llama", "gpt2", ["a"], ["a", "b c"], [1, 2], Typed(9, [], 8), b"\xff", [b"\xff"]]
+    other = [
+        0,
+        -1,
+        2**31 - 1,
+        True,
+        0.5,
+        "",
+        "llama",
+        "gpt2",
+        ["a"],
+        ["a", "b c"],
+        [1, 2],
+        Typed(9, [], 8),
+        b"\xff",
+        [b"\xff"],
+    ]
     built = 0
     for _ in range(200):
         metadata = dict(good)
@@ -171,7 +226,11 @@ def test_mutated_tokenizers(tmp_path, monkeypatch, good):
                 elif choice == 1:
                     del values[at]
                 else:
-                    values[at] = 3 if isinstance(values[at], int | float) else rng.choice(("", " ", "a b", "\U0001f600", "Ġ", "a  b"))
+                    values[at] = (
+                        3
+                        if isinstance(values[at], int | float)
+                        else rng.choice(("", " ", "a b", "\U0001f600", "Ġ", "a  b"))
+                    )
                 metadata[key] = values
             else:
                 value = rng.choice(other)

@@ -1,8 +1,9 @@
-"""The block types of GGUF tensors, as data: how large a block is, what it means, and how it is decoded.
+"""The block types of GGUF tensors, as data: how large a block is, what it means, and how it is
+decoded.
 
-A quantized row of K elements is K / `elements` blocks of `nbytes` bytes, one after the other. A type becomes readable
-by giving its entry a `spec` and a `decode` function; every type is listed, so that others are refused by name.
-Block layouts: ggml/src/ggml-common.h of llama.cpp.
+A quantized row of K elements is K / `elements` blocks of `nbytes` bytes, one after the other. A
+type becomes readable by giving its entry a `spec` and a `decode` function; every type is listed, so
+that others are refused by name. Block layouts: ggml/src/ggml-common.h of llama.cpp.
 """
 
 from __future__ import annotations
@@ -13,10 +14,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from qkernels.quant.spec import QuantSpec
+from ..quant.spec import QuantSpec
 
-# raw [rows, G, nbytes] uint8, possibly read-only and never modified; codes [rows, G, elements] uint8, contiguous, filled
-# here; returns scale [rows, G] and zero [rows, G] or None, new contiguous arrays in the dtypes of the spec.
+# raw [rows, G, nbytes] uint8, possibly read-only and never modified; codes [rows, G, elements]
+# uint8, contiguous, filled here; returns scale [rows, G] and zero [rows, G] or None, new contiguous
+# arrays in the dtypes of the spec.
 Decode = Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, "np.ndarray | None"]]
 
 
@@ -37,8 +39,9 @@ class BlockType:
 
 
 def _field(raw: np.ndarray, offset: int, size: int) -> np.ndarray:
-    """[rows, G] view of `size` opaque bytes per block. Copying whole fields, instead of slicing bytes, saves numpy an
-    inner loop of 16 elements per block: 8 ns a block against 50 (one core of a 2.x GHz Xeon), hence the detour."""
+    """[rows, G] view of `size` opaque bytes per block. Copying whole fields, instead of slicing
+    bytes, saves numpy an inner loop of 16 elements per block: 8 ns a block against 50 (one core of
+    a 2.x GHz Xeon), hence the detour."""
     block = np.dtype(
         {"names": ["f"], "formats": [f"V{size}"], "offsets": [offset], "itemsize": raw.shape[-1]}
     )
@@ -53,7 +56,8 @@ def _half(raw: np.ndarray, offset: int) -> np.ndarray:
 
 
 def _nibbles(raw: np.ndarray, offset: int, codes: np.ndarray) -> None:
-    """16 bytes at `offset` of each block: the low nibbles are elements 0..15, the high ones 16..31."""
+    """16 bytes at `offset` of each block: the low nibbles are elements 0..15, the high ones
+    16..31."""
     stored = _field(raw, offset, 16)
     halves = codes.view("V16")
     halves[..., 0] = stored
@@ -141,7 +145,8 @@ DENSE = tuple(entry.name for entry in TYPES.values() if entry.dtype is not None)
 
 
 def nonfinite_group(block: BlockType, raw: np.ndarray) -> tuple[int, int] | None:
-    """(row, group) of the first infinite or NaN float16 number in raw [rows, G, nbytes]; None if all are finite."""
+    """(row, group) of the first infinite or NaN float16 number in raw [rows, G, nbytes]; None if
+    all are finite."""
     exponent = np.uint16(0x7C00)  # all ones: infinity or NaN
     for offset in block.halves:
         bits = _half(raw, offset)

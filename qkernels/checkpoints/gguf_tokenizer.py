@@ -1,6 +1,7 @@
 """The tokenizer that a GGUF file describes, built as a `tokenizers.Tokenizer`.
 
-Text is split as llama.cpp splits it for the same metadata, so that a file gives the same ids there and here. Nothing of
+Text is split as llama.cpp splits it for the same metadata, so that a file gives the same ids there
+and here. Nothing of
 transformers is imported: that alone would take four seconds.
 """
 
@@ -32,8 +33,8 @@ LLAMA3_SPLIT = (
 )
 QWEN2_SPLIT = LLAMA3_SPLIT.replace(r"\p{N}{1,3}", r"\p{N}")
 
-# Expressions that split the text one after the other, each within the pieces of the one before; matches and what lies
-# between them are pieces.
+# Expressions that split the text one after the other, each within the pieces of the one before;
+# matches and what lies between them are pieces.
 GPT2 = (GPT2_SPLIT,)
 DIGITS = (r"\p{N}", GPT2_SPLIT)
 DEFAULT = (r"[\p{P}\$\+<=>\^~\|]+", GPT2_SPLIT, r"\p{N}+", r"[0-9][0-9][0-9]")
@@ -44,25 +45,28 @@ PRE_TOKENIZERS: dict[str, tuple[str, ...]] = {
     "default": DEFAULT,  # what llama.cpp takes for files that do not say
     **dict.fromkeys(("gpt-2", "phi-2", "jina-es", "jina-de", "mpt", "olmo", "jais"), GPT2),
     **dict.fromkeys(("smollm", "starcoder", "refact", "command-r", "codeshell"), DIGITS),
-    **dict.fromkeys(("llama-bpe", "llama3", "llama-v3", "falcon3", "pixtral", "dbrx", "smaug-bpe"), LLAMA3),
+    **dict.fromkeys(
+        ("llama-bpe", "llama3", "llama-v3", "falcon3", "pixtral", "dbrx", "smaug-bpe"), LLAMA3
+    ),
     **dict.fromkeys(("qwen2", "deepseek-r1-qwen", "megrez"), QWEN2),
 }
 # Here a piece that is a token as a whole is not merged up from bytes, and the text starts with BOS.
 LLAMA3_FAMILY = ("llama-bpe", "llama3", "llama-v3", "falcon3", "pixtral")
 
-# Control tokens that end a turn although the metadata do not name them. llama.cpp knows them by text, too.
+# Control tokens that end a turn although the metadata do not name them. llama.cpp knows them by
+# text, too.
 END_OF_TURN = frozenset({
-    "<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "<end_of_turn>", "<|endoftext|>",
-    "<|end_of_text|>", "<EOT>", "_<EOT>", "[EOT]", "<end_of_utterance>", "<eos>", "</s>",
-    "<\uff5cend\u2581of\u2581sentence\uff5c>",
+    "<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "<end_of_turn>",
+    "<|endoftext|>", "<|end_of_text|>", "<EOT>", "_<EOT>", "[EOT]", "<end_of_utterance>", "<eos>",
+    "</s>", "<\uff5cend\u2581of\u2581sentence\uff5c>",
 })  # fmt: skip
 
 SPACE = "\u2581"  # what a space is in SentencePiece vocabularies
 
 
 def byte_alphabet() -> list[str]:
-    """The character that stands for each byte in byte-level vocabularies: printable Latin-1 stands for itself, the 68
-    others are moved, in order, to U+0100 and up."""
+    """The character that stands for each byte in byte-level vocabularies: printable Latin-1 stands
+    for itself, the 68 others are moved, in order, to U+0100 and up."""
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     moved = iter(range(0x100, 0x200))
     return [chr(byte if byte in printable else next(moved)) for byte in range(256)]
@@ -71,8 +75,8 @@ def byte_alphabet() -> list[str]:
 def build_backend(where: str, metadata: Mapping[str, Any]) -> Tokenizer:
     """The tokenizer of the metadata, with BOS and EOS added when encoding if they say so.
 
-    where: the file, for messages. Raises `CheckpointError` if the metadata lack a tokenizer or have one that is not
-    supported, ImportError without the package `tokenizers`.
+    where: the file, for messages. Raises `CheckpointError` if the metadata lack a tokenizer or have
+    one that is not supported, ImportError without the package `tokenizers`.
     """
     try:
         import tokenizers
@@ -84,14 +88,17 @@ def build_backend(where: str, metadata: Mapping[str, Any]) -> Tokenizer:
     if not isinstance(model, str) or model not in ("gpt2", "llama"):
         given = "none" if model is None else repr(model)
         raise CheckpointError(
-            f"{where}: tokenizer.ggml.model: expected 'gpt2' (byte-level BPE) or 'llama' (SentencePiece), got {given}"
+            f"{where}: tokenizer.ggml.model: expected 'gpt2' (byte-level BPE) or 'llama' "
+            f"(SentencePiece), got {given}"
         )
     tokens = _required(where, metadata, "tokenizer.ggml.tokens", StringArray)
-    kinds = metadata.get("tokenizer.ggml.token_type")
+    kinds: Any = metadata.get("tokenizer.ggml.token_type")
     if kinds is None:
         kinds = np.full(len(tokens), NORMAL)
     if not isinstance(kinds, np.ndarray) or len(kinds) != len(tokens):
-        raise CheckpointError(f"{where}: tokenizer.ggml.token_type: expected {len(tokens)} integers, one per token")
+        raise CheckpointError(
+            f"{where}: tokenizer.ggml.token_type: expected {len(tokens)} integers, one per token"
+        )
     if model == "gpt2":
         return _byte_level(where, metadata, tokens, kinds)
 
@@ -100,12 +107,13 @@ def build_backend(where: str, metadata: Mapping[str, Any]) -> Tokenizer:
 
     if "tokenizer.ggml.merges" in metadata:
         return build()
-    # Deriving the merges takes seconds for a large vocabulary; everything else is built as fast as it is read back.
+    # Deriving the merges takes seconds for a large vocabulary; everything else is built as fast as
+    # it is read back.
     return _cached(f"tokenizers {tokenizers.__version__}", metadata, build)
 
 
-def _required(where: str, metadata: Mapping[str, Any], key: str, kind: type) -> Any:
-    value = metadata.get(key)
+def _required(where: str, metadata: Mapping[str, Any], key: str, kind: type[Any]) -> Any:
+    value: Any = metadata.get(key)
     if not isinstance(value, kind) or not len(value):
         expected = "strings" if kind is StringArray else "numbers"
         given = "nothing" if value is None else type(value).__name__
@@ -114,7 +122,8 @@ def _required(where: str, metadata: Mapping[str, Any], key: str, kind: type) -> 
 
 
 def token_id(where: str, metadata: Mapping[str, Any], name: str) -> int | None:
-    """The id under tokenizer.ggml.<name>_token_id, None if there is none. Raises `CheckpointError` if out of range."""
+    """The id under tokenizer.ggml.<name>_token_id, None if there is none. Raises `CheckpointError`
+    if out of range."""
     key = f"tokenizer.ggml.{name}_token_id"
     value = metadata.get(key)
     if value is None:
@@ -130,7 +139,8 @@ def token_id(where: str, metadata: Mapping[str, Any], name: str) -> int | None:
 
 
 def end_ids(where: str, metadata: Mapping[str, Any]) -> tuple[int, ...]:
-    """The ids that end a generation: EOS first, then end of turn and of message, by key or by their text."""
+    """The ids that end a generation: EOS first, then end of turn and of message, by key or by their
+    text."""
     found = [token_id(where, metadata, name) for name in ("eos", "eot", "eom")]
     kinds, tokens = metadata.get("tokenizer.ggml.token_type"), metadata["tokenizer.ggml.tokens"]
     if kinds is not None:
@@ -140,7 +150,8 @@ def end_ids(where: str, metadata: Mapping[str, Any]) -> tuple[int, ...]:
 
 
 def adds(metadata: Mapping[str, Any], which: str) -> bool:
-    """Whether encoding adds `which`, "bos" or "eos". Files that do not say mean what llama.cpp takes for granted."""
+    """Whether encoding adds `which`, "bos" or "eos". Files that do not say mean what llama.cpp
+    takes for granted."""
     flag = metadata.get(f"tokenizer.ggml.add_{which}_token")
     if isinstance(flag, bool):
         return flag
@@ -157,7 +168,9 @@ def _merges(where: str, metadata: Mapping[str, Any]) -> list[tuple[str, str]]:
     for i, merge in enumerate(_required(where, metadata, "tokenizer.ggml.merges", StringArray)):
         left, space, right = merge.partition(" ")
         if not space:
-            raise CheckpointError(f"{where}: tokenizer.ggml.merges: element {i}: expected two pieces, got {merge!r}")
+            raise CheckpointError(
+                f"{where}: tokenizer.ggml.merges: element {i}: expected two pieces, got {merge!r}"
+            )
         merges.append((left, right))
     return merges
 
@@ -167,11 +180,17 @@ def _bpe(where: str, vocab: dict[str, int], merges: list[tuple[str, str]], **opt
 
     try:
         return models.BPE(vocab=vocab, merges=merges, **options)
-    except Exception as error:  # the package raises bare Exception, for merges of pieces outside the vocabulary
-        raise CheckpointError(f"{where}: tokenizer.ggml.merges: expected pieces of the vocabulary: {error}") from error
+    except (
+        Exception
+    ) as error:  # the package raises bare Exception, for merges of pieces outside the vocabulary
+        raise CheckpointError(
+            f"{where}: tokenizer.ggml.merges: expected pieces of the vocabulary: {error}"
+        ) from error
 
 
-def _byte_level(where: str, metadata: Mapping[str, Any], tokens: Sequence[str], kinds: np.ndarray) -> Tokenizer:
+def _byte_level(
+    where: str, metadata: Mapping[str, Any], tokens: Sequence[str], kinds: np.ndarray
+) -> Tokenizer:
     from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers
 
     pre = metadata.get("tokenizer.ggml.pre", "default")
@@ -180,9 +199,11 @@ def _byte_level(where: str, metadata: Mapping[str, Any], tokens: Sequence[str], 
             f"{where}: tokenizer.ggml.pre: expected one of {', '.join(PRE_TOKENIZERS)}, got {pre!r}"
         )
     vocab = {token: i for i, token in enumerate(tokens)}
-    backend = Tokenizer(_bpe(where, vocab, _merges(where, metadata), ignore_merges=pre in LLAMA3_FAMILY))
+    backend = Tokenizer(
+        _bpe(where, vocab, _merges(where, metadata), ignore_merges=pre in LLAMA3_FAMILY)
+    )
     backend.pre_tokenizer = pre_tokenizers.Sequence([
-        *(pre_tokenizers.Split(Regex(expression), behavior="isolated") for expression in PRE_TOKENIZERS[pre]),
+        *(pre_tokenizers.Split(Regex(split), behavior="isolated") for split in PRE_TOKENIZERS[pre]),
         pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
     ])  # fmt: skip
     backend.decoder = decoders.ByteLevel()
@@ -203,7 +224,8 @@ def _sentencepiece(
         scores = _required(where, metadata, "tokenizer.ggml.scores", np.ndarray)
         if len(scores) != len(pieces) or not np.isfinite(scores).all():
             raise CheckpointError(
-                f"{where}: tokenizer.ggml.scores: expected {len(pieces)} finite numbers, one per token"
+                f"{where}: tokenizer.ggml.scores: expected {len(pieces)} finite numbers, one per "
+                "token"
             )
         merges = derive_merges(pieces, scores, kinds)
     unknown = token_id(where, metadata, "unknown")
@@ -214,7 +236,9 @@ def _sentencepiece(
     ))  # fmt: skip
     prefix = metadata.get("tokenizer.ggml.add_space_prefix") is not False
     spaces = normalizers.Replace(" ", SPACE)
-    backend.normalizer = normalizers.Sequence([normalizers.Prepend(SPACE), spaces]) if prefix else spaces
+    backend.normalizer = (
+        normalizers.Sequence([normalizers.Prepend(SPACE), spaces]) if prefix else spaces
+    )
     backend.decoder = decoders.Sequence([
         decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(),
         *([decoders.Strip(content=" ", left=1)] if prefix else []),
@@ -223,10 +247,17 @@ def _sentencepiece(
     return backend
 
 
-def derive_merges(pieces: Sequence[str], scores: np.ndarray, kinds: np.ndarray) -> list[tuple[str, str]]:
-    """The merges that a vocabulary of scored pieces implies: SentencePiece joins the neighbours whose union has the
-    highest score, so every way to cut a piece into two others is a merge, in the order of the pieces' scores."""
-    usable = {piece for piece, kind in zip(pieces, kinds.tolist(), strict=True) if kind in (NORMAL, USER_DEFINED)}
+def derive_merges(
+    pieces: Sequence[str], scores: np.ndarray, kinds: np.ndarray
+) -> list[tuple[str, str]]:
+    """The merges that a vocabulary of scored pieces implies: SentencePiece joins the neighbours
+    whose union has the highest score, so every way to cut a piece into two others is a merge, in
+    the order of the pieces' scores."""
+    usable = {
+        piece
+        for piece, kind in zip(pieces, kinds.tolist(), strict=True)
+        if kind in (NORMAL, USER_DEFINED)
+    }
     merges = []
     for i in np.argsort(-scores, kind="stable").tolist():
         piece = pieces[i]
@@ -240,7 +271,11 @@ def derive_merges(pieces: Sequence[str], scores: np.ndarray, kinds: np.ndarray) 
 
 
 def _finish(
-    backend: Tokenizer, where: str, metadata: Mapping[str, Any], tokens: Sequence[str], kinds: np.ndarray
+    backend: Tokenizer,
+    where: str,
+    metadata: Mapping[str, Any],
+    tokens: Sequence[str],
+    kinds: np.ndarray,
 ) -> None:
     """Tokens that are matched whole in the text, and those that encoding adds around it."""
     from tokenizers import AddedToken, processors
@@ -251,7 +286,9 @@ def _finish(
 
     backend.add_special_tokens(added((CONTROL, UNKNOWN), True))
     backend.add_tokens(added((USER_DEFINED,), False))
-    ends = {which: token_id(where, metadata, which) for which in ("bos", "eos") if adds(metadata, which)}
+    ends = {
+        which: token_id(where, metadata, which) for which in ("bos", "eos") if adds(metadata, which)
+    }
     around = {which: (tokens[i], i) for which, i in ends.items() if i is not None}
     if around:
         names = [around["bos"][0]] if "bos" in around else []
@@ -263,7 +300,8 @@ def _finish(
         )  # fmt: skip
 
 
-# The cache: <folder>/<digest of the metadata>.json, a line with the digest of the rest, then the tokenizer's own JSON.
+# The cache: <folder>/<digest of the metadata>.json, a line with the digest of the rest, then the
+# tokenizer's own JSON.
 FORMAT = b"qkernels tokenizer 1"  # to be raised when the same metadata build something else
 
 
@@ -312,7 +350,9 @@ def _cached(builder: str, metadata: Mapping[str, Any], build: Any) -> Tokenizer:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=folder, delete=False) as file:
             try:
-                file.write(hashlib.blake2b(text, digest_size=20).hexdigest().encode() + b"\n" + text)
+                file.write(
+                    hashlib.blake2b(text, digest_size=20).hexdigest().encode() + b"\n" + text
+                )
                 file.close()
                 os.replace(file.name, path)  # whole or not at all
             except BaseException:
