@@ -249,11 +249,11 @@ def test_a_model_without_a_tokenizer_runs_on_ids() -> None:
             call("hello")
 
 
-@pytest.mark.parametrize("kv", ["float32", "float16", "bfloat16", "int8", "int4", torch.float16])
-def test_kv_types(decoder: QuantDecoder, kv: Any) -> None:
+@pytest.mark.parametrize("kv", ["float32", "bfloat16", "int8", "int4", torch.float16])
+def test_kv_types(kv: Any) -> None:
     ids = torch.randint(128, (1, 40), generator=torch.Generator().manual_seed(2))
-    exact = decoder(ids).logits
-    error = (make(kv_dtype=kv)(ids).logits - exact).abs().max() / exact.abs().max()
+    exact = make(act="float")(ids).logits  # int8 activations would round tiny differences up
+    error = (make(act="float", kv_dtype=kv)(ids).logits - exact).abs().max() / exact.abs().max()
     # Relative spacing of the type, times what a few roundings and two layers make of it
     bound = {"float32": 0.0, "float16": 2**-8, "bfloat16": 2**-5, "int8": 2**-4, "int4": 0.7}
     assert error <= bound[str(kv).removeprefix("torch.")]
@@ -335,7 +335,7 @@ def test_row_blocks_and_names() -> None:
     defs = weights(from_hf(RAW))
     names = {d.hf: d.shape for d in defs}
     check_names(defs, {**names, "x.inv_freq": (3,)}, lambda d: d.hf, [r".*inv_freq"], "file")
-    with pytest.raises(ValueError, match=r"file: .*missing: .* and 17 more; unexpected: y"):
+    with pytest.raises(ValueError, match=r"file: .*missing: .* and 16 more; unexpected: y"):
         check_names(defs, {"y": (1,)}, lambda d: d.hf, [], "file")
 
 

@@ -230,9 +230,9 @@ class QuantDecoder(nn.Module):
         """Why the model runs op by op and not as one native call per step; None if it does run natively."""
         if self.device.type != "cpu":
             return f"the native step needs the CPU, the weights are on {self.device}"
-        row = backends.choose("decoder_step", "cpu", {}).row.name
-        if row != "cpu":
-            return f"the backend in force is {row!r}"
+        backend = backends.current()[0]
+        if backend not in ("auto", "cpu"):
+            return f"the backend in force is {backend!r}"
         for step in self._steps:
             if isinstance(step, Linear):
                 weight = self._weights()[step.weight]
