@@ -79,9 +79,9 @@ def render(
     variables: further names of the template, such as bos_token or documents.
     Raises `ChatTemplateError` if the template fails or refuses, TypeError for what is not plain data.
     """
+    compiled = _compiled(template)
     import jinja2
 
-    compiled = _compiled(template)
     if isinstance(messages, (str, bytes, Mapping)) or not all(isinstance(m, Mapping) for m in messages):
         raise TypeError("messages: expected a list of dicts such as {'role': 'user', 'content': 'Hello'}")
     for i, message in enumerate(messages):

@@ -81,7 +81,7 @@ def build_backend(where: str, metadata: Mapping[str, Any]) -> Tokenizer:
             "reading tokenizers needs the package tokenizers. Type\n    pip install tokenizers"
         ) from error
     model = metadata.get("tokenizer.ggml.model")
-    if model not in ("gpt2", "llama"):
+    if not isinstance(model, str) or model not in ("gpt2", "llama"):
         given = "none" if model is None else repr(model)
         raise CheckpointError(
             f"{where}: tokenizer.ggml.model: expected 'gpt2' (byte-level BPE) or 'llama' (SentencePiece), got {given}"
@@ -117,10 +117,14 @@ def token_id(where: str, metadata: Mapping[str, Any], name: str) -> int | None:
     """The id under tokenizer.ggml.<name>_token_id, None if there is none. Raises `CheckpointError` if out of range."""
     key = f"tokenizer.ggml.{name}_token_id"
     value = metadata.get(key)
-    if value is None or value == 0xFFFFFFFF:  # how some converters write "none"
+    if value is None:
         return None
     count = len(metadata["tokenizer.ggml.tokens"])
-    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < count:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise CheckpointError(f"{where}: {key}: expected an id below {count}, got {value!r}")
+    if value == 0xFFFFFFFF:  # how some converters write "none"
+        return None
+    if not 0 <= value < count:
         raise CheckpointError(f"{where}: {key}: expected an id below {count}, got {value!r}")
     return value
 
@@ -171,7 +175,7 @@ def _byte_level(where: str, metadata: Mapping[str, Any], tokens: Sequence[str], 
     from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers
 
     pre = metadata.get("tokenizer.ggml.pre", "default")
-    if pre not in PRE_TOKENIZERS:
+    if not isinstance(pre, str) or pre not in PRE_TOKENIZERS:
         raise CheckpointError(
             f"{where}: tokenizer.ggml.pre: expected one of {', '.join(PRE_TOKENIZERS)}, got {pre!r}"
         )
@@ -208,7 +212,7 @@ def _sentencepiece(
         where, vocab, merges, fuse_unk=True, byte_fallback=has_bytes,
         unk_token=None if unknown is None else pieces[unknown],
     ))  # fmt: skip
-    prefix = metadata.get("tokenizer.ggml.add_space_prefix", True)
+    prefix = metadata.get("tokenizer.ggml.add_space_prefix") is not False
     spaces = normalizers.Replace(" ", SPACE)
     backend.normalizer = normalizers.Sequence([normalizers.Prepend(SPACE), spaces]) if prefix else spaces
     backend.decoder = decoders.Sequence([
