@@ -4,11 +4,22 @@ library.
 
 from __future__ import annotations
 
-from . import _library, ops
+from . import _library, nn, ops
 from .backends import backend, set_backend
 from .info import info
+from .nn.decoder import QuantDecoder
 from .quant import PackedWeight, PlainWeight, QuantSpec
 
 _library.load()
 
-__all__ = ["PackedWeight", "PlainWeight", "QuantSpec", "backend", "info", "ops", "set_backend"]
+__all__ = [
+    "PackedWeight",
+    "PlainWeight",
+    "QuantDecoder",
+    "QuantSpec",
+    "backend",
+    "info",
+    "nn",
+    "ops",
+    "set_backend",
+]

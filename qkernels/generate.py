@@ -8,16 +8,14 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
 
 from . import ops
 
-if TYPE_CHECKING:
-    from .nn.decoder import QuantDecoder
-
-# Tokens of prompts per call of the model: enough to make its matrices compute-bound, while a call stays short.
+# Tokens of prompts per call of the model: enough to make its matrices compute-bound, while a call
+# stays short.
 PREFILL_CHUNK = 512
 # Sequences decoded together by `generate`; more wait until one is finished.
 MAX_BATCH = 32
@@ -27,10 +25,11 @@ MAX_BATCH = 32
 class GenerationSettings:
     """How tokens are chosen and when to stop.
 
-    max_new_tokens: at most so many tokens per prompt. temperature: 0 is greedy. top_k: 0 is off. top_p: 1 is off.
-    min_p: keeps tokens at least that likely relative to the likeliest; 0 is off. repetition_penalty: divides positive
-    and multiplies negative logits of tokens that occurred, prompt included; 1 is off. seed: of the draws, prompt i of
-    a call uses seed + i; None is random. stop: texts that end the generation and are cut off. stop_at_eos: whether
+    max_new_tokens: at most so many tokens per prompt. temperature: 0 is greedy. top_k: 0 is off.
+    top_p: 1 is off. min_p: keeps tokens at least that likely relative to the likeliest; 0 is off.
+    repetition_penalty: divides positive and multiplies negative logits of tokens that occurred,
+    prompt included; 1 is off. seed: of the draws, prompt i of a call uses seed + i; None is random.
+    stop: texts that end the generation and are cut off. stop_at_eos: whether
     tokens of `eos_ids` end it.
 
     Raises ValueError or TypeError for a value out of range.
@@ -92,14 +91,17 @@ class GenerationSettings:
         known = [f.name for f in fields(self)]
         unknown = [name for name in changes if name not in known]
         if unknown:
-            raise TypeError(f"unknown generation settings {', '.join(unknown)}; there are {', '.join(known)}")
+            raise TypeError(
+                f"unknown generation settings {', '.join(unknown)}; there are {', '.join(known)}"
+            )
         return replace(self, **changes)
 
     @classmethod
     def from_generation_config(cls, raw: Mapping[str, Any]) -> GenerationSettings:
         """The defaults of a model from its generation_config.json; without `do_sample`, greedy.
 
-        What the file does not mention is off. Values out of range are those of the file: ValueError names it.
+        What the file does not mention is off. Values out of range are those of the file: ValueError
+        names it.
         """
         values: dict[str, Any] = {}
         eos = raw.get("eos_token_id")
@@ -121,9 +123,11 @@ class GenerationSettings:
 
 @dataclass
 class Timings:
-    """Seconds and tokens of one call. load: of the model, once. first_token: from the call to the first new token.
+    """Seconds and tokens of one call. load: of the model, once. first_token: from the call to the
+    first new token.
 
-    decode_tokens and decode: all new tokens but the first of each sequence, which comes out of the prompt's pass.
+    decode_tokens and decode: all new tokens but the first of each sequence, which comes out of the
+    prompt's pass.
     """
 
     load: float = 0.0
@@ -147,8 +151,9 @@ class Timings:
 class GenerationOutput:
     """Result of `generate`, one entry per prompt.
 
-    texts: without the prompt, the end-of-sequence token and the stop text. tokens: every new token, those included.
-    finish_reasons: "eos", "stop" (a stop text) or "length" (max_new_tokens, or the context is full).
+    texts: without the prompt, the end-of-sequence token and the stop text. tokens: every new token,
+    those included. finish_reasons: "eos", "stop" (a stop text) or "length" (max_new_tokens, or the
+    context is full).
     """
 
     texts: list[str] = field(default_factory=list)
@@ -178,7 +183,7 @@ class TextAssembler:
         self.stopped = False
 
     def push(self, token: int) -> str:
-        """The text that is certain after this token; sets `stopped` when a stop text is complete."""
+        """The text that is certain now; sets `stopped` when a stop text is complete."""
         return self._take(self._decoder.push(token), last=False)
 
     def finish(self) -> str:
@@ -200,7 +205,9 @@ class TextAssembler:
 
 def _overlap(text: str, stop: str) -> int:
     """Length of the longest end of `text` with which `stop` begins, without being complete."""
-    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
+    return next(
+        (n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0
+    )
 
 
 def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
@@ -218,12 +225,14 @@ class Pool(Protocol):
 
     def free(self, handle: int) -> None: ...
 
-    def forward(self, parts: Sequence[tuple[int, Sequence[int]]], last_only: bool) -> torch.Tensor: ...
+    def forward(
+        self, parts: Sequence[tuple[int, Sequence[int]]], last_only: bool
+    ) -> torch.Tensor: ...
 
 
 @dataclass
 class Request:
-    """One prompt on its way. ids: prompt and new tokens; done: how many of them are in the cache."""
+    """One prompt on its way. ids: prompt and new tokens; done: how many are in the cache."""
 
     index: int
     ids: list[int]
@@ -247,7 +256,7 @@ class Sampler:
 
     def __call__(self, logits: torch.Tensor, sequences: Sequence[Request]) -> list[int]:
         """logits [B, V] float32 (overwritten when a penalty is on) -> B tokens."""
-        settings, count = self._settings, len(sequences)
+        settings = self._settings
         if settings.repetition_penalty != 1.0:
             for row, sequence in zip(logits, sequences, strict=True):
                 seen = torch.tensor(sorted(set(sequence.ids)), dtype=torch.int64)
@@ -278,7 +287,8 @@ class Piece:
 class Loop:
     """Decodes a batch of sequences, each until its own end; new ones come in as others leave.
 
-    pool: where keys and values live. keep: sequences that stay in the pool at the end (a chat's), by the caller's wish.
+    pool: where keys and values live. keep: sequences that stay in the pool at the end (a chat's),
+    by the caller's wish.
     """
 
     def __init__(
@@ -304,7 +314,9 @@ class Loop:
         self._running: list[Request] = []
 
     def run(self, start: float | None = None) -> Iterator[Piece]:
-        """Yields a piece per new token. start: when the caller was called, for the time to the first token."""
+        """Yields a piece per new token. start: when the caller was called, for the time to the
+        first token.
+        """
         start = self._clock() if start is None else start
         try:
             while self._waiting or self._running:
@@ -324,7 +336,9 @@ class Loop:
             self._running = []
 
     def _prefill(self, reading: Sequence[Request]) -> list[Piece]:
-        """One chunk of the prompts that are not read yet; those that end in it give their first token."""
+        """One chunk of the prompts that are not read yet; those that end in it give their first
+        token.
+        """
         begin, room = self._clock(), PREFILL_CHUNK
         chosen, parts = [], []
         for sequence in reading:
@@ -365,12 +379,17 @@ class Loop:
                 text = sequence.assembler.push(token)
                 if sequence.assembler.stopped:
                     sequence.finish = "stop"
-                elif len(sequence.new) >= settings.max_new_tokens or len(sequence.ids) > self._context:
+                elif (
+                    len(sequence.new) >= settings.max_new_tokens
+                    or len(sequence.ids) > self._context
+                ):
                     sequence.finish = "length"
             if sequence.finish:
                 if sequence.finish != "stop":
                     text += sequence.assembler.finish()
-                    if sequence.assembler.stopped:  # the last, held-back bytes completed a stop text
+                    if (
+                        sequence.assembler.stopped
+                    ):  # the last, held-back bytes completed a stop text
                         sequence.finish = "stop"
                 self._running.remove(sequence)
                 self._release(sequence)
@@ -384,9 +403,11 @@ class Loop:
 
 
 class TextStream:
-    """Text of one prompt as it is decoded: iterate over it. After that, or in between, see what came so far.
+    """Text of one prompt as it is decoded: iterate over it. After that, or in between, see what
+    came so far.
 
-    tokens: new tokens, the end-of-sequence token included. finish_reason: None while running. `close` ends it early.
+    tokens: new tokens, the end-of-sequence token included. finish_reason: None while running.
+    `close` ends it early.
     """
 
     def __init__(self, sequence: Request, loop: Loop, pieces: Iterator[Piece], load: float) -> None:
@@ -427,26 +448,22 @@ class TextStream:
 
 
 def check_prompt(ids: Sequence[int], vocab: int, context: int, which: str = "prompt") -> list[int]:
-    """The ids as a list, after every check. Raises ValueError or TypeError; `which` names the prompt in messages."""
+    """The ids as a list, after every check. Raises ValueError or TypeError; `which` names the
+    prompt in messages.
+    """
     out = []
     for position, token in enumerate(ids):
         if isinstance(token, bool) or not hasattr(token, "__index__"):
             raise TypeError(f"{which}: token {position} must be an integer, got {token!r}")
         value = token.__index__()
         if not 0 <= value < vocab:
-            raise ValueError(f"{which}: token id {value} at position {position} is outside the vocabulary [0, {vocab})")
+            raise ValueError(
+                f"{which}: token id {value} at position {position} is outside the vocabulary [0, "
+                f"{vocab})"
+            )
         out.append(value)
     if not out:
         raise ValueError(f"{which}: expected at least one token, got an empty prompt")
     if len(out) > context:
-        raise ValueError(
-            f"{which}: {len(out)} tokens exceed the context of {context} tokens"
-        )
+        raise ValueError(f"{which}: {len(out)} tokens exceed the context of {context} tokens")
     return out
-
-
-def output_of(sequences: Sequence[Request], texts: Sequence[str], timings: Timings) -> GenerationOutput:
-    """Collects finished sequences."""
-    return GenerationOutput(
-        list(texts), [s.new for s in sequences], [s.finish or "length" for s in sequences], timings
-    )

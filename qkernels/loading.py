@@ -20,14 +20,17 @@ from .quant.quantize import quantize
 
 Weight = PackedWeight | torch.Tensor
 
-# Unpacked codes of one block of rows. Packing reads every byte a few times, so a block should stay near the caches,
+# Unpacked codes of one block of rows. Packing reads every byte a few times, so a block should stay
+# near the caches,
 # and the peak of loading is the packed size plus two blocks; much smaller ones cost calls.
 BLOCK_BYTES = 4 << 20
 _DENSE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 class Progress(Protocol):
-    """Called after every tensor with bytes or elements done, their total, and the name of the tensor."""
+    """Called after every tensor with bytes or elements done, their total, and the name of the
+    tensor.
+    """
 
     def __call__(self, done: int, total: int, what: str | None = None) -> None: ...
 
@@ -37,7 +40,8 @@ class Checkpoint:
     """A loaded model without any module: what `nn.decoder` is made of.
 
     weights: by the names of the program; a tied table stands there once. generation: contents of
-    generation_config.json, {} without one. source: the path, or what stands for it. gguf: the open file, if it is one.
+    generation_config.json, {} without one. source: the path, or what stands for it. gguf: the open
+    file, if it is one.
     """
 
     family: Family
@@ -61,9 +65,11 @@ def check_names(
     ignored: Iterable[str],
     where: str,
 ) -> None:
-    """Holds the tensors of a checkpoint against those the model needs. Raises CheckpointError naming the differences.
+    """Holds the tensors of a checkpoint against those the model needs. Raises CheckpointError
+    naming the differences.
 
-    names: the checkpoint's tensors and shapes. of: a weight's name there. ignored: patterns of extras without meaning.
+    names: the checkpoint's tensors and shapes. of: a weight's name there. ignored: patterns of
+    extras without meaning.
     """
     wanted = {of(d): d.shape for d in defs}
     missing = [name for name in wanted if name not in names]
@@ -75,15 +81,23 @@ def check_names(
         if name in names and tuple(names[name]) != tuple(shape)
     ]
     problems = []
-    for what, found in (("missing", missing), ("unexpected", extra), ("of the wrong shape", misshapen)):
+    for what, found in (
+        ("missing", missing),
+        ("unexpected", extra),
+        ("of the wrong shape", misshapen),
+    ):
         if found:
             more = f" and {len(found) - 4} more" if len(found) > 4 else ""
             problems.append(f"{what}: {', '.join(found[:4])}{more}")
     if problems:
-        raise CheckpointError(f"{where}: the tensors are not those of the model; {'; '.join(problems)}")
+        raise CheckpointError(
+            f"{where}: the tensors are not those of the model; {'; '.join(problems)}"
+        )
 
 
-def pack_blocks(spec: QuantSpec, n: int, k: int, blocks: Iterable[tuple[int, PlainWeight]]) -> PackedWeight:
+def pack_blocks(
+    spec: QuantSpec, n: int, k: int, blocks: Iterable[tuple[int, PlainWeight]]
+) -> PackedWeight:
     """Packs (first row, rows) one block after the other."""
     packed = PackedWeight.empty(spec, n, k)
     for start, plain in blocks:
@@ -92,9 +106,11 @@ def pack_blocks(spec: QuantSpec, n: int, k: int, blocks: Iterable[tuple[int, Pla
 
 
 def rotary_row_order(heads: int, head_dim: int, rotary_dim: int) -> np.ndarray:
-    """[heads * head_dim] int64: the file row of each row, where a file has rotary pairs side by side.
+    """[heads * head_dim] int64: the file row of each row, where a file has rotary pairs side by
+    side.
 
-    Row i < rotary_dim / 2 of a head pairs with row i + rotary_dim / 2; the file has them at 2 i and 2 i + 1.
+    Row i < rotary_dim / 2 of a head pairs with row i + rotary_dim / 2; the file has them at 2 i and
+    2 i + 1.
     """
     pairs = np.arange(rotary_dim).reshape(rotary_dim // 2, 2).T.reshape(-1)
     head = np.concatenate([pairs, np.arange(rotary_dim, head_dim)])
@@ -102,20 +118,26 @@ def rotary_row_order(heads: int, head_dim: int, rotary_dim: int) -> np.ndarray:
 
 
 def load_gguf(path: str | Path, progress: Progress | None = None) -> Checkpoint:
-    """Reads a GGUF file. Quantized tensors keep their values exactly, float matrices their type; vectors become float32.
+    """Reads a GGUF file. Quantized tensors keep their values exactly, float matrices their type;
+    vectors become float32.
 
-    Raises CheckpointError for a damaged file, UnsupportedModelError (a ValueError) for a model without code here.
+    Raises CheckpointError for a damaged file, UnsupportedModelError (a ValueError) for a model
+    without code here.
     """
     file = GGUFFile(path)
     try:
         metadata = file.metadata
         architecture = metadata.get("general.architecture")
         if not isinstance(architecture, str):
-            raise CheckpointError(f"{path}: expected the name of an architecture, got {architecture!r}")
+            raise CheckpointError(
+                f"{path}: expected the name of an architecture, got {architecture!r}"
+            )
         family = family_of_gguf(architecture)
         shapes = {name: tuple(info.shape) for name, info in file.tensors.items()}
         try:
-            config = family.from_gguf(metadata, shapes, lambda name: file.dense(name).float().tolist())
+            config = family.from_gguf(
+                metadata, shapes, lambda name: file.dense(name).float().tolist()
+            )
         except ValueError as error:
             raise type(error)(f"{path}: {error}") from error
         defs = family.weights(config)
@@ -123,7 +145,11 @@ def load_gguf(path: str | Path, progress: Progress | None = None) -> Checkpoint:
         total, done = sum(file.tensors[d.gguf].nbytes for d in defs), 0
         weights: dict[str, Weight] = {}
         for d in defs:
-            order = rotary_row_order(d.rotary_heads, config.head_dim, config.rope.dim) if d.rotary_heads else None
+            order = (
+                rotary_row_order(d.rotary_heads, config.head_dim, config.rope.dim)
+                if d.rotary_heads
+                else None
+            )
             weights[d.name] = _gguf_weight(file, d, order)
             done += file.tensors[d.gguf].nbytes
             if progress is not None:
@@ -137,7 +163,8 @@ def load_gguf(path: str | Path, progress: Progress | None = None) -> Checkpoint:
 def _gguf_weight(file: GGUFFile, d: WeightDef, order: np.ndarray | None) -> Weight:
     info = file.tensors[d.gguf]
     if info.type in ("F32", "F16", "BF16"):
-        # A matrix in the order of the file stays a mapping of it; a copy would be as large as the file.
+        # A matrix in the order of the file stays a mapping of it; a copy would be as large as the
+        # file.
         dense = file.dense(d.gguf)
         if not _finite(dense):
             raise CheckpointError(f"{file.path}: tensor {d.gguf} has values that are not finite")
@@ -145,7 +172,9 @@ def _gguf_weight(file: GGUFFile, d: WeightDef, order: np.ndarray | None) -> Weig
             dense = dense.float().clone()
         return dense if order is None else dense[torch.from_numpy(order)]
     if not d.is_matrix:
-        raise CheckpointError(f"{file.path}: tensor {d.gguf} must be of a float type, got {info.type}")
+        raise CheckpointError(
+            f"{file.path}: tensor {d.gguf} must be of a float type, got {info.type}"
+        )
     n, k = d.shape
     blocks = iter(file.plain_blocks(d.gguf, rows_per_block(k), order))
     start, first = next(blocks)
@@ -174,7 +203,9 @@ class TensorSource(Protocol):
 
 
 class SafetensorsDirectory:
-    """Tensors of model.safetensors, or of the shards that model.safetensors.index.json lists, memory-mapped."""
+    """Tensors of model.safetensors, or of the shards that model.safetensors.index.json lists,
+    memory-mapped.
+    """
 
     def __init__(self, directory: Path, stack: ExitStack) -> None:
         from safetensors import SafetensorError, safe_open
@@ -188,12 +219,17 @@ class SafetensorsDirectory:
         if index.exists():
             listed = read_json(index).get("weight_map")
             if not isinstance(listed, dict) or not all(isinstance(v, str) for v in listed.values()):
-                raise CheckpointError(f"{index}: expected weight_map, from tensor names to file names")
+                raise CheckpointError(
+                    f"{index}: expected weight_map, from tensor names to file names"
+                )
             paths = [directory / name for name in sorted(set(listed.values()))]
         elif single.exists():
             paths = [single]
         else:
-            raise CheckpointError(f"{directory}: expected model.safetensors or model.safetensors.index.json, found neither")
+            raise CheckpointError(
+                f"{directory}: expected model.safetensors or model.safetensors.index.json, found "
+                f"neither"
+            )
         self.shapes: dict[str, tuple[int, ...]] = {}
         for path in paths:
             if path.resolve().parent != directory.resolve() and not path.is_symlink():
@@ -208,7 +244,9 @@ class SafetensorsDirectory:
         if listed is not None:
             lost = sorted(set(listed) - set(self.shapes))
             if lost:
-                raise CheckpointError(f"{index}: lists {lost[0]}, but {listed[lost[0]]} does not have it")
+                raise CheckpointError(
+                    f"{index}: lists {lost[0]}, but {listed[lost[0]]} does not have it"
+                )
 
     def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
         return self._files[name].get_slice(name)[start:stop]
@@ -244,9 +282,14 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def load_hf_directory(
-    directory: Path, spec: QuantSpec | None, embeddings: QuantSpec | None, progress: Progress | None = None
+    directory: Path,
+    spec: QuantSpec | None,
+    embeddings: QuantSpec | None,
+    progress: Progress | None = None,
 ) -> Checkpoint:
-    """Reads config.json and safetensors as transformers writes them, without transformers. Arguments as in `load_hf`."""
+    """Reads config.json and safetensors as transformers writes them, without transformers.
+    Arguments as in `load_hf`.
+    """
     raw = read_json(directory / "config.json")
     generation = directory / "generation_config.json"
     with ExitStack() as stack:
@@ -257,11 +300,16 @@ def load_hf_directory(
 
 
 def load_hf_model(
-    model: Any, spec: QuantSpec | None, embeddings: QuantSpec | None, progress: Progress | None = None
+    model: Any,
+    spec: QuantSpec | None,
+    embeddings: QuantSpec | None,
+    progress: Progress | None = None,
 ) -> Checkpoint:
     """Takes the weights of a transformers model object. Arguments as in `load_hf`."""
     where = f"transformers model {type(model).__name__}"
-    loaded = load_hf(model.config.to_dict(), StateDict(model.state_dict(), where), spec, embeddings, progress)
+    loaded = load_hf(
+        model.config.to_dict(), StateDict(model.state_dict(), where), spec, embeddings, progress
+    )
     generation = getattr(model, "generation_config", None)
     loaded.generation = generation.to_dict() if generation is not None else {}
     return loaded
@@ -276,9 +324,10 @@ def load_hf(
 ) -> Checkpoint:
     """A model from the contents of config.json and float tensors.
 
-    spec: for every matrix but the embedding table; embeddings: for that, and with tied weights for the head. None
-    leaves them dense in the checkpoint's type. Quantizing goes by blocks of rows, so the peak of memory is the packed
-    size plus a few blocks. Raises CheckpointError, UnsupportedModelError or ValueError.
+    spec: for every matrix but the embedding table; embeddings: for that, and with tied weights for
+    the head. None leaves them dense in the checkpoint's type. Quantizing goes by blocks of rows, so
+    the peak of memory is the packed size plus a few blocks. Raises CheckpointError,
+    UnsupportedModelError or ValueError.
     """
     model_type = raw.get("model_type")
     if not isinstance(model_type, str):
@@ -308,14 +357,16 @@ def _hf_weight(source: TensorSource, d: WeightDef, spec: QuantSpec | None) -> We
     def checked(tensor: torch.Tensor) -> torch.Tensor:
         if tensor.dtype not in _DENSE_DTYPES:
             raise CheckpointError(
-                f"{source.where}: tensor {d.hf} must be float32, float16 or bfloat16, got {tensor.dtype}"
+                f"{source.where}: tensor {d.hf} must be float32, float16 or bfloat16, got "
+                f"{tensor.dtype}"
             )
         if not _finite(tensor):
             raise CheckpointError(f"{source.where}: tensor {d.hf} has values that are not finite")
         return tensor
 
     if spec is None:
-        # Cloned: a dense weight must not change with the model it came from, nor keep a whole shard mapped.
+        # Cloned: a dense weight must not change with the model it came from, nor keep a whole shard
+        # mapped.
         dense = checked(source.whole(d.hf))
         return dense.clone() if d.is_matrix else dense.to(torch.float32, copy=True)
     n, k = d.shape
@@ -323,6 +374,9 @@ def _hf_weight(source: TensorSource, d: WeightDef, spec: QuantSpec | None) -> We
 
     def blocks() -> Iterator[tuple[int, PlainWeight]]:
         for start in range(0, n, step):
-            yield start, quantize(checked(source.rows(d.hf, start, min(start + step, n))).float(), spec)
+            yield (
+                start,
+                quantize(checked(source.rows(d.hf, start, min(start + step, n))).float(), spec),
+            )
 
     return pack_blocks(spec, n, k, blocks())

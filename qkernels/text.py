@@ -78,9 +78,9 @@ class _Silent:
 class IncrementalDecoder:
     """Streams through a tokenizer that only decodes whole lists.
 
-    Only the tokens since the last complete character are decoded again, with one step more in front of them: some
-    tokenizers treat a space differently at the beginning. Bytes that are not yet a character decode to U+FFFD at the
-    end and are held back.
+    Only the tokens since the last complete character are decoded again, with one step more in front
+    of them: some tokenizers treat a space differently at the beginning. Bytes that are not yet a
+    character decode to U+FFFD at the end and are held back.
     """
 
     def __init__(self, decode: Callable[[list[int]], str]) -> None:
@@ -156,7 +156,9 @@ class TransformersText:
         check_messages(messages)
         if not getattr(self._tokenizer, "chat_template", None):
             raise ValueError("chat: the model's tokenizer has no chat template")
-        text = self._tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+        text = self._tokenizer.apply_chat_template(
+            list(messages), tokenize=False, add_generation_prompt=True
+        )
         return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def stream_decoder(self) -> PieceDecoder:
@@ -171,7 +173,9 @@ def check_messages(messages: Messages) -> None:
         raise ValueError("chat: expected at least one message, got an empty list")
     for i, message in enumerate(messages):
         if not isinstance(message, Mapping) or not {"role", "content"} <= set(message):
-            raise ValueError(f"chat: message {i} must be a mapping with role and content, got {message!r}")
+            raise ValueError(
+                f"chat: message {i} must be a mapping with role and content, got {message!r}"
+            )
         for key in ("role", "content"):
             if not isinstance(message[key], str):
                 raise ValueError(f"chat: {key} of message {i} must be a text, got {message[key]!r}")
@@ -191,7 +195,8 @@ def text_of(checkpoint: Checkpoint, tokenizer: Any = None) -> Text:
             from transformers import AutoTokenizer
         except ImportError as error:
             raise ImportError(
-                f"{path} has no tokenizer.json; its tokenizer needs the package transformers. Type\n"
+                f"{path} has no tokenizer.json; its tokenizer needs the package transformers. "
+                f"Type\n"
                 "    pip install transformers"
             ) from error
         return TransformersText(AutoTokenizer.from_pretrained(path, local_files_only=True))

@@ -13,7 +13,9 @@ from qkernels.models import FAMILIES, UnsupportedModelError, family_of_gguf, fam
 from qkernels.models.llama import LLAMA, from_gguf, from_hf, program, weights
 from qkernels.nn.program import Attention, Embed, Linear, Norm, Select, reads, writes
 
-transformers = pytest.importorskip("transformers", reason="configurations are compared with transformers'")
+transformers = pytest.importorskip(
+    "transformers", reason="configurations are compared with transformers'"
+)
 
 TINY = {
     "vocab_size": 99,
@@ -40,7 +42,9 @@ CONFIGS = {
 
 
 def raw(kind: str, **changes: Any) -> dict[str, Any]:
-    """What transformers writes to config.json: only what differs from the defaults, and the same in full."""
+    """What transformers writes to config.json: only what differs from the defaults, and the same in
+    full.
+    """
     return CONFIGS[kind](**{**TINY, **changes}).to_dict()
 
 
@@ -80,7 +84,14 @@ def test_short_config_json_takes_the_defaults_of_transformers(kind: str) -> None
     full = CONFIGS[kind](**TINY)
     short = json.loads(full.to_json_string(use_diff=True))
     assert from_hf(short) == from_hf(full.to_dict())
-    for key in ("head_dim", "rms_norm_eps", "hidden_act", "num_key_value_heads", "tie_word_embeddings", "sliding_window"):
+    for key in (
+        "head_dim",
+        "rms_norm_eps",
+        "hidden_act",
+        "num_key_value_heads",
+        "tie_word_embeddings",
+        "sliding_window",
+    ):
         short.pop(key, None)
     without = CONFIGS[kind](**{k: v for k, v in TINY.items() if k != "num_key_value_heads"})
     if without.num_attention_heads % without.num_key_value_heads == 0:
@@ -89,15 +100,25 @@ def test_short_config_json_takes_the_defaults_of_transformers(kind: str) -> None
 
 def test_windows_by_layer() -> None:
     def windows(kind: str, **changes: Any) -> list[int]:
-        return [s.window for s in program(from_hf(raw(kind, **changes))) if isinstance(s, Attention)]
+        return [
+            s.window for s in program(from_hf(raw(kind, **changes))) if isinstance(s, Attention)
+        ]
 
     assert windows("llama") == [0, 0, 0]
     assert windows("mistral", sliding_window=16) == [16, 16, 16]
     assert windows("mistral", sliding_window=None) == [0, 0, 0]
     assert windows("qwen2", sliding_window=16) == [0, 0, 0]
-    assert windows("qwen2", use_sliding_window=True, sliding_window=16, max_window_layers=1) == [0, 16, 16]
+    assert windows("qwen2", use_sliding_window=True, sliding_window=16, max_window_layers=1) == [
+        0,
+        16,
+        16,
+    ]
     kinds = ["sliding_attention", "full_attention", "sliding_attention"]
-    assert windows("qwen3", use_sliding_window=True, sliding_window=16, layer_types=kinds) == [16, 0, 16]
+    assert windows("qwen3", use_sliding_window=True, sliding_window=16, layer_types=kinds) == [
+        16,
+        0,
+        16,
+    ]
     old = {k: v for k, v in raw("qwen2").items() if k != "layer_types"}
     old |= {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 2}
     assert from_hf(old).windows == (0, 0, 16)
@@ -115,15 +136,39 @@ def test_rope_of_old_and_new_configurations() -> None:
 @pytest.mark.parametrize(
     ("kind", "changes", "words"),
     [
-        ("llama", {"rope_scaling": {"rope_type": "longrope", "factor": 2.0}}, "'longrope' is not supported.*llama3"),
-        ("llama", {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "lacks low_freq_factor"),
-        ("llama", {"rope_scaling": {"rope_type": "linear", "factor": 2.0, "beta": 1}}, "does not know beta"),
-        ("llama", {"rope_scaling": {"rope_type": "linear", "factor": -1.0}}, "factor must be a positive number"),
-        ("llama", {"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "differ by layer"),
+        (
+            "llama",
+            {"rope_scaling": {"rope_type": "longrope", "factor": 2.0}},
+            "'longrope' is not supported.*llama3",
+        ),
+        (
+            "llama",
+            {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}},
+            "lacks low_freq_factor",
+        ),
+        (
+            "llama",
+            {"rope_scaling": {"rope_type": "linear", "factor": 2.0, "beta": 1}},
+            "does not know beta",
+        ),
+        (
+            "llama",
+            {"rope_scaling": {"rope_type": "linear", "factor": -1.0}},
+            "factor must be a positive number",
+        ),
+        (
+            "llama",
+            {"rope_parameters": {"full_attention": {"rope_type": "default"}}},
+            "differ by layer",
+        ),
         ("llama", {"hidden_act": "swiglu_oai"}, "hidden_act = 'swiglu_oai'"),
         ("llama", {"sliding_window": 64}, "sliding_window = 64"),
         ("llama", {"num_local_experts": 8}, "num_local_experts = 8"),
-        ("llama", {"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantization_config = 'gptq'"),
+        (
+            "llama",
+            {"quantization_config": {"quant_method": "gptq", "bits": 4}},
+            "quantization_config = 'gptq'",
+        ),
         ("llama", {"hidden_size": None}, "lacks 'hidden_size'"),
         ("llama", {"hidden_size": "48"}, "hidden_size must be a number"),
         ("llama", {"num_hidden_layers": 0}, "layers must be a positive integer, got 0"),
@@ -131,21 +176,31 @@ def test_rope_of_old_and_new_configurations() -> None:
         ("llama", {"rms_norm_eps": 0.0}, "norm_eps must be positive"),
         ("mistral", {"attention_bias": True}, "attention_bias = True"),
         ("qwen2", {"mlp_bias": True}, "mlp_bias = True"),
-        ("qwen2", {"use_sliding_window": True, "sliding_window": 8, "layer_types": ["chunked"] * 3}, "'chunked'"),
+        (
+            "qwen2",
+            {"use_sliding_window": True, "sliding_window": 8, "layer_types": ["chunked"] * 3},
+            "'chunked'",
+        ),
         ("qwen3", {"layer_types": ["sliding_attention"] * 3}, "sliding_window is off"),
         ("qwen3", {"layer_types": ["full_attention"]}, "must name 3 layers, got 1"),
     ],
 )
-def test_options_without_code_are_refused_by_name(kind: str, changes: dict[str, Any], words: str) -> None:
-    base = {k: v for k, v in raw(kind).items() if not (k == "rope_parameters" and "rope_scaling" in changes)}
+def test_options_without_code_are_refused_by_name(
+    kind: str, changes: dict[str, Any], words: str
+) -> None:
+    base = {
+        k: v
+        for k, v in raw(kind).items()
+        if not (k == "rope_parameters" and "rope_scaling" in changes)
+    }
     with pytest.raises(ValueError, match=words):
         from_hf({**base, **changes})
 
 
 def test_unknown_families_are_refused_with_a_list() -> None:
-    with pytest.raises(UnsupportedModelError, match="'gemma3'.*llama, mistral, qwen2, qwen3"):
+    with pytest.raises(UnsupportedModelError, match=r"'gemma3'.*llama, mistral, qwen2, qwen3"):
         family_of_hf("gemma3")
-    with pytest.raises(UnsupportedModelError, match="'mamba'.*llama, qwen2, qwen3"):
+    with pytest.raises(UnsupportedModelError, match=r"'mamba'.*llama, qwen2, qwen3"):
         family_of_gguf("mamba")
     assert family_of_hf("qwen3") is family_of_gguf("llama") is LLAMA
     assert len({name for family in FAMILIES for name in family.hf_types}) == 4
@@ -166,11 +221,16 @@ def gguf_metadata(architecture: str = "llama", **changes: Any) -> dict[str, Any]
         **changes,
     }
     named = {f"{architecture}.{key}": value for key, value in values.items() if value is not None}
-    return {"general.architecture": architecture, "general.file_type": 3, "tokenizer.ggml.model": "gpt2", **named}
+    return {
+        "general.architecture": architecture,
+        "general.file_type": 3,
+        "tokenizer.ggml.model": "gpt2",
+        **named,
+    }
 
 
 def gguf_shapes(*more: str) -> dict[str, tuple[int, ...]]:
-    return {"token_embd.weight": (100, 48), **{name: (1,) for name in more}}
+    return {"token_embd.weight": (100, 48), **dict.fromkeys(more, (1,))}
 
 
 def no_vector(name: str) -> list[float]:
@@ -180,12 +240,21 @@ def no_vector(name: str) -> list[float]:
 def test_gguf_metadata() -> None:
     config = from_gguf(gguf_metadata(), gguf_shapes(), no_vector)
     assert (config.vocab, config.hidden, config.layers, config.ffn) == (100, 48, 2, 80)
-    assert (config.q_heads, config.kv_heads, config.head_dim, config.max_position) == (4, 2, 12, 256)
+    assert (config.q_heads, config.kv_heads, config.head_dim, config.max_position) == (
+        4,
+        2,
+        12,
+        256,
+    )
     assert config.rope.theta == 5e4 and config.tied and not config.qk_norm and not config.q_bias
-    untied = from_gguf(gguf_metadata(), gguf_shapes("output.weight", "blk.0.attn_q.bias"), no_vector)
+    untied = from_gguf(
+        gguf_metadata(), gguf_shapes("output.weight", "blk.0.attn_q.bias"), no_vector
+    )
     assert not untied.tied and untied.q_bias and not untied.o_bias
     qwen2 = from_gguf(gguf_metadata("qwen2"), gguf_shapes(), no_vector)
-    qwen3 = from_gguf(gguf_metadata("qwen3", **{"attention.key_length": 16}), gguf_shapes(), no_vector)
+    qwen3 = from_gguf(
+        gguf_metadata("qwen3", **{"attention.key_length": 16}), gguf_shapes(), no_vector
+    )
     assert qwen2.q_bias and qwen2.v_bias and not qwen2.o_bias
     assert qwen3.qk_norm and qwen3.head_dim == 16
     assert not any(d.rotary_heads for d in weights(qwen2))
@@ -197,10 +266,16 @@ def test_gguf_rope() -> None:
     config = from_gguf(gguf_metadata(), gguf_shapes("rope_freqs.weight"), lambda name: factors)
     assert config.rope.factors == tuple(factors)
     linear = {"rope.scaling.type": "linear", "rope.scaling.factor": 4.0}
-    assert from_gguf(gguf_metadata(**linear), gguf_shapes(), no_vector).rope.scaling["factor"] == 4.0
+    assert (
+        from_gguf(gguf_metadata(**linear), gguf_shapes(), no_vector).rope.scaling["factor"] == 4.0
+    )
     old = from_gguf(gguf_metadata(**{"rope.scale_linear": 4.0}), gguf_shapes(), no_vector)
     assert old.rope.scaling == {"rope_type": "linear", "factor": 4.0}
-    yarn = {"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0, "rope.scaling.original_context_length": 64}
+    yarn = {
+        "rope.scaling.type": "yarn",
+        "rope.scaling.factor": 4.0,
+        "rope.scaling.original_context_length": 64,
+    }
     scaling = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
     assert from_gguf(gguf_metadata(**yarn), gguf_shapes(), no_vector).rope.scaling == scaling
     with pytest.raises(UnsupportedModelError, match="'yarn' together with frequency factors"):
@@ -215,7 +290,10 @@ def test_gguf_rope() -> None:
         ({"expert_count": 8}, "llama.expert_count = 8 is not supported"),
         ({"logit_scale": 0.5}, "llama.logit_scale = 0.5"),
         ({"rope.scaling.type": "longrope", "rope.scaling.factor": 4.0}, "rope type 'longrope'"),
-        ({"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0}, "lacks original_max_position_embeddings"),
+        (
+            {"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0},
+            "lacks original_max_position_embeddings",
+        ),
         ({"attention.value_length": 24}, "value_length = 24"),
         ({"wonderful_option": 3}, "llama.wonderful_option = 3"),
         ({"feed_forward_length": np.array([80, 96])}, "one number for all layers"),
@@ -237,5 +315,6 @@ def test_rotary_row_order_is_the_inverse_of_llama_cpp() -> None:
     # as llama.cpp's converter writes it
     file = ours.reshape(heads, 2, dim // 2, width).swapaxes(1, 2).reshape(heads * dim, width)
     assert np.array_equal(file[rotary_row_order(heads, dim, dim)], ours)
-    # only the first columns of a head rotate: their neighbours in the file are pairs, the rest stays
+    # only the first columns of a head rotate: their neighbours in the file are pairs, the rest
+    # stays
     assert rotary_row_order(2, 6, 4).tolist() == [0, 2, 1, 3, 4, 5, 6, 8, 7, 9, 10, 11]

@@ -14,7 +14,9 @@ def family_of_hf(model_type: str) -> Family:
         if model_type in family.hf_types:
             return family
     supported = ", ".join(name for family in FAMILIES for name in family.hf_types)
-    raise UnsupportedModelError(f"model_type {model_type!r} is not supported; supported are {supported}")
+    raise UnsupportedModelError(
+        f"model_type {model_type!r} is not supported; supported are {supported}"
+    )
 
 
 def family_of_gguf(architecture: str) -> Family:
@@ -23,7 +25,9 @@ def family_of_gguf(architecture: str) -> Family:
         if architecture in family.gguf_types:
             return family
     supported = ", ".join(name for family in FAMILIES for name in family.gguf_types)
-    raise UnsupportedModelError(f"GGUF architecture {architecture!r} is not supported; supported are {supported}")
+    raise UnsupportedModelError(
+        f"GGUF architecture {architecture!r} is not supported; supported are {supported}"
+    )
 
 
 __all__ = [

@@ -1,7 +1,8 @@
 """What a decoder is in numbers, and the tools with which families read it from checkpoints.
 
-A family (`models/llama.py`) turns the metadata of a checkpoint into a `ModelConfig`. Whatever a checkpoint asks for
-and the family cannot do is refused by name: an option that is ignored gives wrong text without a word.
+A family (`models/llama.py`) turns the metadata of a checkpoint into a `ModelConfig`. Whatever a
+checkpoint asks for and the family cannot do is refused by name: an option that is ignored gives
+wrong text without a word.
 """
 
 from __future__ import annotations
@@ -21,8 +22,9 @@ class UnsupportedModelError(ValueError):
 class RopeConfig:
     """Rotary position embedding of the first `dim` columns of each head.
 
-    scaling: empty for none, else {"rope_type": name, ...} with the parameters of transformers' configurations.
-    factors: [dim / 2] divisors of the inverse frequencies as some GGUF files carry them, or None.
+    scaling: empty for none, else {"rope_type": name, ...} with the parameters of transformers'
+    configurations. factors: [dim / 2] divisors of the inverse frequencies as some GGUF files carry
+    them, or None.
     """
 
     dim: int
@@ -32,11 +34,15 @@ class RopeConfig:
 
     def __post_init__(self) -> None:
         if self.dim <= 0 or self.dim % 2:
-            raise ValueError(f"rope: the rotary dimension must be even and positive, got {self.dim}")
+            raise ValueError(
+                f"rope: the rotary dimension must be even and positive, got {self.dim}"
+            )
         if not self.theta > 0:
             raise ValueError(f"rope: theta must be positive, got {self.theta}")
         if self.factors is not None and len(self.factors) != self.dim // 2:
-            raise ValueError(f"rope: expected {self.dim // 2} frequency factors, got {len(self.factors)}")
+            raise ValueError(
+                f"rope: expected {self.dim // 2} frequency factors, got {len(self.factors)}"
+            )
 
 
 @dataclass(frozen=True)
@@ -65,20 +71,34 @@ class ModelConfig:
     tied: bool = False  # logits use the embedding table
 
     def __post_init__(self) -> None:
-        for name in ("vocab", "hidden", "layers", "q_heads", "kv_heads", "head_dim", "ffn", "max_position"):
+        for name in (
+            "vocab",
+            "hidden",
+            "layers",
+            "q_heads",
+            "kv_heads",
+            "head_dim",
+            "ffn",
+            "max_position",
+        ):
             value = getattr(self, name)
             if not isinstance(value, int) or value <= 0:
                 raise ValueError(f"{self.family}: {name} must be a positive integer, got {value!r}")
         if self.q_heads % self.kv_heads:
             raise ValueError(
-                f"{self.family}: {self.q_heads} query heads cannot share {self.kv_heads} key-value heads evenly"
+                f"{self.family}: {self.q_heads} query heads cannot share {self.kv_heads} key-value "
+                f"heads evenly"
             )
         if self.rope.dim > self.head_dim:
-            raise ValueError(f"{self.family}: rotary dimension {self.rope.dim} exceeds head_dim {self.head_dim}")
+            raise ValueError(
+                f"{self.family}: rotary dimension {self.rope.dim} exceeds head_dim {self.head_dim}"
+            )
         if not self.norm_eps > 0:
             raise ValueError(f"{self.family}: norm_eps must be positive, got {self.norm_eps}")
         if len(self.windows) != self.layers or any(window < 0 for window in self.windows):
-            raise ValueError(f"{self.family}: expected {self.layers} non-negative windows, got {self.windows}")
+            raise ValueError(
+                f"{self.family}: expected {self.layers} non-negative windows, got {self.windows}"
+            )
 
 
 @dataclass(frozen=True)
@@ -86,8 +106,8 @@ class WeightDef:
     """One weight of a model: its name in the program, its shape, and its names in checkpoints.
 
     Matrices are [N, K] (out, in); the table of embeddings is [vocab, hidden]; vectors [N].
-    rotary_heads: GGUF files of this family store the rows of that many heads with the pairs of the rotation side by
-    side; 0: in natural order. Other formats never do.
+    rotary_heads: GGUF files of this family store the rows of that many heads with the pairs of the
+    rotation side by side; 0: in natural order. Other formats never do.
     """
 
     name: str
@@ -105,22 +125,27 @@ class WeightDef:
 class Family:
     """Everything the package knows about models of one architecture family.
 
-    hf_types, gguf_types: the names by which config.json ("model_type") and GGUF ("general.architecture") call it.
-    from_hf(raw config.json), from_gguf(metadata, shapes of the tensors by name, read(name) -> values of a vector).
-    weights: every weight the program names. ignored: patterns of checkpoint tensors that hold nothing of their own.
+    hf_types, gguf_types: the names by which config.json ("model_type") and GGUF
+    ("general.architecture") call it. from_hf(raw config.json), from_gguf(metadata, shapes of the
+    tensors by name, read(name) -> values of a vector). weights: every weight the program names.
+    ignored: patterns of checkpoint tensors that hold nothing of their own.
     """
 
     name: str
     hf_types: tuple[str, ...]
     gguf_types: tuple[str, ...]
     from_hf: Callable[[Mapping[str, Any]], ModelConfig]
-    from_gguf: Callable[[Mapping[str, Any], Mapping[str, tuple[int, ...]], Callable[[str], Iterable[float]]], ModelConfig]
+    from_gguf: Callable[
+        [Mapping[str, Any], Mapping[str, tuple[int, ...]], Callable[[str], Iterable[float]]],
+        ModelConfig,
+    ]
     weights: Callable[[ModelConfig], tuple[WeightDef, ...]]
     program: Callable[[ModelConfig], tuple[Step, ...]]
     ignored: tuple[str, ...] = ()
 
 
-# Keys of config.json that change the result in ways no family here knows, with the values that mean "off".
+# Keys of config.json that change the result in ways no family here knows, with the values that mean
+# "off".
 _REFUSED_IN_HF: dict[str, tuple[Any, ...]] = {
     "num_experts": (0, 1),
     "num_local_experts": (0, 1),
@@ -145,7 +170,8 @@ _REFUSED_IN_HF: dict[str, tuple[Any, ...]] = {
 def refuse_unknown_hf_options(raw: Mapping[str, Any], extra: Mapping[str, tuple[Any, ...]]) -> None:
     """Raises UnsupportedModelError for keys that matter and that the family does not read.
 
-    extra: further keys with the values that mean "off", as in the table above. None always means off.
+    extra: further keys with the values that mean "off", as in the table above. None always means
+    off.
     """
     for key, off in {**_REFUSED_IN_HF, **extra}.items():
         value = raw.get(key)
@@ -154,14 +180,20 @@ def refuse_unknown_hf_options(raw: Mapping[str, Any], extra: Mapping[str, tuple[
         hint = ""
         if key == "quantization_config":
             method = value.get("quant_method") if isinstance(value, Mapping) else value
-            value, hint = method, " (checkpoints that are quantized already are read from GGUF only)"
+            value, hint = (
+                method,
+                " (checkpoints that are quantized already are read from GGUF only)",
+            )
         raise UnsupportedModelError(
-            f"config.json of model_type {raw.get('model_type')!r}: {key} = {value!r} is not supported{hint}"
+            f"config.json of model_type {raw.get('model_type')!r}: {key} = {value!r} is not "
+            f"supported{hint}"
         )
 
 
 def hf_number(raw: Mapping[str, Any], key: str, kind: type = int, default: Any = None) -> Any:
-    """raw[key] as a number of `kind`; a missing or null key gives `default`, or ValueError if that is None."""
+    """raw[key] as a number of `kind`; a missing or null key gives `default`, or ValueError if that
+    is None.
+    """
     value = raw.get(key)
     if value is None:
         if default is None:
@@ -175,7 +207,10 @@ def hf_number(raw: Mapping[str, Any], key: str, kind: type = int, default: Any =
 # Parameters that each kind of scaled rotation needs and may have.
 ROPE_PARAMETERS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "linear": (("factor",), ()),
-    "llama3": (("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"), ()),
+    "llama3": (
+        ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+        (),
+    ),
     "yarn": (
         ("factor", "original_max_position_embeddings"),
         ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"),
@@ -196,50 +231,72 @@ def make_rope(
         return RopeConfig(dim, theta, {}, factors)
     if kind not in ROPE_PARAMETERS:
         supported = ", ".join(["default", *ROPE_PARAMETERS])
-        raise UnsupportedModelError(f"{where}: rope type {kind!r} is not supported; supported are {supported}")
+        raise UnsupportedModelError(
+            f"{where}: rope type {kind!r} is not supported; supported are {supported}"
+        )
     if factors is not None:
-        raise UnsupportedModelError(f"{where}: rope type {kind!r} together with frequency factors is not supported")
+        raise UnsupportedModelError(
+            f"{where}: rope type {kind!r} together with frequency factors is not supported"
+        )
     needed, optional = ROPE_PARAMETERS[kind]
     missing = [key for key in needed if parameters.get(key) is None]
     if missing:
         raise ValueError(f"{where}: rope type {kind!r} lacks {', '.join(missing)}")
-    unknown = [key for key in parameters if key not in needed + optional and parameters[key] is not None]
+    unknown = [
+        key for key in parameters if key not in needed + optional and parameters[key] is not None
+    ]
     if unknown:
-        raise UnsupportedModelError(f"{where}: rope type {kind!r} does not know {', '.join(unknown)}")
+        raise UnsupportedModelError(
+            f"{where}: rope type {kind!r} does not know {', '.join(unknown)}"
+        )
     kept = {key: parameters[key] for key in needed + optional if parameters.get(key) is not None}
     for key, value in kept.items():
         if key == "truncate" and isinstance(value, bool):
             continue
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
-            raise ValueError(f"{where}: rope parameter {key} must be a positive number, got {value!r}")
+            raise ValueError(
+                f"{where}: rope parameter {key} must be a positive number, got {value!r}"
+            )
     return RopeConfig(dim, theta, {"rope_type": kind, **kept}, factors)
 
 
 def rope_from_hf(raw: Mapping[str, Any], head_dim: int) -> RopeConfig:
-    """Rotation of a config.json: `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (before)."""
+    """Rotation of a config.json: `rope_parameters` (transformers 5) or `rope_theta` and
+    `rope_scaling` (before).
+    """
     where = f"config.json of model_type {raw.get('model_type')!r}"
     parameters = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    if not isinstance(parameters, Mapping) or any(isinstance(value, Mapping) for value in parameters.values()):
-        raise UnsupportedModelError(f"{where}: rotations that differ by layer are not supported: {parameters!r}")
+    if not isinstance(parameters, Mapping) or any(
+        isinstance(value, Mapping) for value in parameters.values()
+    ):
+        raise UnsupportedModelError(
+            f"{where}: rotations that differ by layer are not supported: {parameters!r}"
+        )
     parameters = dict(parameters)
     legacy_kind = parameters.pop("type", None)
     kind = parameters.pop("rope_type", None) or legacy_kind or "default"
     theta = parameters.pop("rope_theta", None)
     theta = float(theta if theta is not None else hf_number(raw, "rope_theta", float, 10000.0))
     partial = parameters.pop("partial_rotary_factor", None)
-    partial = float(partial if partial is not None else hf_number(raw, "partial_rotary_factor", float, 1.0))
+    partial = float(
+        partial if partial is not None else hf_number(raw, "partial_rotary_factor", float, 1.0)
+    )
     if kind == "yarn" and parameters.get("original_max_position_embeddings") is None:
         parameters["original_max_position_embeddings"] = hf_number(raw, "max_position_embeddings")
     return make_rope(int(head_dim * partial), theta, kind, parameters, where)
 
 
 class GgufKeys:
-    """Metadata `<architecture>.*` of a GGUF file, read key by key; keys nobody asked for are refused at the end."""
+    """Metadata `<architecture>.*` of a GGUF file, read key by key; keys nobody asked for are
+    refused at the end.
+    """
 
     def __init__(self, metadata: Mapping[str, Any]) -> None:
         self.architecture = str(metadata["general.architecture"])
         prefix = f"{self.architecture}."
-        self._values = {key[len(prefix) :]: value for key, value in metadata.items() if key.startswith(prefix)}
+        self._values = {
+            key[len(prefix) :]: value for key, value in metadata.items() if key.startswith(prefix)
+        }
         self._read: set[str] = set()
 
     def number(self, key: str, kind: type = int, default: Any = None) -> Any:
@@ -252,7 +309,8 @@ class GgufKeys:
             return default
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise UnsupportedModelError(
-                f"GGUF metadata: {self.architecture}.{key} must be one number for all layers, got {value!r}"
+                f"GGUF metadata: {self.architecture}.{key} must be one number for all layers, got "
+                f"{value!r}"
             )
         return kind(value)
 
@@ -261,22 +319,30 @@ class GgufKeys:
         return str(self._values.get(key, default))
 
     def expect(self, key: str, *off: Any) -> None:
-        """Raises unless `key` is missing or has one of the values `off`, with which it changes nothing."""
+        """Raises unless `key` is missing or has one of the values `off`, with which it changes
+        nothing.
+        """
         self._read.add(key)
         value = self._values.get(key)
         scalar = isinstance(value, (bool, int, float, str))  # else an array, which no `off` is
         if value is not None and not (scalar and value in off):
-            raise UnsupportedModelError(f"GGUF metadata: {self.architecture}.{key} = {value!r} is not supported")
+            raise UnsupportedModelError(
+                f"GGUF metadata: {self.architecture}.{key} = {value!r} is not supported"
+            )
 
     def refuse_the_rest(self) -> None:
         rest = sorted(set(self._values) - self._read)
         if rest:
             named = ", ".join(f"{self.architecture}.{key} = {self._values[key]!r}" for key in rest)
-            raise UnsupportedModelError(f"GGUF metadata of an unknown kind of {self.architecture} model: {named}")
+            raise UnsupportedModelError(
+                f"GGUF metadata of an unknown kind of {self.architecture} model: {named}"
+            )
 
 
 def rope_from_gguf(keys: GgufKeys, head_dim: int, factors: tuple[float, ...] | None) -> RopeConfig:
-    """Rotation of a GGUF file. factors: the values of its tensor `rope_freqs.weight`, if it has one."""
+    """Rotation of a GGUF file. factors: the values of its tensor `rope_freqs.weight`, if it has
+    one.
+    """
     where = f"GGUF metadata of {keys.architecture!r}"
     kind = keys.text("rope.scaling.type", "default")
     factor = keys.number("rope.scaling.factor", float, 0.0)

@@ -1,4 +1,6 @@
-"""Llama and its relatives: Llama, SmolLM, Mistral, Qwen2, Qwen3. They differ by configuration alone."""
+"""Llama and its relatives: Llama, SmolLM, Mistral, Qwen2, Qwen3. They differ by configuration
+alone.
+"""
 
 from __future__ import annotations
 
@@ -30,9 +32,11 @@ _ACTIVATIONS = {
 
 
 def program(config: ModelConfig) -> tuple[Step, ...]:
-    """The steps of the whole model: pre-norm blocks of attention and a gated MLP on a residual stream `h`.
+    """The steps of the whole model: pre-norm blocks of attention and a gated MLP on a residual
+    stream `h`.
 
-    The sum of a block's output `r` and `h` is taken by the norm that follows, so that a row is read and written once.
+    The sum of a block's output `r` and `h` is taken by the norm that follows, so that a row is read
+    and written once.
     """
     heads = (config.q_heads, config.kv_heads, config.head_dim)
     steps: list[Step] = [Embed("h", "embed.weight")]
@@ -40,7 +44,9 @@ def program(config: ModelConfig) -> tuple[Step, ...]:
         at = f"layers.{i}"
 
         def linear(dst: str, src: str, name: str, has_bias: bool, at: str = at) -> Linear:
-            return Linear(dst, src, f"{at}.{name}.weight", f"{at}.{name}.bias" if has_bias else None)
+            return Linear(
+                dst, src, f"{at}.{name}.weight", f"{at}.{name}.bias" if has_bias else None
+            )
 
         residual = {"src": "h"} if i == 0 else {"src": "r", "add": "h"}
         steps += [
@@ -56,7 +62,9 @@ def program(config: ModelConfig) -> tuple[Step, ...]:
             ]
         steps += [
             KvAppend("rotated", "q", "k", "v", i, *heads),
-            Attention("o", "rotated", i, *heads, scale=config.head_dim**-0.5, window=config.windows[i]),
+            Attention(
+                "o", "rotated", i, *heads, scale=config.head_dim**-0.5, window=config.windows[i]
+            ),
             linear("r", "o", "o", config.o_bias),
             Norm("a", "r", f"{at}.ffn_norm.weight", add="h", eps=config.norm_eps),
             linear("g", "a", "gate", config.mlp_bias),
@@ -75,12 +83,21 @@ def program(config: ModelConfig) -> tuple[Step, ...]:
 def weights(config: ModelConfig) -> tuple[WeightDef, ...]:
     """Every weight that `program` names, in the order of the program."""
     q_width, kv_width = config.q_heads * config.head_dim, config.kv_heads * config.head_dim
-    # llama.cpp's converter puts the two halves of a rotation side by side in "llama" files, not in those of Qwen.
+    # llama.cpp's converter puts the two halves of a rotation side by side in "llama" files, not in
+    # those of Qwen.
     interleaved = config.family in ("llama", "mistral")
     q_rotary, k_rotary = (config.q_heads, config.kv_heads) if interleaved else (0, 0)
-    defs = [WeightDef("embed.weight", (config.vocab, config.hidden), "token_embd.weight", "model.embed_tokens.weight")]
+    defs = [
+        WeightDef(
+            "embed.weight",
+            (config.vocab, config.hidden),
+            "token_embd.weight",
+            "model.embed_tokens.weight",
+        )
+    ]
     for i in range(config.layers):
-        # name in the program, in GGUF, in transformers, [N, K] or [N], has a bias, heads whose rows are interleaved
+        # name in the program, in GGUF, in transformers, [N, K] or [N], has a bias, heads whose rows
+        # are interleaved
         for name, gguf, hf, shape, bias, rotary in (
             ("attn_norm", "attn_norm", "input_layernorm", (config.hidden,), False, 0),
             ("q", "attn_q", "self_attn.q_proj", (q_width, config.hidden), config.q_bias, q_rotary),
@@ -99,10 +116,20 @@ def weights(config: ModelConfig) -> tuple[WeightDef, ...]:
             for part, part_shape in (("weight", shape), ("bias", shape[:1])):
                 if part == "weight" or bias:
                     gguf_name, hf_name = f"blk.{i}.{gguf}.{part}", f"model.layers.{i}.{hf}.{part}"
-                    defs.append(WeightDef(f"layers.{i}.{name}.{part}", part_shape, gguf_name, hf_name, rotary))
-    defs.append(WeightDef("norm.weight", (config.hidden,), "output_norm.weight", "model.norm.weight"))
+                    defs.append(
+                        WeightDef(
+                            f"layers.{i}.{name}.{part}", part_shape, gguf_name, hf_name, rotary
+                        )
+                    )
+    defs.append(
+        WeightDef("norm.weight", (config.hidden,), "output_norm.weight", "model.norm.weight")
+    )
     if not config.tied:
-        defs.append(WeightDef("head.weight", (config.vocab, config.hidden), "output.weight", "lm_head.weight"))
+        defs.append(
+            WeightDef(
+                "head.weight", (config.vocab, config.hidden), "output.weight", "lm_head.weight"
+            )
+        )
     return tuple(defs)
 
 
@@ -125,11 +152,14 @@ def from_hf(raw: Mapping[str, Any]) -> ModelConfig:
 
     hidden, q_heads = hf_number(raw, "hidden_size"), hf_number(raw, "num_attention_heads")
     # Qwen3 has a head_dim of its own in transformers (128); elsewhere it follows from the width.
-    head_dim = hf_number(raw, "head_dim", int, 128 if family == "qwen3" else hidden // max(q_heads, 1))
+    head_dim = hf_number(
+        raw, "head_dim", int, 128 if family == "qwen3" else hidden // max(q_heads, 1)
+    )
     activation = raw.get("hidden_act", "silu")
     if activation not in _ACTIVATIONS:
         raise UnsupportedModelError(
-            f"config.json: hidden_act = {activation!r} is not supported; supported are {', '.join(_ACTIVATIONS)}"
+            f"config.json: hidden_act = {activation!r} is not supported; supported are "
+            f"{', '.join(_ACTIVATIONS)}"
         )
     bias = bool(raw.get("attention_bias", False))
     qkv_bias = bias or family == "qwen2"
@@ -142,7 +172,9 @@ def from_hf(raw: Mapping[str, Any]) -> ModelConfig:
         hidden=hidden,
         layers=hf_number(raw, "num_hidden_layers"),
         q_heads=q_heads,
-        kv_heads=q_heads if kv_heads is None else hf_number({"num_key_value_heads": kv_heads}, "num_key_value_heads"),
+        kv_heads=q_heads
+        if kv_heads is None
+        else hf_number({"num_key_value_heads": kv_heads}, "num_key_value_heads"),
         head_dim=head_dim,
         ffn=hf_number(raw, "intermediate_size"),
         norm_eps=hf_number(raw, "rms_norm_eps", float, 1e-6),
@@ -161,11 +193,15 @@ def from_hf(raw: Mapping[str, Any]) -> ModelConfig:
 
 
 def _windows_of_hf(raw: Mapping[str, Any], family: str) -> tuple[int, ...]:
-    """Positions seen per layer, 0 for all: every layer in Mistral, those from max_window_layers on in Qwen."""
+    """Positions seen per layer, 0 for all: every layer in Mistral, those from max_window_layers on
+    in Qwen.
+    """
     layers = hf_number(raw, "num_hidden_layers")
     if family == "llama":
         return (0,) * layers
-    window = int(raw.get("sliding_window", 4096) or 0)  # 4096 is transformers' default when the key is missing
+    window = int(
+        raw.get("sliding_window", 4096) or 0
+    )  # 4096 is transformers' default when the key is missing
     kinds = raw.get("layer_types")
     if family == "mistral" and kinds is None:
         return (window,) * layers
@@ -178,9 +214,13 @@ def _windows_of_hf(raw: Mapping[str, Any], family: str) -> tuple[int, ...]:
         raise ValueError(f"config.json: layer_types must name {layers} layers, got {len(kinds)}")
     unknown = sorted(set(kinds) - {"full_attention", "sliding_attention"})
     if unknown:
-        raise UnsupportedModelError(f"config.json: layer_types {', '.join(map(repr, unknown))} are not supported")
+        raise UnsupportedModelError(
+            f"config.json: layer_types {', '.join(map(repr, unknown))} are not supported"
+        )
     if "sliding_attention" in kinds and not window:
-        raise ValueError("config.json: layer_types asks for sliding_attention, but sliding_window is off")
+        raise ValueError(
+            "config.json: layer_types asks for sliding_attention, but sliding_window is off"
+        )
     return tuple(window if kind == "sliding_attention" else 0 for kind in kinds)
 
 
@@ -189,7 +229,8 @@ def from_gguf(
     shapes: Mapping[str, tuple[int, ...]],
     read: Callable[[str], Iterable[float]],
 ) -> ModelConfig:
-    """A ModelConfig from GGUF metadata. shapes: of the tensors by name, matrices as [N, K]; read: values of a vector.
+    """A ModelConfig from GGUF metadata. shapes: of the tensors by name, matrices as [N, K]; read:
+    values of a vector.
 
     Biases and an untied head are there when their tensors are, as in llama.cpp.
     """
@@ -202,7 +243,9 @@ def from_gguf(
     keys.expect("use_parallel_residual", False)
     keys.expect("attention.causal", True)
     keys.expect("attention.clamp_kqv", 0.0)
-    keys.text("tensor_data_layout", "")  # says that the rows of q and k are interleaved, as they are in every such file
+    keys.text(
+        "tensor_data_layout", ""
+    )  # says that the rows of q and k are interleaved, as they are in every such file
 
     hidden, q_heads = keys.number("embedding_length"), keys.number("attention.head_count")
     layers = keys.number("block_count")
@@ -211,11 +254,18 @@ def from_gguf(
     table = shapes.get("token_embd.weight")
     if table is None:
         raise ValueError("GGUF file has no tensor token_embd.weight")
-    keys.number("vocab_size", int, table[0])  # the table decides; some files count without the padding tokens
-    factors = tuple(float(x) for x in read("rope_freqs.weight")) if "rope_freqs.weight" in shapes else None
+    keys.number(
+        "vocab_size", int, table[0]
+    )  # the table decides; some files count without the padding tokens
+    factors = (
+        tuple(float(x) for x in read("rope_freqs.weight"))
+        if "rope_freqs.weight" in shapes
+        else None
+    )
     window = keys.number("attention.sliding_window", int, 0)
     q_bias, k_bias, v_bias, o_bias, mlp_bias = (
-        f"blk.0.{name}.bias" in shapes for name in ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate")
+        f"blk.0.{name}.bias" in shapes
+        for name in ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate")
     )
     config = ModelConfig(
         family=family,
@@ -250,6 +300,7 @@ LLAMA = Family(
     from_gguf=from_gguf,
     weights=weights,
     program=program,
-    # Frequencies of the rotation follow from the configuration (or are read by from_gguf); old files store them too.
+    # Frequencies of the rotation follow from the configuration (or are read by from_gguf); old
+    # files store them too.
     ignored=(r".*rotary_emb\.inv_freq", r"rope_freqs\.weight", r"blk\.\d+\.attn_rot_embd\.weight"),
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from .. import backends
-from ..cache import PagedKVCache, rope_table
+from ..cache import rope_table
 from ..generate import (
     MAX_BATCH,
     PREFILL_CHUNK,
@@ -23,7 +23,6 @@ from ..generate import (
     TextAssembler,
     TextStream,
     check_prompt,
-    common_prefix,
 )
 from ..loading import Checkpoint, Progress, Weight, load_gguf, load_hf_directory, load_hf_model
 from ..models import ModelConfig, RopeConfig
@@ -35,13 +34,13 @@ from .executor import ComposedExecutor, Executor, NativeExecutor
 from .keep import HoldsPacked
 from .linear import DenseLinear, QuantLinear
 from .norm import RMSNorm
+from .pool import ChatMemory, KvPool
 from .program import Linear, Norm, lower
 
 # A context beyond this costs memory for positions few programs use; ask for it with max_seq_len.
 DEFAULT_CONTEXT = 32768
 KV_DTYPES = ("float32", "float16", "bfloat16", "int8", "int4")
 ACTS = ("int8", "float")
-PAGE = 64  # tokens per page of the cache
 
 Prompt = str | Sequence[int] | torch.Tensor
 
@@ -53,49 +52,13 @@ class DecoderOutput:
     logits: torch.Tensor
 
 
-class KvPool:
-    """Sequences in a paged cache, and the model run on their next tokens."""
-
-    def __init__(self, decoder: QuantDecoder, tokens: Sequence[int]) -> None:
-        """tokens: for each sequence that is there at the same time, how many it may have."""
-        config = decoder.config
-        pages = sum(-(-count // PAGE) for count in tokens)
-        self._decoder = decoder
-        self._cache = PagedKVCache(
-            config.layers,
-            config.kv_heads,
-            config.head_dim,
-            dtype=decoder.kv_dtype,
-            page_size=PAGE,
-            max_tokens=pages * PAGE,
-        )
-
-    def add(self) -> int:
-        return self._cache.add()
-
-    def free(self, handle: int) -> None:
-        self._cache.free(handle)
-
-    def truncate(self, handle: int, length: int) -> None:
-        self._cache.truncate(handle, length)
-
-    def forward(self, parts: Sequence[tuple[int, Sequence[int]]], last_only: bool = True) -> torch.Tensor:
-        """Appends tokens to sequences. parts: (handle, its next tokens) -> logits [S, vocab] float32.
-
-        One row per part, of its last token, or with last_only=False one per token.
-        """
-        counts = [len(ids) for _, ids in parts]
-        ids = torch.tensor([token for _, part in parts for token in part], dtype=torch.int64)
-        batch = self._cache.reserve([handle for handle, _ in parts], counts)
-        select = torch.tensor(counts).cumsum(0) - 1 if last_only else torch.arange(ids.shape[0])
-        return self._decoder.executor()(ids, batch, select, self._cache)
-
-
 class QuantDecoder(nn.Module):
-    """A decoder-only language model whose matrices are packed weights. Make one with `from_pretrained`.
+    """A decoder-only language model whose matrices are packed weights. Make one with
+    `from_pretrained`.
 
-    config: its ModelConfig. act: "int8" or "float", how activations enter the matrices. kv_dtype: of the cache.
-    max_seq_len: tokens of the longest sequence, prompt included. settings: defaults of the generation.
+    config: its ModelConfig. act: "int8" or "float", how activations enter the matrices. kv_dtype:
+    of the cache. max_seq_len: tokens of the longest sequence, prompt included. settings: defaults
+    of the generation.
     """
 
     def __init__(
@@ -103,7 +66,7 @@ class QuantDecoder(nn.Module):
         checkpoint: Checkpoint,
         *,
         act: str = "auto",
-        kv_dtype: str = "auto",
+        kv_dtype: str | torch.dtype = "auto",
         max_seq_len: int | None = None,
         tokenizer: Any = None,
         started: float | None = None,
@@ -132,7 +95,7 @@ class QuantDecoder(nn.Module):
         self._defaults: GenerationSettings | None = None
         self._generation = checkpoint.generation
         self._eos_in_config = checkpoint.raw_config.get("eos_token_id")
-        self._chat: _ChatMemory | None = None
+        self._chat: ChatMemory | None = None
         self.load_seconds = time.perf_counter() - started
 
     @classmethod
@@ -151,27 +114,37 @@ class QuantDecoder(nn.Module):
     ) -> QuantDecoder:
         """Loads a model.
 
-        path_or_model: a GGUF file, a directory with config.json and safetensors or with one GGUF file, or a
+        path_or_model: a GGUF file, a directory with config.json and safetensors or with one GGUF
+        file, or a
             transformers model.
-        spec: how the matrices of a float checkpoint are quantized, as a QuantSpec or a scheme like "W4A16"; None keeps
-            them in its type. GGUF files are quantized already. embeddings: the same for the table of embeddings, and
-            with tied weights for the head.
-        device: "auto" or "cpu". act: "int8" quantizes activations at run time ("auto" on a CPU), "float" does not.
-        kv_dtype: of the KV cache: float32, float16 ("auto"), bfloat16, int8 or int4.
-        max_seq_len: tokens of the longest sequence; None: what the model was made for, at most 32768.
-        tokenizer: a transformers tokenizer, where the model does not come with one.
+        spec: how the matrices of a float checkpoint are quantized, as a QuantSpec or a scheme like
+        "W4A16"; None keeps
+            them in its type. GGUF files are quantized already. embeddings: the same for the table
+            of embeddings, and with tied weights for the head.
+        device: "auto" or "cpu". act: "int8" quantizes activations at run time ("auto" on a CPU),
+        "float" does not. kv_dtype: of the KV cache: float32, float16 ("auto"), bfloat16, int8 or
+        int4. max_seq_len: tokens of the longest sequence; None: what the model was made for, at
+        most 32768. tokenizer: a transformers tokenizer, where the model does not come with one.
         progress: called as progress(done, total, name of the tensor).
 
-        Raises CheckpointError (a ValueError) for a damaged or incomplete checkpoint, UnsupportedModelError (a
-        ValueError) for a model that there is no code for, ValueError for other arguments, FileNotFoundError for a path.
+        Raises CheckpointError (a ValueError) for a damaged or incomplete checkpoint,
+        UnsupportedModelError (a
+        ValueError) for a model that there is no code for, ValueError for other arguments,
+        FileNotFoundError for a path.
         """
         started = time.perf_counter()
         _check_device(device)
-        options = {"act": act, "kv_dtype": kv_dtype, "max_seq_len": max_seq_len}
         _one_of("act", act, ACTS, auto="int8")  # before minutes of loading
         _one_of("kv_dtype", _dtype_name(kv_dtype), KV_DTYPES, auto="float16")
         checkpoint = _load(path_or_model, _spec(spec), _spec(embeddings), progress)
-        return cls(checkpoint, **options, tokenizer=tokenizer, started=started)  # type: ignore[arg-type]
+        return cls(
+            checkpoint,
+            act=act,
+            kv_dtype=kv_dtype,
+            max_seq_len=max_seq_len,
+            tokenizer=tokenizer,
+            started=started,
+        )
 
     # Weights and how they run
 
@@ -191,13 +164,16 @@ class QuantDecoder(nn.Module):
             resolved: dict[str, Weight] = {}
             for path, module in self.named_modules():
                 for part, tensor in module.named_parameters(recurse=False):
-                    packed = isinstance(module, HoldsPacked) and part == "weight"
-                    resolved[f"{path}.{part}"] = module.packed if packed else tensor.detach()  # type: ignore[operator, assignment]
+                    resolved[f"{path}.{part}"] = tensor.detach()
+                    if isinstance(module, HoldsPacked) and part == "weight":
+                        resolved[f"{path}.{part}"] = module.packed
             resolved["rope"] = angles(self.config.rope, self.max_seq_len).to(self.device)
             self._resolved = resolved
         return self._resolved
 
-    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> QuantDecoder:
+    def _apply(
+        self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True
+    ) -> QuantDecoder:
         super()._apply(fn, recurse)
         self._resolved = self._executor = self._chat = None  # they hold the tensors from before
         return self
@@ -217,22 +193,28 @@ class QuantDecoder(nn.Module):
             weights = self._weights()
             steps = lower(self._steps, self._act_group)
             native = self.composed_because() is None
-            self._executor = (key, NativeExecutor(steps, weights) if native else ComposedExecutor(steps, weights))
+            self._executor = (
+                key,
+                NativeExecutor(steps, weights) if native else ComposedExecutor(steps, weights),
+            )
         return self._executor[1]
 
     def _act_group(self, name: str) -> int:
-        """Columns per scale of the int8 activations that enter weight `name`; 0: float activations."""
+        """Columns per scale of the int8 activations that enter weight `name`; 0: float ones."""
         weight = self._weights()[name]
-        plain_order = isinstance(weight, PackedWeight) and weight.perm is None
-        return default_act_group(weight) if self.act == "int8" and plain_order else 0  # type: ignore[arg-type]
+        if self.act == "float" or not isinstance(weight, PackedWeight) or weight.perm is not None:
+            return 0
+        return default_act_group(weight)
 
     def composed_because(self) -> str | None:
-        """Why the model runs op by op and not as one native call per step; None if it does run natively."""
+        """Why the model runs op by op and not as one native call per step; None if it does run
+        natively.
+        """
         if self.device.type != "cpu":
             return f"the native step needs the CPU, the weights are on {self.device}"
-        row = backends.choose("decoder_step", "cpu", {}).row.name
-        if row != "cpu":
-            return f"the backend in force is {row!r}"
+        backend = backends.current()[0]
+        if backend not in ("auto", "cpu"):
+            return f"the backend in force is {backend!r}"
         for step in self._steps:
             if isinstance(step, Linear):
                 weight = self._weights()[step.weight]
@@ -240,9 +222,10 @@ class QuantDecoder(nn.Module):
                     return f"{step.weight} is dense ({weight.dtype})"
                 if weight.perm is not None:
                     return f"{step.weight} has its columns in act-order"
-                group = self._act_group(step.weight)
-                op, act = ("linear_quant", "int8") if group else ("linear", "float")
-                choice = backends.choose(op, "cpu", {"weight": weight.kind, "act": act, "act_group": group})
+                act_group = self._act_group(step.weight)
+                op, act = ("linear_quant", "int8") if act_group else ("linear", "float")
+                case = {"weight": weight.kind, "act": act, "group": weight.group}
+                choice = backends.choose(op, "cpu", {**case, "act_group": act_group})
                 if choice.row.name != "cpu":
                     return f"{step.weight}: " + "; ".join(reason for _, reason in choice.reasons)
         table = self._weights()["embed.weight"]
@@ -255,26 +238,45 @@ class QuantDecoder(nn.Module):
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of the weights that one decode step reads: all but a table that only the lookup uses."""
+        """Bytes of the weights that one decode step reads: all but a table that only the lookup
+        uses.
+        """
         used = {s.weight for s in self._steps if isinstance(s, Linear)}
         table = next(iter(self.children())) if "embed.weight" not in used else None
-        unused = 0 if table is None else sum(t.nbytes for t in (*table.parameters(), *table.buffers()))
+        unused = (
+            0 if table is None else sum(t.nbytes for t in (*table.parameters(), *table.buffers()))
+        )
         return self.nbytes - unused
 
     def forward(self, input_ids: torch.Tensor, logits_to_keep: int = 0) -> DecoderOutput:
         """Logits of whole sequences, without a cache that lasts.
 
-        input_ids: [B, T] integers -> logits [B, T, vocab] float32, or [B, logits_to_keep, vocab] of the last positions.
-        Raises ValueError for ids out of range or longer than the context, TypeError for other types.
+        input_ids: [B, T] integers -> logits [B, T, vocab] float32, or [B, logits_to_keep, vocab] of
+        the last positions.
+        Raises ValueError for ids out of range or longer than the context, TypeError for other
+        types.
         """
-        if not isinstance(input_ids, torch.Tensor) or input_ids.dtype not in (torch.int64, torch.int32):
-            what = input_ids.dtype if isinstance(input_ids, torch.Tensor) else type(input_ids).__name__
+        if not isinstance(input_ids, torch.Tensor) or input_ids.dtype not in (
+            torch.int64,
+            torch.int32,
+        ):
+            what = (
+                input_ids.dtype if isinstance(input_ids, torch.Tensor) else type(input_ids).__name__
+            )
             raise TypeError(f"input_ids must be an int64 or int32 tensor, got {what}")
         if input_ids.dim() != 2 or input_ids.shape[1] == 0:
-            raise ValueError(f"input_ids must have shape [B, T] with T > 0, got {list(input_ids.shape)}")
+            raise ValueError(
+                f"input_ids must have shape [B, T] with T > 0, got {list(input_ids.shape)}"
+            )
         count, length = input_ids.shape
-        if isinstance(logits_to_keep, bool) or not isinstance(logits_to_keep, int) or logits_to_keep < 0:
-            raise ValueError(f"logits_to_keep must be a non-negative integer, got {logits_to_keep!r}")
+        if (
+            isinstance(logits_to_keep, bool)
+            or not isinstance(logits_to_keep, int)
+            or logits_to_keep < 0
+        ):
+            raise ValueError(
+                f"logits_to_keep must be a non-negative integer, got {logits_to_keep!r}"
+            )
         keep = min(logits_to_keep or length, length)
         prompts = [
             check_prompt(row, self.config.vocab, self.max_seq_len, f"input_ids[{i}]")
@@ -289,7 +291,9 @@ class QuantDecoder(nn.Module):
                 wanted = max(start, length - keep)  # rows from here on are kept
                 out = pool.forward([(handle, prompt[start:stop])], last_only=stop <= wanted)
                 if stop > wanted:
-                    logits[row, wanted - (length - keep) : stop - (length - keep)] = out[wanted - start :]
+                    logits[row, wanted - (length - keep) : stop - (length - keep)] = out[
+                        wanted - start :
+                    ]
         return DecoderOutput(logits)
 
     # Text
@@ -303,17 +307,23 @@ class QuantDecoder(nn.Module):
 
     @property
     def tokenizer(self) -> Any:
-        """The model's tokenizer as a transformers tokenizer (needs transformers; made when first asked for)."""
+        """The model's tokenizer as a transformers tokenizer (needs transformers; made when first
+        asked for).
+        """
         return self.text.transformers
 
     @property
     def settings(self) -> GenerationSettings:
-        """Generation settings of the model: its generation_config.json, and the ends of sequence of its tokenizer."""
+        """Generation settings of the model: its generation_config.json, and the ends of sequence of
+        its tokenizer.
+        """
         if self._defaults is None:
             settings = GenerationSettings.from_generation_config(self._generation)
             if not settings.eos_ids:
                 eos = self._eos_in_config
-                listed = tuple(eos) if isinstance(eos, (list, tuple)) else () if eos is None else (eos,)
+                listed = (
+                    tuple(eos) if isinstance(eos, (list, tuple)) else () if eos is None else (eos,)
+                )
                 settings = settings.updated(eos_ids=listed or self._eos_of_tokenizer())
             self._defaults = settings
         return self._defaults
@@ -321,7 +331,9 @@ class QuantDecoder(nn.Module):
     def _eos_of_tokenizer(self) -> tuple[int, ...]:
         try:
             return self.text.eos_ids
-        except LookupError:  # a model without a tokenizer generates from ids, and has no end of sequence
+        except (
+            LookupError
+        ):  # a model without a tokenizer generates from ids, and has no end of sequence
             return ()
 
     def encode(self, prompt: Prompt, which: str = "prompt") -> list[int]:
@@ -333,36 +345,49 @@ class QuantDecoder(nn.Module):
             ids = self.text.encode(prompt)
         elif isinstance(prompt, torch.Tensor):
             if prompt.dim() != 1 or prompt.is_floating_point():
-                raise ValueError(f"{which}: expected integer ids of shape [T], got {prompt.dtype} {list(prompt.shape)}")
+                raise ValueError(
+                    f"{which}: expected integer ids of shape [T], got {prompt.dtype} "
+                    f"{list(prompt.shape)}"
+                )
             ids = prompt.tolist()
         elif isinstance(prompt, Sequence):
             ids = prompt
         else:
-            raise TypeError(f"{which}: expected a text or a list of token ids, got {type(prompt).__name__}")
+            raise TypeError(
+                f"{which}: expected a text or a list of token ids, got {type(prompt).__name__}"
+            )
         return check_prompt(ids, self.config.vocab, self.max_seq_len, which)
 
     def _request(self, index: int, ids: list[int], settings: GenerationSettings) -> Request:
-        return Request(index, list(ids), len(ids), TextAssembler(self.text.stream_decoder(), settings.stop))
+        return Request(
+            index, list(ids), len(ids), TextAssembler(self.text.stream_decoder(), settings.stop)
+        )
 
     def _room(self, request: Request, settings: GenerationSettings) -> int:
         return min(request.prompt + settings.max_new_tokens, self.max_seq_len)
 
     def stream(self, prompt: Prompt, **changes: Any) -> TextStream:
-        """Text of one prompt as it is decoded: an iterator over pieces that never break a character.
+        """Text of one prompt as it is decoded: an iterator over pieces that never break a
+        character.
 
-        prompt: text or ids. changes: of `settings`, see GenerationSettings. The stream then has .text, .tokens,
+        prompt: text or ids. changes: of `settings`, see GenerationSettings. The stream then has
+        .text, .tokens,
         .finish_reason and .timings. Raises ValueError or TypeError before anything runs.
         """
         start = time.perf_counter()
         settings = self.settings.updated(**changes)
         request = self._request(0, self.encode(prompt), settings)
-        loop = Loop(KvPool(self, [self._room(request, settings)]), [request], settings, self.max_seq_len)
+        loop = Loop(
+            KvPool(self, [self._room(request, settings)]), [request], settings, self.max_seq_len
+        )
         return TextStream(request, loop, loop.run(start), self.load_seconds)
 
     def generate(self, prompts: Prompt | Sequence[Prompt], **changes: Any) -> GenerationOutput:
-        """Completes one prompt or a list of prompts of any lengths, together, each until its own end.
+        """Completes one prompt or a list of prompts of any lengths, together, each until its own
+        end.
 
-        prompts: a text, a list of ids, or a list of these. changes: of `settings`. Raises as `stream` does.
+        prompts: a text, a list of ids, or a list of these. changes: of `settings`. Raises as
+        `stream` does.
         """
         start = time.perf_counter()
         settings = self.settings.updated(**changes)
@@ -387,20 +412,26 @@ class QuantDecoder(nn.Module):
     ) -> TextStream | GenerationOutput:
         """The answer to a conversation, by the model's chat template.
 
-        messages: [{"role": "user", "content": "..."}, ...]. stream: a TextStream, else a GenerationOutput. The keys and
-        values of the conversation stay in memory, and what the next call has in common with it is not computed again;
-        `reset_chat` forgets them. Raises ValueError for messages or a model without a template, and as `stream` does.
+        messages: [{"role": "user", "content": "..."}, ...]. stream: a TextStream, else a
+        GenerationOutput. The keys and values of the conversation stay in memory, and what the next
+        call has in common with it is not computed again;
+        `reset_chat` forgets them. Raises ValueError for messages or a model without a template, and
+        as `stream` does.
         """
         start = time.perf_counter()
         settings = self.settings.updated(**changes)
-        ids = check_prompt(self.text.chat(messages), self.config.vocab, self.max_seq_len, "conversation")
+        ids = check_prompt(
+            self.text.chat(messages), self.config.vocab, self.max_seq_len, "conversation"
+        )
         if self._chat is None:
-            self._chat = _ChatMemory(self)
+            self._chat = ChatMemory(self)
         request = self._request(0, ids, settings)
         memory = self._chat.take(request)
         loop = Loop(memory.pool, [request], settings, self.max_seq_len, keep=True)
         loop.timings.reused_tokens = request.done
-        answer = TextStream(request, loop, memory.watch(request, loop.run(start)), self.load_seconds)
+        answer = TextStream(
+            request, loop, memory.watch(request, loop.run(start)), self.load_seconds
+        )
         if stream:
             return answer
         text = "".join(answer)
@@ -411,45 +442,8 @@ class QuantDecoder(nn.Module):
         self._chat = None
 
 
-class _ChatMemory:
-    """The cache of a conversation and the tokens in it."""
-
-    def __init__(self, decoder: QuantDecoder) -> None:
-        self.pool = KvPool(decoder, [decoder.max_seq_len])
-        self._handle = self.pool.add()
-        self._ids: list[int] = []
-        self._owner: Request | None = None
-
-    def take(self, request: Request) -> _ChatMemory:
-        """Gives the cache to a request, with as much of it as both have in common."""
-        if self._owner is not None:
-            self._settle(self._owner)
-        # The last token of the prompt is always run: its logits are the first new token's.
-        shared = min(common_prefix(self._ids, request.ids), request.prompt - 1)
-        self.pool.truncate(self._handle, shared)
-        self._ids = self._ids[:shared]
-        request.handle, request.done, self._owner = self._handle, shared, request
-        return self
-
-    def watch(self, request: Request, pieces: Iterator[Any]) -> Iterator[Any]:
-        """The pieces; at the end, also an early one, the cache holds exactly what the request has run."""
-        try:
-            for piece in pieces:
-                if self._owner is not request:
-                    raise RuntimeError("chat: this answer cannot go on, a later call of chat has taken its cache")
-                yield piece
-        finally:
-            if self._owner is request:
-                self._settle(request)
-
-    def _settle(self, request: Request) -> None:
-        self._ids = request.ids[: request.done]
-        self.pool.truncate(self._handle, request.done)  # an interrupted step may have reserved more
-        self._owner = None
-
-
 def angles(rope: RopeConfig, positions: int) -> torch.Tensor:
-    """[positions, rotary dim] float32: the table of cosines and sines that `kv_append` rotates by."""
+    """[positions, rotary dim] float32: the cosines and sines that `kv_append` rotates by."""
     if rope.factors is None:
         return rope_table(rope.dim, positions, rope.theta, rope.scaling or None)
     exponents = torch.arange(0, rope.dim, 2, dtype=torch.float64) / rope.dim
@@ -458,7 +452,9 @@ def angles(rope: RopeConfig, positions: int) -> torch.Tensor:
     return torch.cat((turned.cos(), turned.sin()), dim=1).float()
 
 
-def _module_of(name: str, weight: Weight, bias: Weight | None, eps: Mapping[str, float], act: str) -> nn.Module:
+def _module_of(
+    name: str, weight: Weight, bias: Weight | None, eps: Mapping[str, float], act: str
+) -> nn.Module:
     if bias is not None and isinstance(bias, PackedWeight):
         raise TypeError(f"{name}: a bias cannot be packed")
     if name in eps:
@@ -466,8 +462,14 @@ def _module_of(name: str, weight: Weight, bias: Weight | None, eps: Mapping[str,
             raise TypeError(f"{name}: the weight of a norm cannot be packed")
         return RMSNorm(weight, eps[name], bias)
     if name == "embed.weight":
-        return QuantEmbedding(weight) if isinstance(weight, PackedWeight) else DenseEmbedding(weight)
-    return QuantLinear(weight, bias, act) if isinstance(weight, PackedWeight) else DenseLinear(weight, bias)
+        return (
+            QuantEmbedding(weight) if isinstance(weight, PackedWeight) else DenseEmbedding(weight)
+        )
+    return (
+        QuantLinear(weight, bias, act)
+        if isinstance(weight, PackedWeight)
+        else DenseLinear(weight, bias)
+    )
 
 
 def _prompt_list(prompts: Any) -> list[Any]:
@@ -476,7 +478,9 @@ def _prompt_list(prompts: Any) -> list[Any]:
     if isinstance(prompts, torch.Tensor):
         return [prompts] if prompts.dim() == 1 else list(prompts)
     if not isinstance(prompts, Sequence):
-        raise TypeError(f"prompts: expected a text, token ids or a list of them, got {type(prompts).__name__}")
+        raise TypeError(
+            f"prompts: expected a text, token ids or a list of them, got {type(prompts).__name__}"
+        )
     if len(prompts) == 0:
         raise ValueError("prompts: expected at least one, got an empty list")
     return [prompts] if isinstance(prompts[0], int) else list(prompts)
@@ -486,7 +490,8 @@ def _check_device(device: str | torch.device) -> None:
     kind = "cpu" if device == "auto" else torch.device(device).type
     if kind != "cpu":
         raise ValueError(
-            f"device {str(device)!r} is not supported: QuantDecoder runs on the CPU. On CUDA, this version has single ops "
+            f"device {str(device)!r} is not supported: QuantDecoder runs on the CPU. On CUDA, this "
+            f"version has single ops "
             "only; `qkernels info` lists them"
         )
 
@@ -495,7 +500,9 @@ def _one_of(name: str, value: Any, known: Sequence[str], auto: str) -> str:
     if value == "auto":
         return auto
     if value not in known:
-        raise ValueError(f"{name} must be auto, {' or '.join([', '.join(known[:-1]), known[-1]])}, got {value!r}")
+        raise ValueError(
+            f"{name} must be auto, {' or '.join([', '.join(known[:-1]), known[-1]])}, got {value!r}"
+        )
     return str(value)
 
 
@@ -509,7 +516,9 @@ def _context(max_seq_len: int | None, config: ModelConfig) -> int:
     if isinstance(max_seq_len, bool) or not isinstance(max_seq_len, int) or max_seq_len < 1:
         raise ValueError(f"max_seq_len must be a positive integer, got {max_seq_len!r}")
     if max_seq_len > config.max_position:
-        raise ValueError(f"max_seq_len {max_seq_len} exceeds the {config.max_position} positions of the model")
+        raise ValueError(
+            f"max_seq_len {max_seq_len} exceeds the {config.max_position} positions of the model"
+        )
     return max_seq_len
 
 
@@ -522,16 +531,22 @@ def _spec(spec: Any) -> QuantSpec | None:
 
 
 def _load(
-    path_or_model: Any, spec: QuantSpec | None, embeddings: QuantSpec | None, progress: Progress | None
+    path_or_model: Any,
+    spec: QuantSpec | None,
+    embeddings: QuantSpec | None,
+    progress: Progress | None,
 ) -> Checkpoint:
     if isinstance(path_or_model, nn.Module):
         if not hasattr(path_or_model, "config"):
             raise TypeError(
-                f"expected a path or a transformers model, got a {type(path_or_model).__name__} without config"
+                f"expected a path or a transformers model, got a {type(path_or_model).__name__} "
+                f"without config"
             )
         return load_hf_model(path_or_model, spec, embeddings, progress)
     if not isinstance(path_or_model, (str, Path)):
-        raise TypeError(f"expected a path or a transformers model, got {type(path_or_model).__name__}")
+        raise TypeError(
+            f"expected a path or a transformers model, got {type(path_or_model).__name__}"
+        )
     path = Path(path_or_model).expanduser()
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file or directory")
@@ -541,8 +556,13 @@ def _load(
         found = sorted(path.glob("*.gguf"))
         if len(found) != 1:
             names = ", ".join(p.name for p in found) or "neither"
-            raise ValueError(f"{path}: expected config.json or exactly one GGUF file, found {names}")
+            raise ValueError(
+                f"{path}: expected config.json or exactly one GGUF file, found {names}"
+            )
         path = found[0]
     if spec is not None or embeddings is not None:
-        raise ValueError(f"{path}: spec and embeddings are for float checkpoints; a GGUF file is quantized already")
+        raise ValueError(
+            f"{path}: spec and embeddings are for float checkpoints; a GGUF file is quantized "
+            f"already"
+        )
     return load_gguf(path, progress)

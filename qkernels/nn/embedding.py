@@ -11,7 +11,9 @@ from .keep import HoldsPacked, KeepsTypes
 
 
 class QuantEmbedding(HoldsPacked):
-    """Rows of a packed table: ids [...] int64 -> [..., K] float32. Raises RuntimeError for an id out of range."""
+    """Rows of a packed table: ids [...] int64 -> [..., K] float32. Raises RuntimeError for an id
+    out of range.
+    """
 
     def __init__(self, packed: PackedWeight) -> None:
         super().__init__()
@@ -26,7 +28,9 @@ class QuantEmbedding(HoldsPacked):
 
 
 class DenseEmbedding(KeepsTypes):
-    """Rows of a float table in the type that its checkpoint has: ids [...] int64 -> [..., K] float32."""
+    """Rows of a float table in the type that its checkpoint has: ids [...] int64 -> [..., K]
+    float32.
+    """
 
     def __init__(self, weight: torch.Tensor) -> None:
         super().__init__()

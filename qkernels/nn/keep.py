@@ -1,4 +1,6 @@
-"""Modules whose tensors change device but never their type, and those of them that hold a packed weight."""
+"""Modules whose tensors change device but never their type, and those of them that hold a packed
+weight.
+"""
 
 from __future__ import annotations
 
@@ -11,14 +13,22 @@ from torch import nn
 from ..quant import PackedWeight, QuantSpec
 
 _INTEGER_OF_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-_TENSORS = ("scale", "zero", "block_scale", "block_zero", "table", "perm")  # of a PackedWeight, beside its codes
+_TENSORS = (
+    "scale",
+    "zero",
+    "block_scale",
+    "block_zero",
+    "table",
+    "perm",
+)  # of a PackedWeight, beside its codes
 
 
 class KeepsTypes(nn.Module):
-    """`.half()`, `.bfloat16()` and `.to(dtype)` leave the tensors of such a module alone; `.to(device)` moves them.
+    """`.half()`, `.bfloat16()` and `.to(dtype)` leave the tensors of such a module alone;
+    `.to(device)` moves them.
 
-    Scales and minima are part of a format, and the kernels take norm weights and biases in float32: a cast would change
-    values, or make the next call fail.
+    Scales and minima are part of a format, and the kernels take norm weights and biases in float32:
+    a cast would change values, or make the next call fail.
     """
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
@@ -32,10 +42,12 @@ class KeepsTypes(nn.Module):
 
 
 class HoldsPacked(KeepsTypes):
-    """Keeps a PackedWeight as tensors of the module: the codes in `.weight`, the rest under their own names.
+    """Keeps a PackedWeight as tensors of the module: the codes in `.weight`, the rest under their
+    own names.
 
-    weight: [Np, Kp * bits / 8] int8. It is two-dimensional and int8 because that is what PEFT and tensor-parallel
-    loaders look for; a float `.weight` would make PEFT's merge drop the adapter without a word.
+    weight: [Np, Kp * bits / 8] int8. It is two-dimensional and int8 because that is what PEFT and
+    tensor-parallel loaders look for; a float `.weight` would make PEFT's merge drop the adapter
+    without a word.
     """
 
     weight: torch.Tensor

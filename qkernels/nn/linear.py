@@ -13,34 +13,43 @@ from .keep import HoldsPacked, KeepsTypes
 class QuantLinear(HoldsPacked, nn.Linear):
     """y = x W^T + bias with a packed W.
 
-    x: [..., K] float32, float16 or bfloat16; y: [..., N] of its type. bias: [N], kept in float32, or None.
-    act: "int8" quantizes x at run time, "float" does not, "auto" depends on the device.
+    x: [..., K] float32, float16 or bfloat16; y: [..., N] of its type. bias: [N], kept in float32,
+    or None. act: "int8" quantizes x at run time, "float" does not, "auto" depends on the device.
     """
 
-    def __init__(self, packed: PackedWeight, bias: torch.Tensor | None = None, act: str = "auto") -> None:
+    def __init__(
+        self, packed: PackedWeight, bias: torch.Tensor | None = None, act: str = "auto"
+    ) -> None:
         nn.Module.__init__(self)  # not that of nn.Linear, which would allocate a float weight
         if bias is not None and bias.shape != (packed.n,):
-            raise ValueError(f"QuantLinear: expected a bias of shape [{packed.n}], got {list(bias.shape)}")
+            raise ValueError(
+                f"QuantLinear: expected a bias of shape [{packed.n}], got {list(bias.shape)}"
+            )
         self.in_features, self.out_features = packed.k, packed.n
         self.act = act
         self._hold(packed)
         self.bias = None if bias is None else nn.Parameter(bias.float(), requires_grad=False)
 
     def reset_parameters(self) -> None:
-        raise RuntimeError("QuantLinear: a packed weight cannot be initialised; make a new layer from a PackedWeight")
+        raise RuntimeError(
+            "QuantLinear: a packed weight cannot be initialised; make a new layer from a "
+            "PackedWeight"
+        )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return ops.linear(x, self.packed, self.bias, act=self.act)
 
     def extra_repr(self) -> str:
-        return f"{self.in_features}, {self.out_features}, {self.spec}, act={self.act}, bias={self.bias is not None}"
+        shape = f"{self.in_features}, {self.out_features}"
+        return f"{shape}, {self.spec}, act={self.act}, bias={self.bias is not None}"
 
 
 class DenseLinear(KeepsTypes):
     """y = x W^T + bias with a float W in the type that its checkpoint has.
 
-    weight: [N, K] float32, float16 or bfloat16. x is rounded to that type first, products are accumulated as
-    torch.nn.functional.linear does for it, y is [..., N] float32, and the float32 bias is added last.
+    weight: [N, K] float32, float16 or bfloat16. x is rounded to that type first, products are
+    accumulated as torch.nn.functional.linear does for it, y is [..., N] float32, and the float32
+    bias is added last.
     """
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
@@ -54,4 +63,5 @@ class DenseLinear(KeepsTypes):
         return y if self.bias is None else y + self.bias
 
     def extra_repr(self) -> str:
-        return f"{self.in_features}, {self.out_features}, {self.weight.dtype}, bias={self.bias is not None}"
+        shape = f"{self.in_features}, {self.out_features}"
+        return f"{shape}, {self.weight.dtype}, bias={self.bias is not None}"
