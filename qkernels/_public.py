@@ -4,10 +4,20 @@ library.
 
 from __future__ import annotations
 
-from . import _library, ops
+from . import _library, nn, ops
 from .backends import backend, set_backend
+from .nn.decoder import QuantDecoder
 from .quant import PackedWeight, PlainWeight, QuantSpec
 
 _library.load()
 
-__all__ = ["PackedWeight", "PlainWeight", "QuantSpec", "backend", "ops", "set_backend"]
+__all__ = [
+    "PackedWeight",
+    "PlainWeight",
+    "QuantDecoder",
+    "QuantSpec",
+    "backend",
+    "nn",
+    "ops",
+    "set_backend",
+]
