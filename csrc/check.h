@@ -94,6 +94,16 @@ inline void expect(const char* op, const char* name, const Tensor& t, ScalarType
   check(t.is_contiguous(), op, name, " must be contiguous; call .contiguous() on it");
 }
 
+inline std::string device_name(const Tensor& t) {
+  return t.is_cpu() ? "cpu" : t.is_cuda() ? "cuda:" + std::to_string(t.get_device_index()) : "another device";
+}
+// The dispatcher goes by all tensors together: a kernel for CUDA may be handed one that is on the CPU.
+inline void same_device(const char* op, const char* name, const Tensor& t, const char* first, const Tensor& like) {
+  const bool same = t.is_cpu() == like.is_cpu() && t.is_cuda() == like.is_cuda() &&
+                    t.get_device_index() == like.get_device_index();
+  check(same, op, name, " is on ", device_name(t), ", but ", first, " is on ", device_name(like));
+}
+
 // [..., D] rows: the last dimension dense, rows a constant stride apart. Returns that stride in elements.
 inline int64_t row_stride(const char* op, const char* name, const Tensor& t) {
   check(t.dim() == 2, op, name, " must have 2 dimensions, got ", shape_of(t));
@@ -174,6 +184,7 @@ inline Weight make_weight(const char* op, const Tensor& codes, const Tensor& sca
   }
   if (table) {
     check(bits == 4, op, "a table of 16 values needs bits = 4, got ", bits);
+    check(w.zero_kind == Zero::symmetric, op, "a table has its own zero: it takes no zero points and no minima");
     expect(op, "table", *table, ScalarType::Char, {16});
     w.table = data<int8_t>(table);
   }

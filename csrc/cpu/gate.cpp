@@ -1,5 +1,5 @@
 // gate, gate_quant: an activation, times up where there is one.
-#include "act.h"
+#include "../act.h"
 #include "kernels.h"
 #include "run.h"
 

@@ -1,5 +1,5 @@
 // quantize_act: float activations to int8 codes, a scale per group, and the sums of 16 codes.
-#include "act.h"
+#include "../act.h"
 #include "kernels.h"
 #include "run.h"
 

@@ -1,27 +1,28 @@
-// RMSNorm and LayerNorm with an optional residual add: y = (v - mean) / sqrt(var + eps) * weight + bias over rows
-// v = x + residual; RMSNorm has mean = 0. Statistics and arithmetic in float32.
+// RMSNorm and LayerNorm over rows v = x + residual: y = (v - mean) / sqrt(var + eps) * weight + bias, where RMSNorm has
+// mean = 0. float32 inside; y leaves in x's type or as int8 codes. Sources of a row, its length and its output:
 //
-// A row is cut into pieces of 16 bytes. Up to 8,192 columns they stay in registers between the two uses, so global
-// memory is read once:
+// - norm_registers_kernel: up to 16,384 columns, every row 16-byte aligned. Global memory is read once; the row stays
+//   in registers between its two uses, cut into pieces of 16 bytes:
 //
-//   piece (i, lane) = columns [(i * kLanes + lane) * kPer, ... + kPer)      i < kVectors, kPer = 16 / sizeof(T)
+//     piece (i, lane) = columns [(i * kLanes + lane) * kPer, ... + kPer)      i < kVectors, kPer = 16 / sizeof(T)
 //
-// with a warp per row (8 rows per block) up to 128 pieces, and a block per row beyond. Longer rows, and rows whose
-// addresses are not multiples of 16, are read again for every use; the later reads find them in L2.
-// weight and bias are float32, hence twice the bytes of a 16-bit row, and come from L1 after a block's first row:
-// x goes past L1 so as not to displace them.
+//   A warp per row (8 rows in a block) up to 128 pieces, a block of 256 or 512 threads per row beyond.
+//   weight and bias are float32, so twice the bytes of a 16-bit row; x goes past L1 to leave them there.
+// - norm_loop_kernel: any length and alignment, a block per row. Reads again for every use, from L2.
 #pragma once
 #include "../args.h"
-#include "ptx.cuh"
+#include "quantize.cuh"
 
 namespace qk {
 
 constexpr int kNormThreads = 256;
-constexpr int kNormWarps = kNormThreads / 32;
+
+template <int kLanes>
+constexpr int kNormBlock = kLanes > kNormThreads ? kLanes : kNormThreads;
 
 // Sum over the kLanes threads of a row; every thread gets the same bits, whatever the schedule.
 template <int kLanes>
-__device__ __forceinline__ float row_sum(float v, float* partial /* [kNormWarps], used by one sum only */) {
+__device__ __forceinline__ float row_sum(float v, float* partial /* [kLanes / 32], used by one sum only */) {
 #pragma unroll
   for (int mask = 16; mask > 0; mask /= 2) v += shuffle_xor(v, mask);
   if constexpr (kLanes > 32) {
@@ -29,7 +30,7 @@ __device__ __forceinline__ float row_sum(float v, float* partial /* [kNormWarps]
     block_sync();
     v = 0;
 #pragma unroll
-    for (int w = 0; w < kNormWarps; w++) v += partial[w];
+    for (int w = 0; w < kLanes / 32; w++) v += partial[w];
   }
   return v;
 }
@@ -46,13 +47,13 @@ __device__ __forceinline__ void load_parameters(const float* p, int64_t col, flo
   }
 }
 
-template <class T, int kLanes, int kVectors>
-__global__ void __launch_bounds__(kNormThreads) norm_registers_kernel(const NormArgs args) {
-  constexpr int kPer = 16 / sizeof(T);
-  __shared__ float partial[2][kNormWarps];
+template <class T, int kLanes, int kVectors, bool kQuantize>
+__global__ void __launch_bounds__(kNormBlock<kLanes>) norm_registers_kernel(const NormArgs args) {
+  constexpr int kPer = 16 / sizeof(T), kRows = kNormBlock<kLanes> / kLanes;
+  __shared__ float partial[2][kLanes / 32];
   const int lane = threadIdx.x % kLanes;
-  const int64_t row = int64_t(blockIdx.x) * (kNormThreads / kLanes) + threadIdx.x / kLanes;
-  if (row >= args.m) return;  // whole warps, and never one that others wait for: with a block per row there is no rest
+  const int64_t row = int64_t(blockIdx.x) * kRows + threadIdx.x / kLanes;
+  if (row >= args.m) return;  // whole warps, and none that others wait for: a row of its own has no rest
   const T* x = static_cast<const T*>(args.x) + row * args.x_stride;
   const T* residual = args.residual ? static_cast<const T*>(args.residual) + row * args.residual_stride : nullptr;
   auto column = [&](int i) { return int64_t(i * kLanes + lane) * kPer; };
@@ -75,8 +76,9 @@ __global__ void __launch_bounds__(kNormThreads) norm_registers_kernel(const Norm
         unpack<T>(added[i], r);
 #pragma unroll
         for (int j = 0; j < kPer; j++) v[i][j] += r[j];
-        if (args.sum && column(i) < args.k)
-          store_128(static_cast<T*>(args.sum) + row * args.k + column(i), pack<T>(v[i]));
+        const Words4 sum = pack<T>(v[i]);
+        unpack<T>(sum, v[i]);  // what is normalized is the sum as it is stored
+        if (args.sum && column(i) < args.k) store_128(static_cast<T*>(args.sum) + row * args.k + column(i), sum);
       }
     }
   }
@@ -108,18 +110,25 @@ __global__ void __launch_bounds__(kNormThreads) norm_registers_kernel(const Norm
     if (args.bias) load_parameters<kPer>(args.bias, column(i), bias);
 #pragma unroll
     for (int j = 0; j < kPer; j++) v[i][j] = (v[i][j] - mean) * scale * weight[j] + bias[j];
-    store_128(static_cast<T*>(args.y) + row * args.k + column(i), pack<T>(v[i]));
+    if constexpr (!kQuantize) store_128(static_cast<T*>(args.y) + row * args.k + column(i), pack<T>(v[i]));
+  }
+  if constexpr (kQuantize) {
+    constexpr int kGroups = kLanes * kVectors * kPer / 16;  // at most, of a row
+    __shared__ int32_t top[kRows][kGroups];
+    quantize_pieces<kLanes, kVectors, kPer>(args.act, row, lane, v, top[threadIdx.x / kLanes]);
   }
 }
 
-// Any length and alignment, a block per row. A thread keeps to its columns, so that sum may be residual itself.
+// A thread keeps to its columns, so that sum may be residual itself.
 template <class T>
 __global__ void __launch_bounds__(kNormThreads) norm_loop_kernel(const NormArgs args) {
-  __shared__ float partial[2][kNormWarps];
+  __shared__ float partial[2][kNormThreads / 32];
   const int64_t row = blockIdx.x;
   const T* x = static_cast<const T*>(args.x) + row * args.x_stride;
   const T* residual = args.residual ? static_cast<const T*>(args.residual) + row * args.residual_stride : nullptr;
-  auto value = [&](int64_t i) { return widen(x[i]) + (residual ? widen(residual[i]) : 0.f); };
+  auto value = [&](int64_t i) {
+    return residual ? widen(narrow<T>(widen(x[i]) + widen(residual[i]))) : widen(x[i]);
+  };
 
   float mean = 0;
   if (args.center) {
@@ -133,48 +142,62 @@ __global__ void __launch_bounds__(kNormThreads) norm_loop_kernel(const NormArgs 
     squares += d * d;
   }
   const float scale = inverse_sqrt(row_sum<kNormThreads>(squares, partial[1]) / float(args.k) + args.eps);
+  auto normal = [&](int64_t i) {
+    return (value(i) - mean) * scale * args.weight[i] + (args.bias ? args.bias[i] : 0.f);
+  };
 
-  T* y = static_cast<T*>(args.y) + row * args.k;
+  if (args.act.codes) {
+    quantize_row<kNormThreads>(args.act, row, [&](int64_t i) { return i < args.k ? normal(i) : 0.f; });
+    block_sync();  // the residual is read above, and sum may be the residual
+  }
+  T* y = args.y ? static_cast<T*>(args.y) + row * args.k : nullptr;
   T* sum = args.sum ? static_cast<T*>(args.sum) + row * args.k : nullptr;
   for (int64_t i = threadIdx.x; i < args.k; i += kNormThreads) {
     const float v = value(i);
+    if (y) y[i] = narrow<T>(normal(i));
     if (sum) sum[i] = narrow<T>(v);
-    y[i] = narrow<T>((v - mean) * scale * args.weight[i] + (args.bias ? args.bias[i] : 0.f));
   }
 }
 
-template <class T>
+template <class T, bool kQuantize>
 cudaError_t launch_norm_typed(const NormArgs& args, cudaStream_t stream) {
   constexpr int kPer = 16 / sizeof(T);
   auto on_16 = [](const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; };
   const bool pointers_aligned = on_16(args.x) && on_16(args.residual) && on_16(args.y) && on_16(args.sum) &&
-                                on_16(args.weight) && on_16(args.bias);
+                                on_16(args.weight) && on_16(args.bias) && on_16(args.act.codes);
   const bool rows_aligned = args.k % kPer == 0 && args.x_stride % kPer == 0 && args.residual_stride % kPer == 0;
-  const int64_t pieces = args.k / kPer;
-  const bool fits_registers = args.k <= 8192;
+  const int64_t columns = kQuantize ? args.act.kx : args.k;
+  const bool fits_registers = columns <= 16384;
   if (!pointers_aligned || !rows_aligned || !fits_registers)
     return launch(norm_loop_kernel<T>, dim3(unsigned(args.m)), dim3(kNormThreads), 0, stream, args);
 
-  auto rows_of = [&](auto kernel, int rows_per_block) {
-    const dim3 grid(unsigned((args.m + rows_per_block - 1) / rows_per_block));
-    return launch(kernel, grid, dim3(kNormThreads), 0, stream, args);
+  auto rows_of = [&](auto kernel, int lanes) {
+    const int threads = lanes > kNormThreads ? lanes : kNormThreads, rows = threads / lanes;
+    return launch(kernel, dim3(unsigned((args.m + rows - 1) / rows)), dim3(threads), 0, stream, args);
   };
-  if (pieces <= 32) return rows_of(norm_registers_kernel<T, 32, 1>, kNormWarps);
-  if (pieces <= 64) return rows_of(norm_registers_kernel<T, 32, 2>, kNormWarps);
-  if (pieces <= 128) return rows_of(norm_registers_kernel<T, 32, 4>, kNormWarps);
-  if (pieces <= 256) return rows_of(norm_registers_kernel<T, kNormThreads, 1>, 1);
-  if (pieces <= 512) return rows_of(norm_registers_kernel<T, kNormThreads, 2>, 1);
-  if (pieces <= 1024) return rows_of(norm_registers_kernel<T, kNormThreads, 4>, 1);
-  if constexpr (kPer == 4) return rows_of(norm_registers_kernel<T, kNormThreads, 8>, 1);
-  return cudaErrorInvalidValue;  // not reached: 8,192 columns are 1,024 pieces of 16-bit elements
+  const int64_t pieces = columns / kPer;
+  if (pieces <= 32) return rows_of(norm_registers_kernel<T, 32, 1, kQuantize>, 32);
+  if (pieces <= 64) return rows_of(norm_registers_kernel<T, 32, 2, kQuantize>, 32);
+  if (pieces <= 128) return rows_of(norm_registers_kernel<T, 32, 4, kQuantize>, 32);
+  if (pieces <= 256) return rows_of(norm_registers_kernel<T, 256, 1, kQuantize>, 256);
+  if (pieces <= 512) return rows_of(norm_registers_kernel<T, 256, 2, kQuantize>, 256);
+  if (pieces <= 1024) return rows_of(norm_registers_kernel<T, 256, 4, kQuantize>, 256);
+  if (pieces <= 2048) return rows_of(norm_registers_kernel<T, 512, 4, kQuantize>, 512);
+  if constexpr (kPer == 4) return rows_of(norm_registers_kernel<T, 512, 8, kQuantize>, 512);
+  return cudaErrorInvalidValue;  // not reached: 16,384 columns of 16 bits are 2,048 pieces
 }
 
+// y or act is written, not both.
 inline cudaError_t launch_norm(const NormArgs& args, cudaStream_t stream) {
   if (args.m == 0) return cudaSuccess;
+  auto typed = [&](auto zero) {
+    using T = decltype(zero);
+    return args.act.codes ? launch_norm_typed<T, true>(args, stream) : launch_norm_typed<T, false>(args, stream);
+  };
   switch (args.type) {
-    case Dtype::f32: return launch_norm_typed<float>(args, stream);
-    case Dtype::f16: return launch_norm_typed<__half>(args, stream);
-    case Dtype::bf16: return launch_norm_typed<__nv_bfloat16>(args, stream);
+    case Dtype::f32: return typed(float{});
+    case Dtype::f16: return typed(__half{});
+    case Dtype::bf16: return typed(__nv_bfloat16{});
   }
   return cudaErrorInvalidValue;
 }

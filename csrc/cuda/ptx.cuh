@@ -36,8 +36,18 @@ __device__ __forceinline__ void store_128(void* p, const Words4& v) {
                : "memory");
 }
 
-__device__ __forceinline__ float shuffle_xor(float v, int mask) { return __shfl_xor_sync(0xffffffffu, v, mask); }
+template <class T>
+__device__ __forceinline__ T shuffle_xor(T v, int mask) {
+  return __shfl_xor_sync(0xffffffffu, v, mask);
+}
+__device__ __forceinline__ int32_t warp_max(int32_t v) { return __reduce_max_sync(0xffffffffu, v); }  // sm_80
+__device__ __forceinline__ void shared_max(int32_t* p, int32_t v) { atomicMax(p, v); }
+__device__ __forceinline__ void warp_sync() { __syncwarp(); }
 __device__ __forceinline__ void block_sync() { __syncthreads(); }
+
+__device__ __forceinline__ int32_t float_bits(float v) { return __float_as_int(v); }
+__device__ __forceinline__ float bits_float(int32_t v) { return __int_as_float(v); }
+__device__ __forceinline__ int round_int(float v) { return __float2int_rn(v); }  // halves to even
 // 1 / sqrt(v), correctly rounded twice; rsqrt.approx would differ from the CPU in the last bit or two.
 __device__ __forceinline__ float inverse_sqrt(float v) { return __frcp_rn(__fsqrt_rn(v)); }
 

@@ -2,7 +2,7 @@
 #pragma once
 #include <tuple>
 
-#include "../check.h"
+#include "check.h"
 
 namespace qk {
 
