@@ -184,6 +184,7 @@ def _layers(decoder: Any) -> list[list[str]]:
                 case = {
                     "weight": weight.kind,
                     "act": "int8" if group else "float",
+                    "group": weight.group,
                     "act_group": group,
                 }
             choice = backends.choose(op, decoder.device.type, case)

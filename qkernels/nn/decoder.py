@@ -242,7 +242,8 @@ class QuantDecoder(nn.Module):
                     return f"{step.weight} has its columns in act-order"
                 group = self._act_group(step.weight)
                 op, act = ("linear_quant", "int8") if group else ("linear", "float")
-                choice = backends.choose(op, "cpu", {"weight": weight.kind, "act": act, "act_group": group})
+                case = {"weight": weight.kind, "act": act, "group": weight.group, "act_group": group}
+                choice = backends.choose(op, "cpu", case)
                 if choice.row.name != "cpu":
                     return f"{step.weight}: " + "; ".join(reason for _, reason in choice.reasons)
         table = self._weights()["embed.weight"]
