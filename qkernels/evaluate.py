@@ -52,8 +52,7 @@ def _token_ids(
     if isinstance(text_or_ids, str):
         text = join_lines(text_or_ids)
         text = text[_skipped(len(text), fraction) :]
-        encoded = decoder.tokenizer(text, add_special_tokens=False, verbose=False)
-        return torch.tensor(encoded["input_ids"], dtype=torch.int64)
+        return torch.tensor(decoder.text.encode(text, special=False), dtype=torch.int64)
     if isinstance(text_or_ids, torch.Tensor):
         ids = text_or_ids
         if ids.dtype not in (torch.int64, torch.int32):

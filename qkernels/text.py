@@ -26,8 +26,8 @@ class Text(Protocol):
         """The same as a transformers tokenizer."""
         ...
 
-    def encode(self, text: str) -> list[int]:
-        """Ids of a prompt, with the special tokens that the model wants around it."""
+    def encode(self, text: str, special: bool = True) -> list[int]:
+        """Ids of a prompt. special: with the tokens that the model wants around it."""
         ...
 
     def chat(self, messages: Messages) -> list[int]:
@@ -57,7 +57,7 @@ class NoText:
     def transformers(self) -> Any:
         raise self._refuse()
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, special: bool = True) -> list[int]:
         raise ValueError(str(self._refuse()))
 
     def chat(self, messages: Messages) -> list[int]:
@@ -123,8 +123,8 @@ class OwnText:
     def transformers(self) -> Any:
         return self._tokenizer.hf
 
-    def encode(self, text: str) -> list[int]:
-        return self._tokenizer.encode(text)
+    def encode(self, text: str, special: bool = True) -> list[int]:
+        return self._tokenizer.encode(text, add_special=special)
 
     def chat(self, messages: Messages) -> list[int]:
         check_messages(messages)
@@ -149,8 +149,8 @@ class TransformersText:
     def transformers(self) -> Any:
         return self._tokenizer
 
-    def encode(self, text: str) -> list[int]:
-        return list(self._tokenizer(text)["input_ids"])
+    def encode(self, text: str, special: bool = True) -> list[int]:
+        return list(self._tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
 
     def chat(self, messages: Messages) -> list[int]:
         check_messages(messages)

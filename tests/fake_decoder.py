@@ -87,8 +87,8 @@ class FakeDecoder:
         return cls()
 
     @property
-    def tokenizer(self) -> Any:
-        return lambda text, **_: {"input_ids": [ord(c) % 100 for c in text]}
+    def text(self) -> Any:
+        return SimpleNamespace(encode=lambda text, special: [ord(c) % 100 for c in text])
 
     def __call__(self, input_ids: Any, logits_to_keep: int = 0) -> Any:
         import torch

@@ -201,7 +201,10 @@ def test_results_do_not_depend_on_the_number_of_threads(
 
 
 def test_chat_names_paris() -> None:
-    dec = decoder("int8", "float16")
+    """With float activations: the first token of the answer leads by only 0.08, less than the noise
+    of int8 activations, here as in llama.cpp, which both take another one.
+    """
+    dec = decoder("float", "float32")
     question = [{"role": "user", "content": "What is the capital of France?"}]
     stream = dec.chat(question, stream=True, max_new_tokens=32, temperature=0)
     pieces = list(stream)

@@ -29,11 +29,13 @@ class Bigram:
         self.seen.append(input_ids)
         return SimpleNamespace(logits=self.table[input_ids])
 
-    def tokenizer(
-        self, text: str, *, add_special_tokens: bool = True, verbose: bool = True
-    ) -> dict[str, list[int]]:
-        assert not add_special_tokens
-        return {"input_ids": [ord(c) % 53 for c in text]}
+    @property
+    def text(self) -> Bigram:
+        return self
+
+    def encode(self, text: str, special: bool = True) -> list[int]:
+        assert not special
+        return [ord(c) % 53 for c in text]
 
 
 def expected(decoder: Bigram, ids: list[int], window: int, windows: int) -> float:

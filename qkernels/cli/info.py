@@ -56,18 +56,19 @@ def grouped(rows: Iterable[tuple[str, tuple[str, ...]]]) -> list[tuple[str, str,
 
 
 def _machine() -> list[list[str]]:
-    import torch
+    with bad_input(ImportError):  # the native library is missing, or does not fit this torch
+        import torch
 
-    import qkernels as qk
-    from qkernels import _library, backends
-
-    with bad_input(ImportError):
-        version = qk.__version__
-        isa = torch.ops.qkernels.cpu_isa()
+        import qkernels._public  # noqa: F401  first: it imports the rest in order, and loads the library
+        from qkernels import __version__, _library, backends
+    isa = torch.ops.qkernels.cpu_isa()
     isas = [name for name in re.split(r"[,\s]+", torch.ops.qkernels.cpu_isas()) if name]
     backend, policy = backends.current()
     rows = [
-        ["qkernels", f"{version}, torch {torch.__version__}, Python {platform.python_version()}"],
+        [
+            "qkernels",
+            f"{__version__}, torch {torch.__version__}, Python {platform.python_version()}",
+        ],
         [
             "CPU",
             f"{isa} kernels in use; this machine runs {', '.join(isas)}; "
@@ -184,6 +185,7 @@ def _layers(decoder: Any) -> list[list[str]]:
                 case = {
                     "weight": weight.kind,
                     "act": "int8" if group else "float",
+                    "group": weight.group,
                     "act_group": group,
                 }
             choice = backends.choose(op, decoder.device.type, case)
