@@ -184,6 +184,7 @@ inline Weight make_weight(const char* op, const Tensor& codes, const Tensor& sca
   }
   if (table) {
     check(bits == 4, op, "a table of 16 values needs bits = 4, got ", bits);
+    check(w.zero_kind == Zero::symmetric, op, "a table has its own zero: it takes no zero points and no minima");
     expect(op, "table", *table, ScalarType::Char, {16});
     w.table = data<int8_t>(table);
   }

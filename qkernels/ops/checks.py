@@ -124,6 +124,8 @@ def weight(
     if table is not None:
         if bits != 4:
             fail(op, f"a table of 16 values needs bits = 4, got {bits}")
+        if zero is not None or block_zero is not None:
+            fail(op, "a table has its own zero: it takes no zero points and no minima")
         expect(op, "table", table, torch.int8, [16])
     same_device(
         op, "codes", codes.device, scale=scale, zero=zero, block_scale=block_scale, block_zero=block_zero, table=table
