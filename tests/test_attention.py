@@ -1,0 +1,538 @@
+"""attention and attention_dense: every instruction set against float64 over the same stored numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import qkernels
+from qkernels.cache import KV_DTYPES
+from qkernels.ops import attention as ops
+from qkernels.reference import attention as reference
+
+EPS = torch.finfo(torch.float32).eps
+KINDS = list(KV_DTYPES)
+FLOATS = [torch.float32, torch.float16, torch.bfloat16]
+
+# (query heads, KV heads, head dim, page size)
+SHAPES = [(9, 3, 64, 64), (4, 4, 80, 16), (8, 1, 128, 48), (2, 1, 16, 32), (4, 2, 256, 80), (2, 2, 512, 16)]
+# New tokens and keys of each sequence: decode short and long enough to be split, prefill, a chunk of one, nothing new.
+RAGGED = [(1, 1), (1, 300), (70, 70), (33, 100), (0, 20), (2, 129)]
+MASKS: list[dict[str, Any]] = [
+    {"causal": True},
+    {"causal": False},
+    {"causal": True, "window": 37},
+    {"causal": False, "window": 5, "softcap": 8.0},
+    {"causal": True, "window": 1, "softcap": 20.0},
+]
+
+
+@dataclass
+class Case:
+    """A ragged batch over pages in random order. Whatever no sequence owns is NaN, or codes with NaN scales."""
+
+    q: Tensor
+    query_start: Tensor
+    kv_len: Tensor
+    page_table: Tensor
+    k_pages: Tensor
+    v_pages: Tensor
+    k_scale: Tensor | None
+    v_scale: Tensor | None
+
+    def args(self) -> tuple[Any, ...]:
+        return (self.q, self.query_start, self.kv_len, self.page_table, *self.cache())
+
+    def cache(self) -> tuple[Any, ...]:
+        return (self.k_pages, self.v_pages, self.k_scale, self.v_scale)
+
+
+def make_case(
+    kind: str,
+    shape: tuple[int, int, int, int],
+    ragged: list[tuple[int, int]],
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+) -> Case:
+    g = torch.Generator().manual_seed(seed)
+    q_heads, kv_heads, dim, page = shape
+    kv = KV_DTYPES[kind]
+    used = [-(-length // page) for _, length in ragged]
+    pages = sum(used) + 2
+    order = torch.randperm(pages, generator=g).tolist()
+    table = torch.full((len(ragged), max([*used, 1])), -7, dtype=torch.int32)  # entries past the end are not read
+    stored = dim // 2 if kind == "int4" else dim
+    k_pages = torch.zeros(pages, kv_heads, page, stored, dtype=kv.torch_dtype)
+    if kv.scaled:
+        k_pages.random_(0, 256, generator=g)
+    else:
+        k_pages.fill_(torch.nan)
+    v_pages = k_pages.clone()
+    scales = torch.full((2, pages, kv_heads, 2, page), torch.nan, dtype=torch.float16) if kv.scaled else None
+    for b, (_, length) in enumerate(ragged):
+        for i in range(used[b]):
+            at = order.pop()
+            table[b, i] = at
+            rows = min(page, length - i * page)
+            for which, target in enumerate((k_pages, v_pages)):
+                x = torch.randn(kv_heads, rows, dim, generator=g)
+                if scales is None:
+                    target[at, :, :rows] = x.to(kv.torch_dtype)
+                    continue
+                codes, step, zero = reference.quantize_rows(x, kv.bits)
+                target[at, :, :rows] = reference.pack_nibbles(codes) if kind == "int4" else codes
+                scales[which, at, :, 0, :rows], scales[which, at, :, 1, :rows] = step, zero
+    counts = torch.tensor([0, *(count for count, _ in ragged)])
+    return Case(
+        torch.randn(int(counts.sum()), q_heads, dim, generator=g).to(dtype),
+        counts.cumsum(0).int(),
+        torch.tensor([length for _, length in ragged], dtype=torch.int32),
+        table,
+        k_pages,
+        v_pages,
+        None if scales is None else scales[0],
+        None if scales is None else scales[1],
+    )
+
+
+def options(dim: int, mask: dict[str, Any]) -> tuple[float, bool, int, float]:
+    return dim**-0.5, mask["causal"], mask.get("window", 0), mask.get("softcap", 0.0)
+
+
+def rows_of(pages: Tensor, scale: Tensor | None, table: Tensor, length: int, dim: int) -> Tensor:
+    """[length, Hkv, D] float64, exact."""
+    page, out = pages.shape[2], []
+    for t in range(length):
+        at, slot = int(table[t // page]), t % page
+        row = pages[at, :, slot]
+        if scale is None:
+            out.append(row.double())
+            continue
+        if row.shape[-1] != dim:  # byte i of a run of 8: dims i and 8 + i
+            byte = row.reshape(row.shape[0], -1, 1, 8)
+            row = torch.cat((byte & 15, byte >> 4), dim=2).reshape(row.shape[0], dim)
+        step, zero = scale[at, :, 0, slot].double(), scale[at, :, 1, slot].double()
+        out.append(step[:, None] * (row.double() - zero[:, None]))
+    heads = pages.shape[1]
+    return torch.stack(out) if out else torch.zeros(0, heads, dim, dtype=torch.float64)
+
+
+def exact(case: Case, mask: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """The result in float64, and how far from it float32 arithmetic of the same formula may be, [T, 1, 1].
+
+    Scores are sums of D products; integer pages compute q . k as scale * (q . code - zero * sum(q)), whose terms are up to
+    the scale times 255 large. An error d of every score moves the result by at most 2 d max|v|; weighing codes instead of
+    values adds the same kind of term once more.
+    """
+    dim = case.q.shape[2]
+    out, slack = [], []
+    start = case.query_start.tolist()
+    for b, length in enumerate(case.kv_len.tolist()):
+        q = case.q[start[b] : start[b + 1]].double()
+        k = rows_of(case.k_pages, case.k_scale, case.page_table[b], length, dim)
+        v = rows_of(case.v_pages, case.v_scale, case.page_table[b], length, dim)
+        out.append(reference.attend(q, k, v, *options(dim, mask)))
+        if q.shape[0] == 0:
+            continue
+        # Terms of integer pages: every code may be as large as the range of its row.
+        wide = 1.0 if case.k_scale is None else 2.0
+        k_max, v_max = wide * k.abs().max(), wide * v.abs().max()
+        terms = dim**-0.5 * q.abs().sum(-1).amax(-1) * k_max
+        score = EPS * dim**0.5 * terms + (4 * EPS * mask.get("softcap", 0.0))
+        slack.append((2 * score + 8 * EPS) * v_max)
+    return torch.cat(out), torch.cat(slack)[:, None, None]
+
+
+def run(namespace: Any, case: Case, mask: dict[str, Any]) -> Tensor:
+    return namespace.attention(*case.args(), *options(case.q.shape[2], mask))
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_against_float64(isa: Any, kind: str, shape: tuple[int, int, int, int]) -> None:
+    case = make_case(kind, shape, RAGGED)
+    for mask in MASKS:
+        out = run(isa.ops, case, mask)
+        assert out.shape == case.q.shape and out.is_contiguous()
+        truth, slack = exact(case, mask)
+        worst = ((out.double() - truth).abs() / slack).max()
+        assert worst <= 1, (mask, float(worst))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_reference_against_float64(kind: str) -> None:
+    case = make_case(kind, SHAPES[0], RAGGED)
+    for mask in MASKS:
+        truth, slack = exact(case, mask)
+        assert ((run(torch.ops.qkernels_reference, case, mask).double() - truth).abs() <= slack).all(), mask
+
+
+@pytest.mark.parametrize("dtype", FLOATS[1:], ids=str)
+@pytest.mark.parametrize("kind", ["float16", "bfloat16", "int8"])
+def test_low_precision_queries(isa: Any, kind: str, dtype: torch.dtype) -> None:
+    case = make_case(kind, SHAPES[0], RAGGED, dtype)
+    out = run(isa.ops, case, MASKS[0])
+    assert out.dtype == dtype
+    truth, slack = exact(case, MASKS[0])
+    rounding = (truth.to(dtype).double() - truth).abs()
+    # Rounding a result that is off by the slack may fall on the other neighbour: one unit in the last place.
+    unit = torch.finfo(dtype).eps * truth.abs() + torch.finfo(dtype).tiny
+    assert ((out.double() - truth).abs() <= torch.maximum(2 * rounding, unit) + slack).all()
+
+
+@pytest.mark.parametrize("group", [1, 2, 3, 4, 5, 6, 7, 12, 71])
+def test_every_count_of_rows(isa: Any, group: int) -> None:
+    """Rows are taken by threes, twos and ones, converted as loaded or once per tile: the same result either way."""
+    for kind in ("float16", "int4"):
+        case = make_case(kind, (group, 1, 32, 16), [(1, 40), (3, 17)])
+        truth, slack = exact(case, MASKS[0])
+        assert ((run(isa.ops, case, MASKS[0]).double() - truth).abs() <= slack).all()
+
+
+@pytest.mark.parametrize("kind", ["float32", "int8"])
+def test_long_context(isa: Any, kind: str) -> None:
+    """More keys than 64 chunks of 128, so that chunks get longer; and a window that starts in the middle of a chunk."""
+    case = make_case(kind, (2, 1, 16, 64), [(1, 8300), (2, 4100)])
+    for mask in ({"causal": True}, {"causal": True, "window": 300}):
+        truth, slack = exact(case, mask)
+        assert ((run(isa.ops, case, mask).double() - truth).abs() <= 2 * slack).all()
+
+
+def test_large_scores_do_not_overflow(isa: Any) -> None:
+    case = make_case("float32", SHAPES[0], RAGGED)
+    case.q *= 1e4
+    truth, slack = exact(case, MASKS[0])
+    out = run(isa.ops, case, MASKS[0])
+    assert torch.isfinite(out).all()
+    assert ((out.double() - truth).abs() <= slack).all()
+
+
+def test_nan_reaches_its_own_sequence_only(isa: Any) -> None:
+    case = make_case("float32", SHAPES[0], [(3, 200), (1, 140)])
+    clean = run(isa.ops, case, MASKS[0])
+    case.q[1] = torch.nan
+    out = run(isa.ops, case, MASKS[0])
+    assert out[1].isnan().all()
+    assert torch.equal(out[[0, 2, 3]], clean[[0, 2, 3]])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_bits_depend_on_neither_threads_nor_batch(
+    isa: Any, kind: str, with_threads: Callable[[int], None]
+) -> None:
+    ragged = [*RAGGED, (1, 1000)]
+    case = make_case(kind, SHAPES[0], ragged)
+    results = []
+    for threads in (1, 2, 3):
+        with_threads(threads)
+        results.append(run(isa.ops, case, MASKS[2]))
+    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+    for b, (count, _) in enumerate(ragged):
+        first = int(case.query_start[b])
+        alone = Case(
+            case.q[first : first + count],
+            torch.tensor([0, count], dtype=torch.int32),
+            case.kv_len[b : b + 1],
+            case.page_table[b : b + 1],
+            *case.cache(),
+        )
+        assert torch.equal(run(isa.ops, alone, MASKS[2]), results[0][first : first + count])
+
+
+@settings(max_examples=25, deadline=None)
+@given(data=st.data())
+def test_page_order_does_not_matter(data: st.DataObject) -> None:
+    page = data.draw(st.sampled_from([16, 32, 64]))
+    keys = data.draw(st.lists(st.integers(1, 150), min_size=1, max_size=4))
+    ragged = [(data.draw(st.integers(0, length)), length) for length in keys]
+    kind = data.draw(st.sampled_from(KINDS))
+    case = make_case(kind, (4, 2, 32, page), ragged)
+    before = run(torch.ops.qkernels, case, MASKS[0])
+    order = torch.tensor(data.draw(st.permutations(range(case.k_pages.shape[0]))))
+    where = torch.empty_like(order)
+    where[order] = torch.arange(len(order))
+    table = torch.where(case.page_table >= 0, where[case.page_table.clamp(min=0).long()].int(), -1)
+    moved = [None if t is None else t[order] for t in case.cache()]
+    after = run(torch.ops.qkernels, Case(case.q, case.query_start, case.kv_len, table, *moved), MASKS[0])
+    assert torch.equal(before, after)
+    truth, slack = exact(case, MASKS[0])
+    if before.numel():
+        assert ((before.double() - truth).abs() <= slack).all()
+
+
+def test_chunked_prefill_is_prefill(isa: Any) -> None:
+    case = make_case("float32", SHAPES[0], [(150, 150)])
+    truth, slack = exact(case, MASKS[0])
+    for first, last in ((0, 64), (64, 65), (65, 150)):
+        chunk = Case(
+            case.q[first:last],
+            torch.tensor([0, last - first], dtype=torch.int32),
+            torch.tensor([last], dtype=torch.int32),
+            case.page_table,
+            *case.cache(),
+        )
+        out = run(isa.ops, chunk, MASKS[0])
+        assert ((out.double() - truth[first:last]).abs() <= slack[first:last]).all()
+
+
+def test_strided_queries_and_layers(isa: Any) -> None:
+    """q may be a slice of a fused projection; pages may be a layer's slice of a larger pool."""
+    case = make_case("int8", SHAPES[0], RAGGED)
+    expected = run(isa.ops, case, MASKS[0])
+    heads, dim = case.q.shape[1:]
+    fused = torch.full((case.q.shape[0], (heads + 6) * dim), torch.nan)
+    fused[:, : heads * dim] = case.q.flatten(1)
+    q = fused[:, : heads * dim].view(-1, heads, dim)
+    wide = [torch.stack((torch.zeros_like(t), t), dim=1)[:, 1] for t in case.cache()]
+    assert not q.is_contiguous() and not wide[0].is_contiguous()
+    strided = Case(q, case.query_start, case.kv_len, case.page_table, *wide)
+    assert torch.equal(run(isa.ops, strided, MASKS[0]), expected)
+
+
+def test_nothing_to_do(isa: Any) -> None:
+    for ragged in ([], [(0, 0)], [(0, 5), (0, 0)]):
+        case = make_case("float32", SHAPES[0], ragged)
+        assert run(isa.ops, case, MASKS[0]).shape == (0, 9, 64)
+
+
+# ---- dense ----
+
+
+def dense_case(
+    queries: list[int], keys: list[int], heads: tuple[int, int], dim: int, dtype: torch.dtype, seed: int = 0
+) -> tuple[Tensor, ...]:
+    g = torch.Generator().manual_seed(seed)
+    q = torch.randn(sum(queries), heads[0], dim, generator=g).to(dtype)
+    k, v = (torch.randn(sum(keys), heads[1], dim, generator=g).to(dtype) for _ in range(2))
+    starts = [torch.tensor([0, *lengths]).cumsum(0).int() for lengths in (queries, keys)]
+    return (q, k, v, *starts)
+
+
+def sdpa(args: tuple[Tensor, ...], causal: bool) -> Tensor:
+    q, k, v, query_start, kv_start = args
+    out = []
+    for b in range(len(query_start) - 1):
+        part = q[query_start[b] : query_start[b + 1]].transpose(0, 1)[None]
+        rows = slice(int(kv_start[b]), int(kv_start[b + 1]))
+        keys, values = (t[rows].transpose(0, 1)[None] for t in (k, v))
+        n, m = part.shape[2], keys.shape[2]
+        mask = torch.ones(n, m, dtype=torch.bool).tril(m - n) if causal else None
+        out.append(F.scaled_dot_product_attention(part, keys, values, mask, enable_gqa=True)[0].transpose(0, 1))
+    return torch.cat(out)
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("heads, dim", [((9, 3), 64), ((4, 4), 80), ((8, 2), 128), ((2, 1), 16)])
+def test_dense_against_sdpa(
+    isa: Any, heads: tuple[int, int], dim: int, causal: bool, dtype: torch.dtype
+) -> None:
+    args = dense_case([1, 77, 130], [200, 77, 131], heads, dim, dtype)
+    out = isa.ops.attention_dense(*args, dim**-0.5, causal, 0, 0.0)
+    truth = sdpa(tuple(t.double() if t.is_floating_point() else t for t in args), causal)
+    torchs = (sdpa(args, causal).double() - truth).abs().max()
+    assert (out.double() - truth).abs().max() <= 2 * torchs + 4 * EPS
+
+
+@pytest.mark.parametrize("mask", MASKS, ids=str)
+def test_dense_masks_and_cross_attention(isa: Any, mask: dict[str, Any]) -> None:
+    args = dense_case([5, 0, 90, 1, 3], [140, 7, 30, 0, 300], (6, 2), 32, torch.float32)
+    out = isa.ops.attention_dense(*args, *options(32, mask))
+    wide = [t.double() if t.is_floating_point() else t for t in args]
+    truth = torch.ops.qkernels_reference.attention_dense(*args, *options(32, mask)).double()
+    exact64 = reference.attention_dense(*wide, *options(32, mask))
+    torchs = (truth - exact64).abs().max()
+    assert (out.double() - exact64).abs().max() <= 2 * torchs + 16 * EPS * (1 + mask.get("softcap", 0.0))
+    if mask["causal"]:
+        assert (out[5:65] == 0).all()  # the first 60 of 90 queries stand before the first of 30 keys
+    assert (out[95] == 0).all()  # no keys at all
+
+
+def test_dense_strided(isa: Any) -> None:
+    q, k, v, *starts = dense_case([50, 70], [50, 70], (3, 3), 64, torch.float16)
+    fused = torch.cat((q, k, v), dim=1)
+    parts = fused[:, :3], fused[:, 3:6], fused[:, 6:]
+    out = isa.ops.attention_dense(*parts, *starts, 0.125, False, 0, 0.0)
+    assert torch.equal(out, isa.ops.attention_dense(q, k, v, *starts, 0.125, False, 0, 0.0))
+
+
+def test_dense_bits_do_not_depend_on_threads(isa: Any, with_threads: Callable[[int], None]) -> None:
+    args = dense_case([1, 200, 3], [1000, 200, 300], (4, 1), 64, torch.float32)
+    results = []
+    for threads in (1, 2):
+        with_threads(threads)
+        results.append(isa.ops.attention_dense(*args, 0.125, True, 0, 0.0))
+    assert torch.equal(*results)
+
+
+# ---- as torch ops ----
+
+
+@pytest.mark.parametrize("kind", ["float16", "int4"])
+def test_opcheck(kind: str) -> None:
+    case = make_case(kind, SHAPES[0], RAGGED)
+    torch.library.opcheck(torch.ops.qkernels.attention.default, (*case.args(), 0.125, True, 0, 0.0))
+
+
+def test_opcheck_dense() -> None:
+    args = dense_case([1, 7], [20, 7], (4, 2), 32, torch.float32)
+    torch.library.opcheck(torch.ops.qkernels.attention_dense.default, (*args, 0.125, True, 0, 0.0))
+
+
+def test_compiles() -> None:
+    case = make_case("int8", SHAPES[0], RAGGED)
+    compiled = torch.compile(
+        lambda *args: ops.attention(*args, window=9) * 2, fullgraph=True, backend="aot_eager"
+    )
+    assert torch.equal(compiled(*case.args()), ops.attention(*case.args(), window=9) * 2)
+    args = dense_case([1, 7], [20, 7], (4, 2), 32, torch.float32)
+    dense = torch.compile(ops.attention_dense, fullgraph=True, backend="aot_eager")
+    assert torch.equal(dense(*args), ops.attention_dense(*args))
+
+
+def test_reference_is_a_backend() -> None:
+    case = make_case("float32", SHAPES[0], RAGGED)
+    with qkernels.backend("reference"):
+        out = ops.attention(*case.args())
+    assert torch.equal(out, run(torch.ops.qkernels_reference, case, MASKS[0]))
+
+
+# ---- bad input ----
+
+ARGUMENTS = ["q", "query_start", "kv_len", "page_table", "k_pages", "v_pages", "k_scale", "v_scale"]
+ARGUMENTS += ["scale", "causal", "window", "softcap"]
+DENSE = ["q", "k", "v", "query_start", "kv_start", "scale", "causal", "window", "softcap"]
+
+
+def ints(*values: int) -> Tensor:
+    return torch.tensor(values, dtype=torch.int32)
+
+
+BAD_METADATA: list[tuple[dict[str, Any], str]] = [
+    ({"q": torch.zeros(4, 64)}, "q must be .tokens, heads, head dim., got .4, 64."),
+    ({"q": torch.zeros(4, 4, 24)}, "head dim must be a multiple of 16 up to 512, got 24"),
+    ({"q": torch.zeros(4, 4, 1024)}, "head dim must be a multiple of 16 up to 512, got 1024"),
+    ({"q": torch.zeros(4, 4, 0)}, "head dim must be"),
+    ({"q": torch.zeros(4, 4, 32, dtype=torch.float64)}, "q must be float32, float16 or bfloat16, got"),
+    ({"q": torch.zeros(4, 3, 32)}, r"heads of q \(3\) must be a multiple of the KV heads \(2\)"),
+    ({"q": torch.zeros(4, 32, 4).transpose(1, 2)}, "q must be dense in its last 2 dimensions"),
+    ({"k_pages": torch.zeros(6, 2, 24, 32)}, "page size must be a multiple of 16, got 24"),
+    ({"k_pages": torch.zeros(6, 2, 0, 32)}, "page size must be a multiple of 16, got 0"),
+    ({"k_pages": torch.zeros(6, 2, 16, 48)}, "k_pages must have 32 in the last dimension"),
+    ({"k_pages": torch.zeros(6, 2, 16)}, "k_pages must be .pages, KV heads, page size, head dim."),
+    ({"k_pages": torch.zeros(6, 2, 16, 32, dtype=torch.int8)}, "k_pages must be float32, float16, bfloat16 or uint8"),
+    ({"k_pages": torch.zeros(6, 2, 32, 16).transpose(2, 3)}, "k_pages must be dense in its last 3"),
+    ({"v_pages": torch.zeros(6, 2, 16, 32).half()}, "v_pages must be"),
+    ({"v_pages": torch.zeros(5, 2, 16, 32)}, "v_pages must be .6, 2, 16, 32., got .5, 2, 16, 32."),
+    ({"v_pages": torch.zeros(12, 2, 16, 32)[::2]}, "same stride between pages"),
+    ({"k_scale": torch.zeros(6, 2, 2, 16).half()}, "k_scale and v_scale belong to uint8 pages"),
+    ({"query_start": torch.tensor([0, 1, 4])}, "query_start must be int32|query_start must be Int"),
+    ({"query_start": torch.zeros(0, dtype=torch.int32)}, "query_start must be .sequences . 1."),
+    ({"kv_len": ints(3)}, r"kv_len must be \[2\], got \[1\]"),
+    ({"page_table": ints(1, 2)}, "page_table must be"),
+    ({"page_table": torch.zeros(2, 4, dtype=torch.int32)[:, ::2]}, "page_table must be contiguous"),
+    ({"window": -1}, "window must be 0 .off. or positive, got -1"),
+    ({"softcap": -1.0}, "softcap must be 0 .off. or positive, got -1"),
+    ({"softcap": float("nan")}, "softcap must be"),
+    ({"scale": float("nan")}, "scale must be a number"),
+]
+BAD_CONTENTS: list[tuple[dict[str, Any], str]] = [
+    ({"query_start": ints(0, 5, 4)}, "query_start must not fall"),
+    ({"query_start": ints(0, -1, 4)}, "query_start must not fall"),
+    ({"query_start": ints(0, 1, 3)}, "query_start must run from 0 to 4, got 0 to 3"),
+    ({"query_start": ints(1, 1, 4)}, "query_start must run from 0 to 4, got 1 to 4"),
+    ({"kv_len": ints(20, 2)}, r"kv_len\[1\] must count the 3 new tokens too, got 2"),
+    ({"kv_len": ints(-1, 3)}, r"kv_len\[0\] must count the 1 new tokens too, got -1"),
+    ({"kv_len": ints(33, 3)}, r"page_table has 2 pages per sequence, but kv_len\[0\] = 33 needs 3"),
+    ({"kv_len": ints(2**31 - 1, 3)}, "page_table has 2 pages per sequence"),
+    ({"page_table": ints(0, 6, 1, 0).view(2, 2)}, r"page_table\[0, 1\] must be a page in \[0, 6\), got 6"),
+    ({"page_table": ints(0, 1, -1, 0).view(2, 2)}, r"page_table\[1, 0\] must be a page in \[0, 6\), got -1"),
+]
+
+
+def good() -> dict[str, Any]:
+    pages = torch.zeros(6, 2, 16, 32)
+    values = [torch.zeros(4, 4, 32), ints(0, 1, 4), ints(20, 3), ints(0, 1, 2, 3).view(2, 2), pages, pages.clone()]
+    return dict(zip(ARGUMENTS, [*values, None, None, 0.125, True, 0, 0.0], strict=True))
+
+
+def meta(value: Any) -> Any:
+    return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta") if torch.is_tensor(value) else value
+
+
+@pytest.mark.parametrize("change, message", BAD_METADATA, ids=[m for _, m in BAD_METADATA])
+def test_bad_metadata(change: dict[str, Any], message: str) -> None:
+    args = list((good() | change).values())
+    for namespace in (torch.ops.qkernels, torch.ops.qkernels_reference):
+        with pytest.raises(RuntimeError, match="qkernels::attention: .*(" + message + ")"):
+            namespace.attention(*args)
+    with pytest.raises(RuntimeError, match="qkernels::attention: .*(" + message + ")"):
+        torch.ops.qkernels.attention(*map(meta, args))
+
+
+@pytest.mark.parametrize("change, message", BAD_CONTENTS, ids=[m for _, m in BAD_CONTENTS])
+def test_bad_contents(change: dict[str, Any], message: str) -> None:
+    args = list((good() | change).values())
+    for namespace in (torch.ops.qkernels, torch.ops.qkernels_reference):
+        with pytest.raises(RuntimeError, match="qkernels::attention: " + message):
+            namespace.attention(*args)
+
+
+def test_good_is_good() -> None:
+    """The cases above fail for what they change."""
+    args = list(good().values())
+    for namespace in (torch.ops.qkernels, torch.ops.qkernels_reference):
+        assert (namespace.attention(*args) == 0).all()
+    assert torch.ops.qkernels.attention(*map(meta, args)).shape == (4, 4, 32)
+
+
+def test_bad_scales() -> None:
+    codes = torch.zeros(6, 2, 16, 32, dtype=torch.uint8)
+    scale = torch.zeros(6, 2, 2, 16, dtype=torch.float16)
+    for change, message in (
+        ({}, "uint8 pages need k_scale and v_scale"),
+        ({"k_scale": scale}, "uint8 pages need k_scale and v_scale"),
+        ({"k_scale": scale.float(), "v_scale": scale}, "k_scale must be"),
+        ({"k_scale": scale, "v_scale": scale[:, :, :1]}, r"v_scale must be \[6, 2, 2, 16\], got \[6, 2, 1, 16\]"),
+        ({"k_scale": scale, "v_scale": scale.repeat(2, 1, 1, 1)[::2]}, "same stride between pages"),
+    ):
+        args = list((good() | {"k_pages": codes, "v_pages": codes.clone()} | change).values())
+        for call in (torch.ops.qkernels.attention, torch.ops.qkernels_reference.attention):
+            with pytest.raises(RuntimeError, match=message):
+                call(*args)
+        with pytest.raises(RuntimeError, match=message):
+            torch.ops.qkernels.attention(*map(meta, args))
+
+
+BAD_DENSE: list[tuple[dict[str, Any], str, bool]] = [
+    ({"k": torch.zeros(9, 2, 16)}, r"k must be \[9, 2, 32\], got \[9, 2, 16\]", True),
+    ({"v": torch.zeros(8, 2, 32)}, r"v must be \[9, 2, 32\], got \[8, 2, 32\]", True),
+    ({"v": torch.zeros(9, 2, 32).half()}, "v must be .* like q", True),
+    ({"k": torch.zeros(9, 32, 2).transpose(1, 2)}, "k must be dense in its last 2 dimensions", True),
+    ({"kv_start": ints(0, 9)}, r"kv_start must be \[3\] like query_start, got \[2\]", True),
+    ({"window": -3}, "window must be", True),
+    ({"kv_start": ints(0, 5, 8)}, "kv_start must run from 0 to 9, got 0 to 8", False),
+    ({"kv_start": ints(0, 10, 9)}, "kv_start must not fall", False),
+]
+
+
+@pytest.mark.parametrize("change, message, metadata", BAD_DENSE, ids=[m for _, m, _ in BAD_DENSE])
+def test_bad_dense(change: dict[str, Any], message: str, metadata: bool) -> None:
+    tensors = [torch.zeros(4, 4, 32), torch.zeros(9, 2, 32), torch.zeros(9, 2, 32), ints(0, 1, 4), ints(0, 5, 9)]
+    fine = dict(zip(DENSE, [*tensors, 0.125, True, 0, 0.0], strict=True))
+    args = list((fine | change).values())
+    for namespace in (torch.ops.qkernels, torch.ops.qkernels_reference):
+        namespace.attention_dense(*fine.values())
+        with pytest.raises(RuntimeError, match="qkernels::attention_dense: " + message):
+            namespace.attention_dense(*args)
+    if metadata:
+        with pytest.raises(RuntimeError, match="qkernels::attention_dense: " + message):
+            torch.ops.qkernels.attention_dense(*map(meta, args))
