@@ -246,6 +246,7 @@ def _from_environment() -> None:
 
 # What the CPU kernels of linear take; the other ops take every weight.
 _LINEAR_BITS = (4, 8)
+_LINEAR_MAX_SPAN = 32768  # csrc/cpu/linear.cpp
 _LINEAR_SCALES = ("float32", "float16", "bfloat16", "int8", "uint4")
 
 
@@ -257,6 +258,8 @@ def _cpu_linear(case: Case) -> str | None:
         return "the kernels take no table of values"
     if weight.scale not in _LINEAR_SCALES:
         return f"the kernels take no {weight.scale} scales"
+    if case["act"] == "int8" and min(case["group"], case["act_group"]) > _LINEAR_MAX_SPAN:
+        return f"int8 sums over more than {_LINEAR_MAX_SPAN} columns could overflow"
     return None
 
 

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from .. import reference
 from ..backends import select
-from ..quant.spec import round_up
 from ..quant.weight import PackedWeight
 from . import checks
 from .act import QuantAct
@@ -21,18 +20,18 @@ _N, _K = 9, 10  # positions of n and k in the arguments of `linear`, where W sta
 
 def check_linear(x: Tensor, *args: Any) -> None:
     *weight, bias, act, act_group = args
-    checks.float_type("linear", "x", x.dtype)
-    checks.rows("linear", "x", x)
     checks.weight("linear", *weight)
+    checks.rows("linear", "x", x)
+    checks.float_type("linear", "x", x.dtype)
     n, k = weight[-2:]
     if x.shape[1] != k:
-        checks.fail("linear", f"x must be [*, {k}], got {list(x.shape)}")
+        checks.fail("linear", f"x must be [M, {k}], got {list(x.shape)}")
     if bias is not None:
         checks.expect("linear", "bias", bias, torch.float32, [n])
     if act not in ACTS:
         checks.fail("linear", f'act must be "int8" or "float", got "{act}"')
     if act == "int8":
-        checks.act_group("linear", act_group)
+        check_groups("linear", weight[-3], act_group)
     checks.same_device("linear", "x", x.device, codes=weight[0], bias=bias)
 
 
@@ -41,25 +40,38 @@ def _linear_fake(x: Tensor, *args: Any) -> Tensor:
     return x.new_empty((x.shape[0], args[_N - 1]))
 
 
+def check_groups(op: str, group: int, act_group: int) -> None:
+    checks.act_group(op, act_group)
+    if group % act_group and act_group % group:
+        checks.fail(op, f"one of group_size and act_group must divide the other, got {group} and {act_group}")
+
+
 def check_linear_quant(act_codes: Tensor, act_scale: Tensor, act_sums: Tensor, *args: Any) -> None:
     op = "linear_quant"
     *weight, bias, dtype = args
     checks.weight(op, *weight)
+    checks.float_type(op, "dtype", dtype)
     n, k = weight[-2:]
-    if act_codes.dim() != 2 or act_scale.dim() != 2:
-        checks.fail(op, f"act_codes and act_scale must have 2 dimensions, got {list(act_codes.shape)} and {list(act_scale.shape)}")
+    checks.expect(op, "act_codes", act_codes, torch.int8, [-1, -1])
     m, kx = act_codes.shape
+    if kx < k or kx % 16:
+        checks.fail(
+            op, f"act_codes must be [M, Kx] with Kx a multiple of 16 and at least k = {k}, got {list(act_codes.shape)}"
+        )
+    checks.expect(op, "act_scale", act_scale, torch.float32, [m, -1])
     groups = act_scale.shape[1]
-    group = kx // groups if groups > 0 else 0
-    if groups < 1 or kx % groups or group < 16 or group % 16 or kx != round_up(k, group):
-        checks.fail(op, f"act_codes must have k = {k} columns rounded up to whole groups of act_scale, got {list(act_codes.shape)} and {list(act_scale.shape)}")
-    checks.expect(op, "act_codes", act_codes, torch.int8, [m, kx])
-    checks.expect(op, "act_scale", act_scale, torch.float32, [m, groups])
+    if groups == 0 or kx % groups:
+        checks.fail(
+            op,
+            f"act_scale must have a column for each group of the {kx} columns of act_codes, got {list(act_scale.shape)}",
+        )
     checks.expect(op, "act_sums", act_sums, torch.int16, [m, kx // 16])
     if bias is not None:
         checks.expect(op, "bias", bias, torch.float32, [n])
-    checks.float_type(op, "dtype", dtype)
-    checks.same_device(op, "act_codes", act_codes.device, act_scale=act_scale, act_sums=act_sums, codes=weight[0], bias=bias)
+    check_groups(op, weight[-3], kx // groups)
+    checks.same_device(
+        op, "act_codes", act_codes.device, act_scale=act_scale, act_sums=act_sums, codes=weight[0], bias=bias
+    )
 
 
 def _linear_quant_fake(act_codes: Tensor, act_scale: Tensor, act_sums: Tensor, *args: Any) -> Tensor:
@@ -128,7 +140,7 @@ def linear(
     rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     if weight.perm is not None:
         rows = _permuted(rows, weight)
-    op = select("linear", x.device, weight=weight.kind, act=act, act_group=group)
+    op = select("linear", x.device, weight=weight.kind, act=act, group=weight.group, act_group=group)
     y = op(rows, *weight.op_args(), bias, act, group)
     return y if x.dim() == 2 else y.reshape(*x.shape[:-1], weight.n)
 
@@ -143,11 +155,11 @@ def linear_quant(
     """
     if weight.perm is not None:
         checks.fail("linear_quant", "an act-order weight needs its activations sorted before they are quantized; use linear")
-    op = select("linear_quant", act.codes.device, weight=weight.kind, act="int8", act_group=act.group)
+    op = select("linear_quant", act.codes.device, weight=weight.kind, act="int8", group=weight.group, act_group=act.group)
     return op(*act, *weight.op_args(), bias, dtype)
 
 
 def _permuted(x: Tensor, weight: PackedWeight) -> Tensor:
     if x.shape[1] != weight.k:
-        checks.fail("linear", f"x must be [*, {weight.k}], got {list(x.shape)}")
+        checks.fail("linear", f"x must be [M, {weight.k}], got {list(x.shape)}")
     return x[:, weight.perm]

@@ -67,7 +67,7 @@ def unpack(packed: Tensor, bits: int, n: int, k: int) -> Tensor:
     np = packed.shape[0]
     kp = packed.shape[1] * 8 // bits
     units = packed.reshape(np // UNIT_ROWS, kp // UNIT_COLS, 128 * bits).view(torch.uint8)
-    codes = torch.zeros(0)
+    codes: Tensor | None = None
     start = 0
     for width, shift in PLANES[bits]:
         order, slots = _ORDER[width]
@@ -78,7 +78,8 @@ def unpack(packed: Tensor, bits: int, n: int, k: int) -> Tensor:
         sizes = {**_SIZES, "n": np // UNIT_ROWS, "u": kp // UNIT_COLS}
         part = torch.stack(parts, dim=-1).view([sizes[a] for a in order])
         part = part.permute([order.index(a) for a in _VIEW]).reshape(np, kp)
-        codes = part if shift == 0 else codes | (part << shift)
+        codes = part if codes is None else codes | (part << shift)
+    assert codes is not None
     return codes[:n, :k].contiguous()
 
 

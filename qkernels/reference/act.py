@@ -21,8 +21,9 @@ def quantize_act(x: Tensor, group: int) -> tuple[Tensor, Tensor, Tensor]:
     padded = torch.nn.functional.pad(x.float(), (0, kx - k)).view(m, kx // group, group)
     amax = padded.abs().amax(dim=2)  # propagates NaN
     used = (amax >= TINY) & torch.isfinite(amax)
-    inverse = torch.where(used, torch.full_like(amax, 127.0) / amax, 0.0)  # torch's 127.0 / x is 127 * (1 / x)
+    top = torch.full_like(amax, 127.0)  # a tensor: torch computes 127.0 / amax as reciprocal times 127, two roundings
+    inverse = torch.where(used, top / amax, 0.0)
     codes = torch.where(used[..., None], torch.round(padded * inverse[..., None]), 0.0).to(torch.int8)
-    scale = torch.where(used, amax / 127.0, torch.where(amax < TINY, 0.0, torch.nan))
+    scale = torch.where(used, amax / top, torch.where(amax < TINY, 0.0, torch.nan))
     sums = codes.view(m, kx // 16, 16).sum(dim=2, dtype=torch.int32).to(torch.int16)
     return codes.view(m, kx), scale, sums

@@ -10,7 +10,9 @@ from ..quant.weight import dequantize_groups
 
 
 def pack(codes: Tensor, bits: int, group_size: int, two_level: bool) -> Tensor:
-    """codes [N, K] uint8 -> [Np, Kp * bits / 8] int8."""
+    """codes [N, K] uint8 -> [Np, Kp * bits / 8] int8. Raises RuntimeError for codes beyond their bits."""
+    if bits < 8 and int(codes.max()) >> bits:
+        raise RuntimeError(f"qkernels::pack: codes must be below 2^bits = {1 << bits}, but some have higher bits set")
     return layout.pack(codes, bits, group_size, two_level)
 
 

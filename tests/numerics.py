@@ -1,0 +1,74 @@
+"""Tolerances that are computed: what rounding alone can do to a result, from the exact one in float64."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from qkernels.quant import PlainWeight
+from qkernels.quant.spec import BLOCK
+
+U32 = 2.0**-24  # half a unit in the last place of float32
+UNIT = {torch.float32: U32, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
+SMALLEST = {torch.float32: 2.0**-149, torch.float16: 2.0**-24, torch.bfloat16: 2.0**-133}
+
+
+def exact_weight(plain: PlainWeight) -> tuple[Tensor, Tensor]:
+    """The values [N, K] in float64, where all products are exact, and the sum of the magnitudes they are made of.
+
+    Kernels may sum scale * code and the zero's part separately, so rounding errors are relative to the latter.
+    """
+    spec = plain.spec
+    group, k = spec.group(plain.k), plain.k
+    of = torch.arange(k) // group if plain.g_idx is None else plain.g_idx.long()
+    scale = (plain.scale & 15 if spec.scale == "uint4" else plain.scale.float()).double()
+    minimum = (plain.scale >> 4).double() if spec.scale == "uint4" else None
+    if spec.zero == "minimum" and plain.zero is not None:
+        minimum = plain.zero.float().double()
+    if plain.block_scale is not None:
+        block_of = torch.arange(scale.shape[1]) * group // BLOCK
+        scale = scale * plain.block_scale.double()[:, block_of]
+        if minimum is not None and plain.block_zero is not None:
+            minimum = minimum * plain.block_zero.double()[:, block_of]
+    code = plain.codes.double()
+    if spec.table is not None:
+        code = torch.tensor(spec.table, dtype=torch.float64)[plain.codes.long()]
+    scale = scale[:, of]
+    if minimum is not None:
+        minimum = minimum[:, of]
+        return scale * code - minimum, (scale * code).abs() + minimum.abs()
+    zero = torch.full_like(code, float(spec.zero_point))
+    if plain.zero is not None:
+        zero = plain.zero.double()[:, of]
+    return scale * (code - zero), scale.abs() * (code.abs() + zero.abs())
+
+
+def linear_exact(x: Tensor, plain: PlainWeight, bias: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """x [M, K] (exact in float64) -> y [M, N] float64, and the bound of a float32 kernel's error that stores dtype.
+
+    Any order of summing K products in float32 errs by at most (K - 1) u of the sum of their magnitudes; each product
+    adds a few roundings of its own (scales, the product, the zero's part), the bias one, the store half a unit.
+    """
+    x = x.double()
+    weight, magnitude = exact_weight(plain)
+    y = x @ weight.T
+    size = x.abs() @ magnitude.T
+    if bias is not None:
+        y, size = y + bias.double(), size + bias.double().abs()
+    error = (x.shape[1] + 8) * U32 * size
+    return y, error + UNIT[dtype] * (y.abs() + error) + SMALLEST[dtype]
+
+
+def assert_within(got: Tensor, exact: Tensor, bound: Tensor) -> None:
+    """|got - exact| <= bound everywhere, with the worst place in the message."""
+    assert got.shape == exact.shape, f"shape {list(got.shape)}, expected {list(exact.shape)}"
+    error = (got.double() - exact).abs()
+    wrong = ~(error <= bound)  # NaN counts as wrong
+    if wrong.any():
+        at = tuple(((error / bound).nan_to_num(torch.inf)).flatten().argmax().reshape(1).tolist())
+        index = torch.unravel_index(torch.tensor(at[0]), error.shape)
+        place = [int(i) for i in index]
+        raise AssertionError(
+            f"{int(wrong.sum())} of {wrong.numel()} values are off; worst at {place}: "
+            f"got {got[index].item()}, exact {exact[index].item()}, bound {bound[index].item():.3g}"
+        )
