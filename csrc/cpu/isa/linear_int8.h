@@ -26,6 +26,13 @@ QK_UNROLL(8)
         __builtin_prefetch(w + kPrefetchBytes + i / 4 * layout::unit_bytes(Bits) + i % 4 * 64 + piece_byte<Bits>(z), 0, 2);
 }
 
+// The scales, `bytes` each, of R row vectors some groups later.
+template <int R>
+QK_INLINE void prefetch_group(const void* scales, int64_t at, int bytes) {
+  const char* from = (const char*)scales + at * bytes + 4096;
+  for (int i = 0; i < R * W * bytes; i += 64) __builtin_prefetch(from + i, 0, 2);
+}
+
 }  // namespace
 }  // namespace qk::QK_ISA
 
@@ -37,6 +44,18 @@ QK_UNROLL(8)
 
 namespace qk::QK_ISA {
 namespace {
+
+// The next block of rows, brought into L2 while many tokens keep the cores busy with this one. Every span of every tile
+// asks for its share.
+struct Ahead {
+  const uint8_t* at;
+  const uint8_t* end;
+  int lines;  // per span
+
+  QK_INLINE void step() {
+    for (int i = 0; i < lines && at < end; i++, at += 64) __builtin_prefetch(at, 0, 2);
+  }
+};
 
 // What a token contributes to a span beside its codes.
 struct SpanTerm {
@@ -93,17 +112,20 @@ void prepare_terms(const LinearArgs& a, SpanTerm* terms, int64_t begin, int64_t 
 }
 
 // Pieces first .. first + P - 1 of a block of 64 rows, T tokens, all columns.
-template <int Bits, Zero Z, int P, int T>
-__attribute__((noinline)) void int8_tile(const Int8Problem& p, int64_t block, int first, int64_t token) {
+// Units: as for dot_span.
+template <int Bits, Zero Z, int Units, int P, int T>
+__attribute__((noinline)) void int8_tile(const Int8Problem& p, int64_t block, int first, int64_t token,
+                                         Ahead& ahead) {
   constexpr int V = kVectors<Bits>, R = P * V;
   const LinearArgs& a = p.args;
-  const int units = p.span / 16;
+  const int units = Units > 0 ? Units : p.span / 16;
   const int64_t span_bytes = units * layout::unit_bytes(Bits), kx = a.act.kx;
   const uint8_t* w = a.w.codes + layout::unit_offset(block * 64, 0, a.w.kp, Bits) + piece_byte<Bits>(first);
   const int8_t* x = a.act.codes + token * kx;
   const SpanTerm* terms = p.terms + token * p.spans;
   const int row = piece_row<Bits>(first, 0);
   const int64_t block_groups = layout::kBlockGroup / a.w.group;  // used with two-level scales only
+  const int scale_bytes = a.w.scale_kind == Scale::f32 ? 4 : a.w.block_scale ? 1 : 2;
   VF acc[R][T];
 QK_UNROLL(16)
   for (int r = 0; r < R; r++)
@@ -121,10 +143,12 @@ QK_UNROLL(16)
     for (int r = 0; r < R; r++)
 QK_UNROLL(8)
       for (int t = 0; t < T; t++) d[r][t] = splat_i(Z == Zero::symmetric ? terms[t * p.spans + s].start : 0);
-    dot_span<Bits, P, T>(w, x, kx, units, d);
-    if (T <= 2) {
-      __builtin_prefetch((const char*)a.w.scale + 2 * at + 4096, 0, 2);
-      if (Z == Zero::minimum) __builtin_prefetch((const char*)a.w.zero + 2 * at + 4096, 0, 2);
+    dot_span<Bits, P, T, Units>(w, x, kx, units, d);
+    if constexpr (T <= 2) {
+      prefetch_group<R>(a.w.scale, at, scale_bytes);
+      if (Z == Zero::minimum) prefetch_group<R>(a.w.zero, at, scale_bytes);
+    } else {
+      ahead.step();
     }
 QK_UNROLL(16)
     for (int r = 0; r < R; r++) {
@@ -150,18 +174,18 @@ QK_UNROLL(8)
 }
 
 // Halves first .. last - 1 (0, 1: 32 rows each) of a block, T tokens.
-template <int Bits, Zero Z, int T>
-void int8_rows(const Int8Problem& p, int64_t block, int first, int last, int64_t token) {
+template <int Bits, Zero Z, int Units, int T>
+void int8_rows(const Int8Problem& p, int64_t block, int first, int last, int64_t token, Ahead& ahead) {
   constexpr int half = kHalfPieces<Bits>, P = tile_pieces<Bits>(T);
   if constexpr (P > half) {
-    if (last - first == 2) int8_tile<Bits, Z, P, T>(p, block, 0, token);
-    else int8_tile<Bits, Z, half, T>(p, block, first * half, token);
+    if (last - first == 2) int8_tile<Bits, Z, Units, P, T>(p, block, 0, token, ahead);
+    else int8_tile<Bits, Z, Units, half, T>(p, block, first * half, token, ahead);
   } else {
-    for (int piece = first * half; piece < last * half; piece += P) int8_tile<Bits, Z, P, T>(p, block, piece, token);
+    for (int piece = first * half; piece < last * half; piece += P) int8_tile<Bits, Z, Units, P, T>(p, block, piece, token, ahead);
   }
 }
 
-template <int Bits, Zero Z>
+template <int Bits, Zero Z, int Units>
 void int8_linear(const Int8Problem& p, Team& team) {
   const LinearArgs& a = p.args;
   const Range halves = team.share((a.w.n + 31) / 32);
@@ -171,24 +195,36 @@ void int8_linear(const Int8Problem& p, Team& team) {
       const int64_t block = half / 2;
       const int first = int(half % 2), last = half + 1 < halves.end ? 2 : first + 1;
       half = block * 2 + last;
+      const int64_t block_bytes = a.w.kp / 16 * layout::unit_bytes(Bits);
+      const uint8_t* next = a.w.codes + (block + 1) * block_bytes;
+      const int64_t tiles = (end - token + 3) / 4 * ((last - first) * kHalfPieces<Bits>);  // or somewhat fewer
+      const int64_t lines = tiles > 64 ? 0 : (block_bytes / 64 + tiles * p.spans - 1) / (tiles * p.spans);
+      Ahead ahead{next, half < halves.end ? next + block_bytes : next, int(lines)};
       for (int64_t t = token; t < end;) {
         const int tile = next_tile(end - t);
         switch (tile) {
-          case 1: int8_rows<Bits, Z, 1>(p, block, first, last, t); break;
-          case 2: int8_rows<Bits, Z, 2>(p, block, first, last, t); break;
+          case 1: int8_rows<Bits, Z, Units, 1>(p, block, first, last, t, ahead); break;
+          case 2: int8_rows<Bits, Z, Units, 2>(p, block, first, last, t, ahead); break;
 #if !defined(QK_ISA_SCALAR)
-          case 3: int8_rows<Bits, Z, 3>(p, block, first, last, t); break;
+          case 3: int8_rows<Bits, Z, Units, 3>(p, block, first, last, t, ahead); break;
 #endif
-          case 4: int8_rows<Bits, Z, 4>(p, block, first, last, t); break;
+          case 4: int8_rows<Bits, Z, Units, 4>(p, block, first, last, t, ahead); break;
 #if defined(QK_ISA_AVX512)
-          case 6: int8_rows<Bits, Z, 6>(p, block, first, last, t); break;
-          case 8: int8_rows<Bits, Z, 8>(p, block, first, last, t); break;
+          case 6: int8_rows<Bits, Z, Units, 6>(p, block, first, last, t, ahead); break;
+          case 8: int8_rows<Bits, Z, Units, 8>(p, block, first, last, t, ahead); break;
 #endif
         }
         t += tile;
       }
     }
   }
+}
+
+template <int Bits, Zero Z>
+void int8_linear(const Int8Problem& p, Team& team) {
+  // Groups of 32 are what most checkpoints have: their sums need no loop, and never leave the registers.
+  if (p.span == 32) int8_linear<Bits, Z, 2>(p, team);
+  else int8_linear<Bits, Z, 0>(p, team);
 }
 
 template <int Bits>

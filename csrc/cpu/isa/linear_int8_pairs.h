@@ -80,16 +80,22 @@ QK_UNROLL(4)
   }
 }
 
-template <int Bits, int P, int T, int R>
+// Units: the 16 columns of a span, if known (1 or 2), else 0 and `units` says it.
+template <int Bits, int P, int T, int Units, int R>
 QK_INLINE void dot_span(const uint8_t* w, const int8_t* x, int64_t kx, int units, VI (&d)[R][T]) {
+  if constexpr (Units > 0) {
+    if (T <= 2) prefetch_units<Bits, P, Units>(w);
+    dot_run<Bits, P, T, Units>(w, x, kx, d);
+  } else {
 #pragma GCC unroll 1
-  for (; units >= 2; units -= 2, w += 2 * layout::unit_bytes(Bits), x += 32) {
-    if (T <= 2) prefetch_units<Bits, P, 2>(w);
-    dot_run<Bits, P, T, 2>(w, x, kx, d);
-  }
-  if (units) {
-    if (T <= 2) prefetch_units<Bits, P, 1>(w);
-    dot_run<Bits, P, T, 1>(w, x, kx, d);
+    for (; units >= 2; units -= 2, w += 2 * layout::unit_bytes(Bits), x += 32) {
+      if (T <= 2) prefetch_units<Bits, P, 2>(w);
+      dot_run<Bits, P, T, 2>(w, x, kx, d);
+    }
+    if (units) {
+      if (T <= 2) prefetch_units<Bits, P, 1>(w);
+      dot_run<Bits, P, T, 1>(w, x, kx, d);
+    }
   }
 }
 

@@ -37,8 +37,10 @@ QK_HOT VI dot_four(VI acc, VC codes, VI x) {
 
 // d[r][t] += sum over 16 * units columns of codes * activations, for P pieces (R row vectors) x T tokens.
 // w: the first piece in its unit; x [T, kx]: activations of those columns.
-template <int Bits, int P, int T, int R>
+// Units: the 16 columns of a span, if known, else 0 and `units` says it.
+template <int Bits, int P, int T, int Units, int R>
 QK_HOT void dot_span(const uint8_t* w, const int8_t* x, int64_t kx, int units, VI (&d)[R][T]) {
+  if (Units > 0) units = Units;
 QK_UNROLL(2)
   for (; units > 0; units--, w += layout::unit_bytes(Bits), x += 16) {
     if (T <= 2) prefetch_units<Bits, P, 1>(w);

@@ -80,9 +80,15 @@ QK_INLINE void keep(V& v) {
 // Four activations in every lane.
 QK_INLINE VI splat_four(const int8_t* x) { return splat_i(load_raw<int32_t>(x)); }
 
-QK_INLINE VF load_u8(const uint8_t* p) {
+QK_INLINE VI load_u8(const uint8_t* p) {
+#if defined(QK_NATIVE_AVX512)
+  return (VI)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p));
+#elif defined(QK_ISA_AVX2)
+  return (VI)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p));
+#else
   typedef uint8_t Bytes __attribute__((vector_size(W)));
-  return __builtin_convertvector(__builtin_convertvector(load_raw<Bytes>(p), VI), VF);
+  return __builtin_convertvector(load_raw<Bytes>(p), VI);
+#endif
 }
 
 // Scales and zeros of rows at .. at + W - 1 of one group; `at` and `block_at` index scale and block_scale.
@@ -111,15 +117,14 @@ QK_HOT GroupScale load_group(const Weight& w, int64_t at, int64_t block_at) {
       if (minimum) out.zero = load_half(w.block_zero + block_at) * load_i8((const int8_t*)w.zero + at);
       break;
     case Scale::two_nibble: {
-      const VF pair = load_u8((const uint8_t*)w.scale + at);  // 16 * minimum + scale
-      const VI both = __builtin_convertvector(pair, VI);
-      out.scale = load_half(w.block_scale + block_at) * to_float(both & 15);
-      if (minimum) out.zero = load_half(w.block_zero + block_at) * to_float(both >> 4);
+      const VI pair = load_u8((const uint8_t*)w.scale + at);  // 16 * minimum + scale
+      out.scale = load_half(w.block_scale + block_at) * to_float(pair & 15);
+      if (minimum) out.zero = load_half(w.block_zero + block_at) * to_float(pair >> 4);
       break;
     }
     default: break;  // the boundary refuses e8m0 and e4m3
   }
-  if (Z == Zero::integer) out.zero = load_u8((const uint8_t*)w.zero + at);
+  if (Z == Zero::integer) out.zero = to_float(load_u8((const uint8_t*)w.zero + at));
   return out;
 }
 
