@@ -74,7 +74,8 @@ def speeds(decoders: dict[tuple[str, str], Any], path: Path, options: argparse.N
         row |= {"gb_per_s": round(rate, 2), "percent_of_read": round(100 * rate / ceiling, 1)}
         rows.append(row)
         print(
-            f"act {act:5} kv {kv_dtype:8}  prefill {options.prefill}: {row['prefill']['median']:8.1f} tok/s   "
+            f"act {act:5} kv {kv_dtype:8}  prefill {options.prefill}: "
+            f"{row['prefill']['median']:8.1f} tok/s   "
             f"decode {options.decode}: {row['decode']['median']:7.1f} tok/s, "
             f"{rate:.1f} of {ceiling:.1f} GB/s ({row['percent_of_read']:.0f}%)"
         )

@@ -159,7 +159,7 @@ class Worker:
             options.kv_dtype,
         ]
         # A file, not a pipe: llama.cpp logs more than a pipe that nobody reads would hold.
-        self._errors = tempfile.TemporaryFile("w+")
+        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115  closed with the process
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, text=True
         )

@@ -53,7 +53,7 @@ def peer(results: list[Result]) -> str:
                     row["what"],
                     spread(row["qkernels"]),
                     spread(row["llama_cpp"]),
-                    f"{ratio:.2f}×" + ("" if ratio >= 1 else " (slower)"),
+                    f"{ratio:.2f}x" + ("" if ratio >= 1 else " (slower)"),
                 ]
             )
         notes.append(machine(result))
@@ -103,7 +103,7 @@ def loading(results: list[Result]) -> str:
                     f"{row['file_mb']:.1f}",
                     f"{row['packed_mb']:.1f}",
                     f"{row['peak_mb']:.1f}",
-                    f"{row['peak_mb'] / row['packed_mb']:.2f}×",
+                    f"{row['peak_mb'] / row['packed_mb']:.2f}x",
                     f"{row['seconds']:.2f}",
                 ]
             )
@@ -159,7 +159,7 @@ def render(results: dict[str, list[Result]]) -> dict[str, str]:
 
 
 def fill(text: str, sections: dict[str, str]) -> str:
-    """`text` with what stands between each pair of markers replaced. A missing marker is an error."""
+    """`text` with what stands between the markers replaced. A missing marker is an error."""
     for kind, body in sections.items():
         begin, end = BEGIN.format(kind), END.format(kind)
         if text.count(begin) != 1 or text.count(end) != 1:

@@ -23,7 +23,7 @@ def _is_command() -> bool:
 # torch first would cost `qkernels --help` two seconds, and a mistyped path as many. There the names
 # are loaded when one of them is first asked for.
 if TYPE_CHECKING or not _is_command():
-    from ._public import *
+    from ._public import *  # noqa: F403
     from ._public import __all__
 else:
 

@@ -113,7 +113,8 @@ def perplexity(
     limit = getattr(decoder, "max_seq_len", None)
     if isinstance(limit, int) and window > limit:
         raise ValueError(
-            f"perplexity: a window of {window} tokens exceeds the decoder's context of {limit} tokens"
+            f"perplexity: a window of {window} tokens exceeds the decoder's context "
+            f"of {limit} tokens"
         )
 
     ids = _token_ids(decoder, text_or_ids, skip_fraction)

@@ -160,9 +160,9 @@ class GenerationOutput:
 class PieceDecoder(Protocol):
     """Turns tokens into text one by one, holding back what is not a whole character yet."""
 
-    def push(self, token: int) -> str: ...
+    def push(self, token_id: int, /) -> str: ...
 
-    def finish(self) -> str: ...
+    def flush(self) -> str: ...
 
 
 class TextAssembler:
@@ -182,8 +182,8 @@ class TextAssembler:
         return self._take(self._decoder.push(token), last=False)
 
     def finish(self) -> str:
-        """The rest, once no token follows."""
-        return "" if self.stopped else self._take(self._decoder.finish(), last=True)
+        """The rest, once no token follows, without a character whose last bytes never came."""
+        return "" if self.stopped else self._take(self._decoder.flush().rstrip("\ufffd"), last=True)
 
     def _take(self, text: str, last: bool) -> str:
         self._held += text
@@ -256,12 +256,12 @@ class Sampler:
                 row[seen] = torch.where(value > 0, value / penalty, value * penalty)
         tokens = ops.sample(
             logits,
-            torch.full((count,), float(settings.temperature)),
-            torch.full((count,), settings.top_k, dtype=torch.int32),
-            torch.full((count,), float(settings.top_p)),
-            torch.full((count,), float(settings.min_p)),
-            torch.tensor([self._seed + s.index for s in sequences], dtype=torch.int64),
-            torch.tensor([len(s.ids) - s.prompt for s in sequences], dtype=torch.int64),
+            temperature=float(settings.temperature),
+            top_k=settings.top_k,
+            top_p=float(settings.top_p),
+            min_p=float(settings.min_p),
+            seed=torch.tensor([self._seed + s.index for s in sequences]),
+            offset=torch.tensor([len(s.ids) - s.prompt for s in sequences]),
         )
         return tokens.tolist()
 

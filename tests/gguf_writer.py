@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import struct
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -202,6 +203,33 @@ def bpe_tokenizer(vocab: int = 320) -> dict[str, Any]:
         "tokenizer.ggml.add_bos_token": False,
         "tokenizer.chat_template": "{% for m in messages %}<|bos|>{{ m.role }}: {{ m.content }}<|eos|>{% endfor %}",
     }
+
+
+def spm_tokenizer(*, with_bytes: bool = True, **changes: Any) -> dict[str, Any]:
+    """Metadata of a SentencePiece tokenizer: parts of a sentence as pieces with distinct scores, bytes, special tokens;
+    changes: keys of tokenizer.ggml."""
+    tokens = ["<unk>", "<s>", "</s>"]
+    kinds, scores = [2, 3, 3], [0.0, 0.0, 0.0]
+    if with_bytes:
+        tokens += [f"<0x{i:02X}>" for i in range(256)]
+        kinds += [6] * 256
+        scores += [0.0] * 256
+    text = "▁the▁theory▁of▁other▁things▁then▁hello▁world▁▁▁▁there"
+    rng = random.Random(3)
+    pieces = list(dict.fromkeys(text[i : i + n] for n in range(2, 7) for i in range(len(text) - n)))
+    rng.shuffle(pieces)
+    pieces = pieces[:120] + [c for c in dict.fromkeys(text + "ab.")]
+    tokens += pieces
+    kinds += [1] * len(pieces)
+    scores += [-float(i) for i in range(len(pieces))]
+    tokens += ["<mark>", "  "]
+    kinds += [4, 4]
+    scores += [-1000.0, -1000.0]
+    return {
+        "tokenizer.ggml.model": "llama", "tokenizer.ggml.pre": "default", "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.scores": scores, "tokenizer.ggml.token_type": kinds, "tokenizer.ggml.bos_token_id": 1,
+        "tokenizer.ggml.eos_token_id": 2, "tokenizer.ggml.unknown_token_id": 0,
+    } | {f"tokenizer.ggml.{key}": value for key, value in changes.items()}  # fmt: skip
 
 
 def write_llama(

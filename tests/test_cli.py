@@ -90,7 +90,8 @@ def test_generate_passes_on_what_was_given_and_nothing_else(run: Run, model: Pat
         ("stream", "x", {"max_new_tokens": 256}),
     ]
     FakeDecoder.calls.clear()
-    words = "--max-new-tokens 2 --temperature 0 --top-k 3 --top-p 0.5 --min-p 0.1 --repetition-penalty 1.2 --seed 7"
+    words = "--max-new-tokens 2 --temperature 0 --top-k 3 --top-p 0.5 --min-p 0.1"
+    words += " --repetition-penalty 1.2 --seed 7"
     result = run(
         *("generate", model, "x", *words.split(), "--stop", "a", "--stop", "b"),
         *("--act", "float", "--kv-dtype", "int4", "--context", "64"),

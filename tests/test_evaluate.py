@@ -131,7 +131,7 @@ def test_bad_arguments(kwargs: dict[str, float], message: str) -> None:
 
 
 def test_bad_ids() -> None:
-    with pytest.raises(TypeError, match="int64 or int32, got torch.float32"):
+    with pytest.raises(TypeError, match=r"int64 or int32, got torch\.float32"):
         perplexity(Bigram(), torch.zeros(100), window=8)
     with pytest.raises(ValueError, match=r"shape \[T\], got \[2, 50\]"):
         perplexity(Bigram(), torch.zeros(2, 50, dtype=torch.int64), window=8)

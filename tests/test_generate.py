@@ -34,7 +34,7 @@ class Words:
     def push(self, token: int) -> str:
         return self.texts[token]
 
-    def finish(self) -> str:
+    def flush(self) -> str:
         return ""
 
 
@@ -181,9 +181,10 @@ def test_incremental_decoder_never_breaks_a_character() -> None:
     decoder = IncrementalDecoder(lambda ids: bytes(ids).decode(errors="replace"))
     pieces = [decoder.push(byte) for byte in data]
     assert "".join(pieces) == data.decode() and "\ufffd" not in "".join(pieces)
-    assert decoder.finish() == ""
+    assert decoder.flush() == ""
     cut = IncrementalDecoder(lambda ids: bytes(ids).decode(errors="replace"))
-    assert "".join(cut.push(byte) for byte in "a🙂".encode()[:3]) + cut.finish() == "a"
+    assembler = TextAssembler(cut, ())
+    assert "".join(assembler.push(byte) for byte in "a🙂".encode()[:3]) + assembler.finish() == "a"
 
 
 def test_penalty_lowers_what_occurred() -> None:

@@ -200,6 +200,11 @@ def test_gguf_rope() -> None:
     assert from_gguf(gguf_metadata(**linear), gguf_shapes(), no_vector).rope.scaling["factor"] == 4.0
     old = from_gguf(gguf_metadata(**{"rope.scale_linear": 4.0}), gguf_shapes(), no_vector)
     assert old.rope.scaling == {"rope_type": "linear", "factor": 4.0}
+    yarn = {"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0, "rope.scaling.original_context_length": 64}
+    scaling = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+    assert from_gguf(gguf_metadata(**yarn), gguf_shapes(), no_vector).rope.scaling == scaling
+    with pytest.raises(UnsupportedModelError, match="'yarn' together with frequency factors"):
+        from_gguf(gguf_metadata(**yarn), gguf_shapes("rope_freqs.weight"), lambda name: factors)
     with pytest.raises(ValueError, match="expected 6 frequency factors, got 2"):
         from_gguf(gguf_metadata(), gguf_shapes("rope_freqs.weight"), lambda name: [1.0, 1.0])
 
@@ -209,7 +214,8 @@ def test_gguf_rope() -> None:
     [
         ({"expert_count": 8}, "llama.expert_count = 8 is not supported"),
         ({"logit_scale": 0.5}, "llama.logit_scale = 0.5"),
-        ({"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0}, "rope type 'yarn'"),
+        ({"rope.scaling.type": "longrope", "rope.scaling.factor": 4.0}, "rope type 'longrope'"),
+        ({"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0}, "lacks original_max_position_embeddings"),
         ({"attention.value_length": 24}, "value_length = 24"),
         ({"wonderful_option": 3}, "llama.wonderful_option = 3"),
         ({"feed_forward_length": np.array([80, 96])}, "one number for all layers"),

@@ -71,8 +71,9 @@ class TensorInfo:
 class StringArray(Sequence[str]):
     """An array of strings that stays bytes of the mapped file until elements are asked for."""
 
-    def __init__(self, data: mmap.mmap, starts: array[int], where: str) -> None:
+    def __init__(self, data: mmap.mmap, starts: array[int], stop: int, where: str) -> None:
         self._data = data
+        self._stop = stop  # of the last element
         self._starts = starts  # of the characters; the length is the uint64 in front
         self._where = where
 
@@ -104,8 +105,21 @@ class StringArray(Sequence[str]):
             raise IndexError(f"{self._where}: index {index} of {len(self)} elements")
         return self._decode(index % len(self))
 
+    def stored(self) -> bytes:
+        """All elements as they are in the file, each behind its length."""
+        return self._data[self._starts[0] - 8 : self._stop] if self._starts else b""
+
     def __iter__(self) -> Iterator[str]:
-        return map(self._decode, range(len(self)))
+        if not self._starts:
+            return
+        stored, first = self.stored(), self._starts[0] - 8
+        # Every element ends 8 bytes, a length, before the next one starts.
+        stops = itertools.chain((start - 8 for start in self._starts[1:]), (self._stop,))
+        for index, (start, stop) in enumerate(zip(self._starts, stops)):  # noqa: B905
+            try:
+                yield stored[start - first : stop - first].decode()
+            except UnicodeDecodeError:
+                yield self._decode(index)  # raises, naming the element
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Sequence) and list(self) == list(other)
@@ -267,7 +281,7 @@ class _Header:
                 self.take(length, f"{thing}: element {i}")
             position += length
         self.position = position
-        return StringArray(data, starts, f"{self.path}: {thing}")
+        return StringArray(data, starts, position, f"{self.path}: {thing}")
 
 
 def llama_row_order(heads: int, head_dim: int) -> np.ndarray:

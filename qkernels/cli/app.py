@@ -18,7 +18,7 @@ READER_GONE = 141  # 128 + SIGPIPE
 
 
 class Commands(TyperGroup):
-    """Every error becomes one line on stderr and an exit code; a traceback comes only with --debug."""
+    """Every error becomes one line on stderr and an exit code; a traceback needs --debug."""
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -90,7 +90,7 @@ Model = Annotated[
     str,
     typer.Argument(
         metavar="MODEL",
-        help="GGUF file, model directory, or PACKAGE:FILE for a file inside an installed Python package.",
+        help="GGUF file, model directory, or PACKAGE:FILE for a file in an installed package.",
     ),
 ]
 ActOption = Annotated[

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from contextlib import closing
+from contextlib import closing, suppress
 from typing import Any
 
 from . import speed
@@ -55,7 +55,7 @@ class Conversation:
         return True
 
     def ask(self, text: str) -> None:
-        """Streams the answer to `text`. What was answered before Ctrl-C stays in the conversation."""
+        """Streams the answer to `text`. What came before Ctrl-C stays in the conversation."""
         self.messages.append({"role": "user", "content": text})
         out = Answer()
         try:
@@ -86,10 +86,8 @@ def _lines(terminal: bool) -> Any:
     ends.
     """
     if terminal:
-        try:
+        with suppress(ImportError):
             import readline  # noqa: F401  line editing and history for input()
-        except ImportError:
-            pass
     while True:
         try:
             if terminal and sys.stdout.isatty():

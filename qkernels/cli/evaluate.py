@@ -37,5 +37,6 @@ def run(
         f"nats per token {result.nats:.4f} (windows: {spread})"
     )
     note(
-        f"load {loaded.seconds:.2f} s, evaluation {seconds:.2f} s, {windows * window / seconds:.0f} tok/s"
+        f"load {loaded.seconds:.2f} s, evaluation {seconds:.2f} s, "
+        f"{windows * window / seconds:.0f} tok/s"
     )

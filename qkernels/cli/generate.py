@@ -28,6 +28,6 @@ def run(options: LoadOptions, prompt: str, chat: bool, kwargs: dict[str, Any]) -
         try:
             for piece in stream:
                 out.write(piece)
-        finally:  # also after Ctrl-C: the text so far ends its line, and the numbers are those of the text so far
+        finally:  # also after Ctrl-C: the text so far ends its line, and the numbers are its own
             out.end()
             note(speed.long(loaded, stream))

@@ -70,7 +70,8 @@ def _machine() -> list[list[str]]:
         ["qkernels", f"{version}, torch {torch.__version__}, Python {platform.python_version()}"],
         [
             "CPU",
-            f"{isa} kernels in use; this machine runs {', '.join(isas)}; {torch.get_num_threads()} threads",
+            f"{isa} kernels in use; this machine runs {', '.join(isas)}; "
+            f"{torch.get_num_threads()} threads",
         ],
         ["CUDA", _library.cuda_status],
         ["backend", f"{backend}; when a kernel is passed over: {policy}"],
@@ -83,7 +84,7 @@ def _machine() -> list[list[str]]:
             rows.append(
                 [
                     "built",
-                    f"{name}: {targets}; {how.get('compiler')}, headers of torch {how.get('headers')}",
+                    f"{name}: {targets}; {how.get('compiler')}, torch {how.get('headers')}",
                 ]
             )
         rows += [["not built", f"{name}: {why}"] for name, why in facts.get("skipped", {}).items()]
@@ -116,12 +117,14 @@ def _sizes(decoder: Any) -> list[list[str]]:
         ["source", str(decoder.source)],
         [
             "model",
-            f"{config.family}: {config.layers} layers, hidden {config.hidden}, FFN {config.ffn} ({config.activation}), "
+            f"{config.family}: {config.layers} layers, hidden {config.hidden}, "
+            f"FFN {config.ffn} ({config.activation}), "
             f"vocabulary {config.vocab}" + (", tied head" if config.tied else ""),
         ],
         [
             "attention",
-            f"{config.q_heads} heads on {config.kv_heads} of keys and values, head_dim {config.head_dim}"
+            f"{config.q_heads} heads on {config.kv_heads} of keys and values, "
+            f"head_dim {config.head_dim}"
             + (f", window {windows}" if windows else "")
             + (", qk-norm" if config.qk_norm else ""),
         ],
@@ -140,7 +143,8 @@ def _sizes(decoder: Any) -> list[list[str]]:
         ],
         [
             "KV cache",
-            f"{decoder.kv_dtype}, {amount(step)} per token, {amount(step * decoder.max_seq_len)} for a full context",
+            f"{decoder.kv_dtype}, {amount(step)} per token, "
+            f"{amount(step * decoder.max_seq_len)} for a full context",
         ],
         ["activations", decoder.act],
     ]

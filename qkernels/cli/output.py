@@ -70,7 +70,7 @@ def drop_stdout() -> None:
 
 
 class Bar:
-    """A progress bar on a terminal's stderr; silent elsewhere, where its frames would fill a log."""
+    """A progress bar on a terminal's stderr; silent elsewhere, where it would fill a log."""
 
     def __init__(self, progress: Progress, task: object) -> None:
         self._progress = progress

@@ -176,6 +176,10 @@ def hf_number(raw: Mapping[str, Any], key: str, kind: type = int, default: Any =
 ROPE_PARAMETERS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "linear": (("factor",), ()),
     "llama3": (("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"), ()),
+    "yarn": (
+        ("factor", "original_max_position_embeddings"),
+        ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"),
+    ),
 }
 
 
@@ -193,6 +197,8 @@ def make_rope(
     if kind not in ROPE_PARAMETERS:
         supported = ", ".join(["default", *ROPE_PARAMETERS])
         raise UnsupportedModelError(f"{where}: rope type {kind!r} is not supported; supported are {supported}")
+    if factors is not None:
+        raise UnsupportedModelError(f"{where}: rope type {kind!r} together with frequency factors is not supported")
     needed, optional = ROPE_PARAMETERS[kind]
     missing = [key for key in needed if parameters.get(key) is None]
     if missing:
@@ -202,6 +208,8 @@ def make_rope(
         raise UnsupportedModelError(f"{where}: rope type {kind!r} does not know {', '.join(unknown)}")
     kept = {key: parameters[key] for key in needed + optional if parameters.get(key) is not None}
     for key, value in kept.items():
+        if key == "truncate" and isinstance(value, bool):
+            continue
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
             raise ValueError(f"{where}: rope parameter {key} must be a positive number, got {value!r}")
     return RopeConfig(dim, theta, {"rope_type": kind, **kept}, factors)
@@ -220,6 +228,8 @@ def rope_from_hf(raw: Mapping[str, Any], head_dim: int) -> RopeConfig:
     theta = float(theta if theta is not None else hf_number(raw, "rope_theta", float, 10000.0))
     partial = parameters.pop("partial_rotary_factor", None)
     partial = float(partial if partial is not None else hf_number(raw, "partial_rotary_factor", float, 1.0))
+    if kind == "yarn" and parameters.get("original_max_position_embeddings") is None:
+        parameters["original_max_position_embeddings"] = hf_number(raw, "max_position_embeddings")
     return make_rope(int(head_dim * partial), theta, kind, parameters, where)
 
 
@@ -274,9 +284,12 @@ def rope_from_gguf(keys: GgufKeys, head_dim: int, factors: tuple[float, ...] | N
     legacy = keys.number("rope.scale_linear", float, 0.0)
     if kind == "default" and legacy not in (0.0, 1.0):
         kind, factor = "linear", legacy
-    for key in ("rope.scaling.finetuned", "rope.scaling.original_context_length"):
-        keys.text(key, "")  # they say how the model was made and change nothing for these kinds
+    keys.text("rope.scaling.finetuned", "")  # says how the model was made
+    original = keys.number("rope.scaling.original_context_length", int, 0)
     keys.expect("rope.scaling.attn_factor", 0.0, 1.0)
+    parameters: dict[str, Any] = {"factor": factor} if factor else {}
+    if kind == "yarn" and original:
+        parameters["original_max_position_embeddings"] = original
     dim = keys.number("rope.dimension_count", int, head_dim)
     theta = keys.number("rope.freq_base", float, 10000.0)
-    return make_rope(dim, theta, kind, {"factor": factor} if factor else {}, where, factors)
+    return make_rope(dim, theta, kind, parameters, where, factors)

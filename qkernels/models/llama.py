@@ -55,8 +55,8 @@ def program(config: ModelConfig) -> tuple[Step, ...]:
                 Norm("k", "k", f"{at}.k_norm.weight", eps=config.norm_eps, heads=config.kv_heads),
             ]
         steps += [
-            KvAppend("q", "q", "k", "v", i, *heads),
-            Attention("o", "q", i, *heads, scale=config.head_dim**-0.5, window=config.windows[i]),
+            KvAppend("rotated", "q", "k", "v", i, *heads),
+            Attention("o", "rotated", i, *heads, scale=config.head_dim**-0.5, window=config.windows[i]),
             linear("r", "o", "o", config.o_bias),
             Norm("a", "r", f"{at}.ffn_norm.weight", add="h", eps=config.norm_eps),
             linear("g", "a", "gate", config.mlp_bias),

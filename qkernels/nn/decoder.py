@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .. import backends, ops
+from .. import backends
 from ..cache import PagedKVCache, rope_table
 from ..generate import (
     MAX_BATCH,
@@ -26,7 +26,8 @@ from ..generate import (
     common_prefix,
 )
 from ..loading import Checkpoint, Progress, Weight, load_gguf, load_hf_directory, load_hf_model
-from ..models import ModelConfig
+from ..models import ModelConfig, RopeConfig
+from ..ops.linear import default_act_group
 from ..quant import PackedWeight, QuantSpec
 from ..text import Text, text_of
 from .embedding import DenseEmbedding, QuantEmbedding
@@ -40,7 +41,7 @@ from .program import Linear, Norm, lower
 DEFAULT_CONTEXT = 32768
 KV_DTYPES = ("float32", "float16", "bfloat16", "int8", "int4")
 ACTS = ("int8", "float")
-PAGE = 16  # tokens per page of the cache
+PAGE = 64  # tokens per page of the cache
 
 Prompt = str | Sequence[int] | torch.Tensor
 
@@ -87,7 +88,7 @@ class KvPool:
         ids = torch.tensor([token for _, part in parts for token in part], dtype=torch.int64)
         batch = self._cache.reserve([handle for handle, _ in parts], counts)
         select = torch.tensor(counts).cumsum(0) - 1 if last_only else torch.arange(ids.shape[0])
-        return self._decoder.executor(ids, batch, select, self._cache)
+        return self._decoder.executor()(ids, batch, select, self._cache)
 
 
 class QuantDecoder(nn.Module):
@@ -192,11 +193,7 @@ class QuantDecoder(nn.Module):
                 for part, tensor in module.named_parameters(recurse=False):
                     packed = isinstance(module, HoldsPacked) and part == "weight"
                     resolved[f"{path}.{part}"] = module.packed if packed else tensor.detach()  # type: ignore[operator, assignment]
-            rope = self.config.rope
-            device = self.device
-            resolved["rope"] = rope_table(
-                rope.dim, self.max_seq_len, theta=rope.theta, scaling=rope.scaling or None, factors=rope.factors
-            ).to(device)
+            resolved["rope"] = angles(self.config.rope, self.max_seq_len).to(self.device)
             self._resolved = resolved
         return self._resolved
 
@@ -213,7 +210,6 @@ class QuantDecoder(nn.Module):
     def device(self) -> torch.device:
         return next(self.parameters()).device
 
-    @property
     def executor(self) -> Executor:
         """What runs the program under the backend in force; made when first needed."""
         key = backends.current()
@@ -228,7 +224,7 @@ class QuantDecoder(nn.Module):
         """Columns per scale of the int8 activations that enter weight `name`; 0: float activations."""
         weight = self._weights()[name]
         plain_order = isinstance(weight, PackedWeight) and weight.perm is None
-        return ops.default_act_group(weight) if self.act == "int8" and plain_order else 0  # type: ignore[arg-type]
+        return default_act_group(weight) if self.act == "int8" and plain_order else 0  # type: ignore[arg-type]
 
     def composed_because(self) -> str | None:
         """Why the model runs op by op and not as one native call per step; None if it does run natively."""
@@ -450,6 +446,16 @@ class _ChatMemory:
         self._ids = request.ids[: request.done]
         self.pool.truncate(self._handle, request.done)  # an interrupted step may have reserved more
         self._owner = None
+
+
+def angles(rope: RopeConfig, positions: int) -> torch.Tensor:
+    """[positions, rotary dim] float32: the table of cosines and sines that `kv_append` rotates by."""
+    if rope.factors is None:
+        return rope_table(rope.dim, positions, rope.theta, rope.scaling or None)
+    exponents = torch.arange(0, rope.dim, 2, dtype=torch.float64) / rope.dim
+    inverse = rope.theta**-exponents / torch.tensor(rope.factors, dtype=torch.float64)
+    turned = torch.outer(torch.arange(positions, dtype=torch.float64), inverse)
+    return torch.cat((turned.cos(), turned.sin()), dim=1).float()
 
 
 def _module_of(name: str, weight: Weight, bias: Weight | None, eps: Mapping[str, float], act: str) -> nn.Module:

@@ -1,6 +1,8 @@
 """Typed functions over the ops, one file per family. Importing a family defines its ops."""
 
+from . import decoder as decoder
 from .act import QuantAct, quantize_act
+from .attention import attention, attention_dense, kv_append
 from .embedding import embedding
 from .gate import gate, gate_quant
 from .linear import linear, linear_quant
@@ -12,10 +14,13 @@ __all__ = [
     "QuantAct",
     "add_norm",
     "add_norm_quant",
+    "attention",
+    "attention_dense",
     "dequantize",
     "embedding",
     "gate",
     "gate_quant",
+    "kv_append",
     "linear",
     "linear_quant",
     "norm",
