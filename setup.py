@@ -34,8 +34,7 @@ try:
     from setuptools.command.bdist_wheel import bdist_wheel
 except ImportError:
     raise SystemExit(
-        "qkernels: building needs setuptools >= 77. Type\n"
-        "    pip install 'setuptools>=77' ninja 'torch>=2.11'\n"
+        "qkernels: building needs setuptools >= 77. Type\n    pip install 'setuptools>=77' ninja 'torch>=2.11'\n"
     ) from None
 
 ROOT = Path(__file__).resolve().parent
@@ -137,9 +136,7 @@ def run_ninja(directory: Path, rules: list[str], objects: list[str], out: Path) 
         raise stop("compiling failed; the compiler's message is above")
 
 
-def build_cpu(
-    out: Path, directory: Path, *, emulate_avx512: bool = False, sanitize: bool = False
-) -> dict[str, object]:
+def build_cpu(out: Path, directory: Path, *, emulate_avx512: bool = False, sanitize: bool = False) -> dict[str, object]:
     """Builds one CPU library, each file of isa/ once per instruction set; returns the facts."""
     if sys.platform != "linux":
         raise stop(f"the libraries build on Linux only so far, not on {sys.platform}")

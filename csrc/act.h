@@ -9,7 +9,8 @@ namespace qk {
 using QuantActTensors = std::tuple<Tensor, Tensor, Tensor>;  // codes, scale, sums
 
 inline int64_t act_columns(const char* op, const char* name, int64_t k, int64_t group) {
-  check(group >= 16 && group % 16 == 0 && group <= 1 << 30, op, name, " must be a positive multiple of 16, got ", group);
+  check(group >= 16 && group % 16 == 0 && group <= 1 << 30, op, name, " must be a positive multiple of 16, got ",
+        group);
   return layout::round_up(k, group);
 }
 

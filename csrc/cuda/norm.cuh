@@ -65,8 +65,7 @@ __global__ void __launch_bounds__(kNormBlock<kLanes>) norm_registers_kernel(cons
     for (int i = 0; i < kVectors; i++) raw[i] = column(i) < args.k ? load_stream(x + column(i)) : Words4{};
     if (residual) {
 #pragma unroll
-      for (int i = 0; i < kVectors; i++)
-        added[i] = column(i) < args.k ? load_stream(residual + column(i)) : Words4{};
+      for (int i = 0; i < kVectors; i++) added[i] = column(i) < args.k ? load_stream(residual + column(i)) : Words4{};
     }
 #pragma unroll
     for (int i = 0; i < kVectors; i++) {
@@ -126,9 +125,7 @@ __global__ void __launch_bounds__(kNormThreads) norm_loop_kernel(const NormArgs 
   const int64_t row = blockIdx.x;
   const T* x = static_cast<const T*>(args.x) + row * args.x_stride;
   const T* residual = args.residual ? static_cast<const T*>(args.residual) + row * args.residual_stride : nullptr;
-  auto value = [&](int64_t i) {
-    return residual ? widen(narrow<T>(widen(x[i]) + widen(residual[i]))) : widen(x[i]);
-  };
+  auto value = [&](int64_t i) { return residual ? widen(narrow<T>(widen(x[i]) + widen(residual[i]))) : widen(x[i]); };
 
   float mean = 0;
   if (args.center) {

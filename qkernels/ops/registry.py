@@ -43,6 +43,9 @@ def _add(op: OpDef, namespace: str) -> None:
         torch.library.register_fake(qualified, op.fake, lib=library)
     if op.backward is not None:
         torch.library.register_autograd(qualified, op.backward, setup_context=op.setup_context, lib=library)
+    elif op.fake is not None:
+        # Results never ask for a gradient. Without this, torch 2.15 says that float results do, and then only warns.
+        library.impl(op.name, torch.library.fallthrough_kernel, "Autograd")
 
 
 def define_namespace(namespace: str) -> torch.library.Library:
