@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -29,10 +30,11 @@ def build_emulation() -> None:
     spec = importlib.util.spec_from_file_location("qkernels_setup", ROOT / "setup.py")
     assert spec and spec.loader
     setup = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = setup  # its dataclasses look themselves up
     spec.loader.exec_module(setup)
-    build = ROOT / "build" / "cpu-emu"
-    library = build / "_C_cpu_emu.so"
-    setup.ninja(setup.write_cpu_rules(library, build, emulate_avx512=True))
+    build = ROOT / "build" / "avx512emu"
+    library = build / "_C_cpu_avx512emu.so"
+    setup.build_cpu(library, build, emulate_avx512=True)
     define_namespace(EMULATED)
     torch.ops.load_library(str(library))
 
