@@ -114,7 +114,8 @@ def choose(op: str, device: str, case: Case) -> Choice:
         if not any(row.name == _backend for row in candidates):
             known = sorted({row.name for row in table})
             raise RuntimeError(
-                f"qkernels::{op}: backend {_backend!r} has no row for device {device}; rows: {known}"
+                f"qkernels::{op}: backend {_backend!r} has no row for device {device}; rows: "
+                f"{known}"
             )
     reasons = []
     for row in candidates:

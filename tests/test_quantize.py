@@ -182,10 +182,12 @@ def test_large_finite_values_are_not_taken_for_infinite() -> None:
 def test_scales_that_overflow_are_refused_by_place() -> None:
     weight = torch.zeros(70, 64)
     weight[68, 40] = 1e7
-    with pytest.raises(ValueError, match="w: the scale of row 68, group 1 overflows torch.float16"):
+    with pytest.raises(
+        ValueError, match=r"w: the scale of row 68, group 1 overflows torch\.float16"
+    ):
         quantize(weight, QuantSpec(4, 32), name="w")
     with pytest.raises(
-        ValueError, match="w: the scale of row 68, group 1 overflows torch.float8_e4m3fn"
+        ValueError, match=r"w: the scale of row 68, group 1 overflows torch\.float8_e4m3fn"
     ):
         quantize(weight, QuantSpec(4, 32, "e4m3"), name="w")
 

@@ -85,7 +85,8 @@ def block_rows(k: int) -> int:
 def check_weight(weight: Tensor, spec: QuantSpec, g_idx: Tensor | None, name: str) -> None:
     if weight.dim() != 2 or min(weight.shape) < 1 or not weight.is_floating_point():
         raise ValueError(
-            f"{name} must be [N, K] of a float dtype with N, K > 0, got {weight.dtype} {list(weight.shape)}"
+            f"{name} must be [N, K] of a float dtype with N, K > 0, got {weight.dtype} "
+            f"{list(weight.shape)}"
         )
     if spec.act_order != (g_idx is not None):
         raise ValueError(f"{name}: {spec} {'needs a' if spec.act_order else 'has no'} g_idx")

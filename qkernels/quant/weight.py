@@ -161,7 +161,8 @@ class PlainWeight:
                 row, group = bad.nonzero()[0].tolist()
                 what = "block" if name.startswith("block") else "group"
                 raise ValueError(
-                    f"{name} of row {row + first_row}, {what} {group} is {values[row, group]}, not finite"
+                    f"{name} of row {row + first_row}, {what} {group} is "
+                    f"{values[row, group]}, not finite"
                 )
         if self.g_idx is not None:
             check_g_idx(self.g_idx, self.spec.group(self.k))
@@ -276,7 +277,8 @@ class PackedWeight:
             )
         if start < 0 or start % UNIT_ROWS or stop > self.n or (stop != self.n and stop % UNIT_ROWS):
             raise ValueError(
-                f"write_rows: rows {start} to {stop} of {self.n} do not fall on whole blocks of {UNIT_ROWS}"
+                f"write_rows: rows {start} to {stop} of {self.n} do not fall on whole blocks "
+                f"of {UNIT_ROWS}"
             )
         plain.validate(start)
         codes = plain.codes
@@ -286,7 +288,8 @@ class PackedWeight:
                 self.perm.copy_(perm)
             elif not torch.equal(self.perm, perm):
                 raise ValueError(
-                    f"write_rows: g_idx of rows {start} to {stop} differs from that of the rows before"
+                    f"write_rows: g_idx of rows {start} to {stop} differs from that of the "
+                    "rows before"
                 )
             codes = codes[:, perm.to(codes.device)]
         np = layout.padded_n(plain.n)
@@ -365,7 +368,8 @@ class PackedWeight:
             got = tensors[name]
             if (got.dtype, got.shape) != (want.dtype, want.shape):
                 raise ValueError(
-                    f"PackedWeight: {name} of {spec} [{n}, {k}] must be {want.dtype} {list(want.shape)}, "
+                    f"PackedWeight: {name} of {spec} [{n}, {k}] must be {want.dtype} "
+                    f"{list(want.shape)}, "
                     f"got {got.dtype} {list(got.shape)}"
                 )
         return cls(spec, n, k, **tensors)
@@ -404,7 +408,8 @@ class PackedWeight:
         """
         if self.perm is not None:
             raise ValueError(
-                "slice_cols: the columns of an act-order weight are sorted by group; slice the plain weight"
+                "slice_cols: the columns of an act-order weight are sorted by group; slice "
+                "the plain weight"
             )
         step = (
             BLOCK

@@ -14,7 +14,8 @@ def pack(codes: Tensor, bits: int, group_size: int, two_level: bool) -> Tensor:
     bits."""
     if bits < 8 and int(codes.max()) >> bits:
         raise RuntimeError(
-            f"qkernels::pack: codes must be below 2^bits = {1 << bits}, but some have higher bits set"
+            f"qkernels::pack: codes must be below 2^bits = {1 << bits}, but some have higher "
+            "bits set"
         )
     return layout.pack(codes, bits, group_size, two_level)
 
