@@ -22,7 +22,10 @@ cuda_status = "not looked for yet"
 def _how_to_build() -> str:
     if (HERE.parent / "setup.py").exists() and (HERE.parent / "csrc").exists():
         return f"Build it with\n    cd {HERE.parent} && python setup.py native"
-    return "Install it again with\n    pip install --force-reinstall --no-deps --no-build-isolation qkernels"
+    return (
+        "Install it again with\n"
+        "    pip install --force-reinstall --no-deps --no-build-isolation qkernels"
+    )
 
 
 def load() -> None:

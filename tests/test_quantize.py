@@ -14,11 +14,25 @@ from qkernels.quant.quantize import block_rows
 from qkernels.quant.spec import BITS, BLOCK
 
 EVERY = [
-    *(QuantSpec(bits, 32, scale, zero) for bits in BITS for scale in ("float32", "float16", "bfloat16") for zero in ("symmetric", "integer", "minimum")),
+    *(
+        QuantSpec(bits, 32, scale, zero)
+        for bits in BITS
+        for scale in ("float32", "float16", "bfloat16")
+        for zero in ("symmetric", "integer", "minimum")
+    ),
     *(QuantSpec(bits, 16, "int8", zero) for bits in BITS for zero in ("symmetric", "minimum")),
     *(QuantSpec(bits, 32, "uint4", "minimum") for bits in BITS),
-    *(QuantSpec(bits, 32, scale, zero) for bits in (4, 8) for scale in ("e8m0", "e4m3") for zero in ("symmetric", "integer")),
-    *(QuantSpec(4, 32, scale, table=table) for scale in ("float16", "e8m0", "e4m3", "int8") for table in (E2M1, IQ4_NL)),
+    *(
+        QuantSpec(bits, 32, scale, zero)
+        for bits in (4, 8)
+        for scale in ("e8m0", "e4m3")
+        for zero in ("symmetric", "integer")
+    ),
+    *(
+        QuantSpec(4, 32, scale, table=table)
+        for scale in ("float16", "e8m0", "e4m3", "int8")
+        for table in (E2M1, IQ4_NL)
+    ),
     *(QuantSpec(bits, -1, zero="minimum") for bits in (4, 8)),
 ]  # fmt: skip
 

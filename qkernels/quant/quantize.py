@@ -5,6 +5,7 @@ squared error."""
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -52,7 +53,7 @@ def quantize(
     ]
     if len(blocks) == 1:
         return blocks[0]
-    joined = {
+    joined: dict[str, Any] = {
         part: _cat([getattr(block, part) for block in blocks])
         for part in ("codes", "scale", "zero", "block_scale", "block_zero")
         if getattr(blocks[0], part) is not None
@@ -134,7 +135,7 @@ def _quantize_block(
     rounding = _Rounding(x, spec, k - (groups - 1) * group)
     if spec.two_level:
         scale, zero = rounding.search(torch.float32, search)
-        stored = _to_two_levels(scale, zero, spec, group)
+        stored: dict[str, Any] = _to_two_levels(scale, zero, spec, group)
         plain_scale, plain_zero = _from_two_levels(stored, spec, group)
     else:
         plain_scale, plain_zero = rounding.search(spec.scale_dtype, search)

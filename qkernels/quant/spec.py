@@ -214,9 +214,8 @@ class QuantSpec:
             "NVFP4": cls(4, 16, "e4m3", table=E2M1),
         }.get(scheme.upper())
         if named is not None:
-            return replace(
-                named, **({} if group_size is None else {"group_size": group_size}), **choices
-            )
+            group = named.group_size if group_size is None else group_size
+            return replace(named, group_size=group, **choices)
         bits, _ = _parse_scheme(scheme)
         return cls(bits, (-1 if bits == 8 else 32) if group_size is None else group_size, **choices)
 

@@ -181,13 +181,11 @@ class PlainWeight:
 
     def rows(self, start: int, stop: int) -> PlainWeight:
         """Rows start..stop, as views."""
-        cut = {
-            name: getattr(self, name)
-            for name in ("codes", "scale", "zero", "block_scale", "block_zero")
-        }
-        return replace(
-            self, **{name: None if t is None else t[start:stop] for name, t in cut.items()}
-        )
+        cut: dict[str, Any] = {}
+        for name in ("codes", "scale", "zero", "block_scale", "block_zero"):
+            tensor = getattr(self, name)
+            cut[name] = None if tensor is None else tensor[start:stop]
+        return replace(self, **cut)
 
     def pack(self) -> PackedWeight:
         """The packed weight, on the same device. Raises ValueError as `validate` does."""
@@ -378,7 +376,8 @@ class PackedWeight:
         """A copy of the bytes on another device; itself if it is there already."""
         if torch.device(device) == self.device:
             return self
-        return replace(self, **{name: t.to(device) for name, t in self.tensors().items()})
+        moved: dict[str, Any] = {name: t.to(device) for name, t in self.tensors().items()}
+        return replace(self, **moved)
 
     def slice_rows(self, start: int, stop: int) -> PackedWeight:
         """Rows start..stop as views. Both must be multiples of 64 (stop may be n). Raises
@@ -393,7 +392,7 @@ class PackedWeight:
             )
         np = layout.padded_n(stop)
         blocks = slice(start // UNIT_ROWS, np // UNIT_ROWS)
-        cut = {
+        cut: dict[str, Any] = {
             name: t[blocks]
             for name, t in self.tensors().items()
             if name not in ("codes", "table", "perm")
