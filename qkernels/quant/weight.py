@@ -328,7 +328,8 @@ class PackedWeight:
             g_idx = torch.empty(self.k, dtype=torch.int32, device=codes.device)
             g_idx[self.perm] = (torch.arange(self.k, device=codes.device) // self.group).int()
         return PlainWeight(
-            self.spec, codes, layout.unpack_groups(self.scale, self.n, groups), plain(self.zero, groups),
+            self.spec, codes, layout.unpack_groups(self.scale, self.n, groups),
+            plain(self.zero, groups),
             plain(self.block_scale, blocks), plain(self.block_zero, blocks), g_idx,
         )  # fmt: skip
 

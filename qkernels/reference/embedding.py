@@ -27,7 +27,7 @@ def embedding(ids: Tensor, *args: Any) -> Tensor:
     codes, *groups = weight[:5]
     codes = codes.view(-1, layout.UNIT_ROWS, codes.shape[1])[blocks].reshape(rows, -1)
     groups = [None if t is None else _take(t, blocks) for t in groups]
-    table = dequantize(codes, *groups, *weight[5:8], rows, k, dtype=torch.float32)
+    table = dequantize(codes, *groups, *weight[5:8], rows, k, torch.float32)
     picked = table[inverse * layout.UNIT_ROWS + ids % layout.UNIT_ROWS]
     return (picked * multiplier).to(dtype)
 

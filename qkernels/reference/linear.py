@@ -16,7 +16,7 @@ def linear(x: Tensor, *args: Any) -> Tensor:
     *weight, bias, act, act_group = args
     if act == "int8":
         return linear_quant(*quantize_act(x, act_group), *weight, bias, x.dtype)
-    return _matmul(x.float(), dequantize(*weight, dtype=torch.float32), bias, x.dtype)
+    return _matmul(x.float(), dequantize(*weight, torch.float32), bias, x.dtype)
 
 
 def linear_quant(act_codes: Tensor, act_scale: Tensor, act_sums: Tensor, *args: Any) -> Tensor:
@@ -26,7 +26,7 @@ def linear_quant(act_codes: Tensor, act_scale: Tensor, act_sums: Tensor, *args: 
     m, kx = act_codes.shape
     groups, k = act_scale.shape[1], weight[-1]
     x = (act_codes.float().view(m, groups, kx // groups) * act_scale[..., None]).view(m, kx)[:, :k]
-    return _matmul(x, dequantize(*weight, dtype=torch.float32), bias, dtype)
+    return _matmul(x, dequantize(*weight, torch.float32), bias, dtype)
 
 
 def _matmul(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
