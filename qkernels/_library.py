@@ -22,7 +22,10 @@ cuda_status = "not looked for yet"
 def _how_to_build() -> str:
     if (HERE.parent / "setup.py").exists() and (HERE.parent / "csrc").exists():
         return f"Build it with\n    cd {HERE.parent} && python setup.py native"
-    return "Install it again with\n    pip install --force-reinstall --no-deps --no-build-isolation qkernels"
+    return (
+        "Install it again with\n"
+        "    pip install --force-reinstall --no-deps --no-build-isolation qkernels"
+    )
 
 
 def load() -> None:
@@ -31,7 +34,8 @@ def load() -> None:
     version = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
     if version < MINIMUM_TORCH:
         raise ImportError(
-            f"qkernels needs torch >= {'.'.join(map(str, MINIMUM_TORCH))}, this is {torch.__version__}. Type\n"
+            f"qkernels needs torch >= {'.'.join(map(str, MINIMUM_TORCH))}, this is "
+            f"{torch.__version__}. Type\n"
             "    pip install --upgrade torch"
         )
     _load(HERE / "_C_cpu.so")
@@ -52,6 +56,7 @@ def _load(library: Path) -> None:
         torch.ops.load_library(str(library))
     except (OSError, RuntimeError) as error:
         raise ImportError(
-            f"qkernels: the native library {library} does not load with torch {torch.__version__}: {error}\n"
+            f"qkernels: the native library {library} does not load with torch "
+            f"{torch.__version__}: {error}\n"
             f"{_how_to_build()}"
         ) from error

@@ -114,9 +114,10 @@ def choose(op: str, device: str, case: Case) -> Choice:
         if not any(row.name == _backend for row in candidates):
             known = sorted({row.name for row in table})
             raise RuntimeError(
-                f"qkernels::{op}: backend {_backend!r} has no row for device {device}; rows: {known}"
+                f"qkernels::{op}: backend {_backend!r} has no row for device {device}; rows: "
+                f"{known}"
             )
-    reasons = []
+    reasons: list[tuple[str, str]] = []
     for row in candidates:
         reason = row.supports(case)
         if reason is None and not _implemented(row, device):
@@ -174,7 +175,10 @@ def _resolve(op: str, device: str, case: Case) -> str:
 
 def _report(op: str, device: str, case: Case, choice: Choice) -> None:
     told = "; ".join(f"{name}: {reason}" for name, reason in choice.reasons)
-    text = f"qkernels::{op} of {describe(case)} on {device} runs on the {choice.row.name!r} row, not a faster one ({told})"
+    text = (
+        f"qkernels::{op} of {describe(case)} on {device} runs on the {choice.row.name!r} row, "
+        f"not a faster one ({told})"
+    )
     if _policy == "error":
         raise FallbackError(text)
     key = (op, device, tuple(case.items()))

@@ -37,7 +37,8 @@ class Isa:
         """Why it cannot run here, or None."""
         if self.namespace == EMULATED:
             if not EMULATED_LIBRARY.exists():
-                return f"{EMULATED_LIBRARY.relative_to(ROOT)} is not built (python setup.py native --avx512emu)"
+                where = EMULATED_LIBRARY.relative_to(ROOT)
+                return f"{where} is not built (python setup.py native --avx512emu)"
             if EMULATED not in _loaded:
                 define_namespace(EMULATED)
                 torch.ops.load_library(str(EMULATED_LIBRARY))

@@ -14,11 +14,25 @@ from qkernels.quant.quantize import block_rows
 from qkernels.quant.spec import BITS, BLOCK
 
 EVERY = [
-    *(QuantSpec(bits, 32, scale, zero) for bits in BITS for scale in ("float32", "float16", "bfloat16") for zero in ("symmetric", "integer", "minimum")),
+    *(
+        QuantSpec(bits, 32, scale, zero)
+        for bits in BITS
+        for scale in ("float32", "float16", "bfloat16")
+        for zero in ("symmetric", "integer", "minimum")
+    ),
     *(QuantSpec(bits, 16, "int8", zero) for bits in BITS for zero in ("symmetric", "minimum")),
     *(QuantSpec(bits, 32, "uint4", "minimum") for bits in BITS),
-    *(QuantSpec(bits, 32, scale, zero) for bits in (4, 8) for scale in ("e8m0", "e4m3") for zero in ("symmetric", "integer")),
-    *(QuantSpec(4, 32, scale, table=table) for scale in ("float16", "e8m0", "e4m3", "int8") for table in (E2M1, IQ4_NL)),
+    *(
+        QuantSpec(bits, 32, scale, zero)
+        for bits in (4, 8)
+        for scale in ("e8m0", "e4m3")
+        for zero in ("symmetric", "integer")
+    ),
+    *(
+        QuantSpec(4, 32, scale, table=table)
+        for scale in ("float16", "e8m0", "e4m3", "int8")
+        for table in (E2M1, IQ4_NL)
+    ),
     *(QuantSpec(bits, -1, zero="minimum") for bits in (4, 8)),
 ]  # fmt: skip
 
@@ -182,10 +196,12 @@ def test_large_finite_values_are_not_taken_for_infinite() -> None:
 def test_scales_that_overflow_are_refused_by_place() -> None:
     weight = torch.zeros(70, 64)
     weight[68, 40] = 1e7
-    with pytest.raises(ValueError, match="w: the scale of row 68, group 1 overflows torch.float16"):
+    with pytest.raises(
+        ValueError, match=r"w: the scale of row 68, group 1 overflows torch\.float16"
+    ):
         quantize(weight, QuantSpec(4, 32), name="w")
     with pytest.raises(
-        ValueError, match="w: the scale of row 68, group 1 overflows torch.float8_e4m3fn"
+        ValueError, match=r"w: the scale of row 68, group 1 overflows torch\.float8_e4m3fn"
     ):
         quantize(weight, QuantSpec(4, 32, "e4m3"), name="w")
 

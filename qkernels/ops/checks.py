@@ -103,7 +103,8 @@ def weight(
     elif st not in FLAT_SCALES.values():
         fail(
             op,
-            "scale must be float32, float16, bfloat16, float8_e8m0fnu, float8_e4m3fn, or int8/uint8 with a "
+            "scale must be float32, float16, bfloat16, float8_e8m0fnu, float8_e4m3fn, or "
+            "int8/uint8 with a "
             f"block_scale, got {type_name(st)}",
         )
     expect(op, "scale", scale, st, groups)
@@ -115,7 +116,8 @@ def weight(
         if not integer and zero.dtype != st:
             fail(
                 op,
-                f"zero must be uint8 (zero points) or of the scale's type {type_name(st)} (minima), "
+                f"zero must be uint8 (zero points) or of the scale's type {type_name(st)} "
+                "(minima), "
                 f"got {type_name(zero.dtype)}",
             )
         if two_level and block_zero is None:

@@ -60,14 +60,16 @@ def check_linear_quant(act_codes: Tensor, act_scale: Tensor, act_sums: Tensor, *
     if kx < k or kx % 16:
         checks.fail(
             op,
-            f"act_codes must be [M, Kx] with Kx a multiple of 16 and at least k = {k}, got {list(act_codes.shape)}",
+            f"act_codes must be [M, Kx] with Kx a multiple of 16 and at least k = {k}, got "
+            f"{list(act_codes.shape)}",
         )
     checks.expect(op, "act_scale", act_scale, torch.float32, [m, -1])
     groups = act_scale.shape[1]
     if groups == 0 or kx % groups:
         checks.fail(
             op,
-            f"act_scale must have a column for each group of the {kx} columns of act_codes, got {list(act_scale.shape)}",
+            f"act_scale must have a column for each group of the {kx} columns of act_codes, "
+            f"got {list(act_scale.shape)}",
         )
     checks.expect(op, "act_sums", act_sums, torch.int16, [m, kx // 16])
     if bias is not None:
@@ -95,7 +97,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, weight, bias = inputs[0], inputs[1:11], inputs[11]
     if bias is not None and bias.requires_grad:
         raise RuntimeError(
-            "qkernels::linear: bias is fixed: only x may require a gradient; add a trainable bias to the result"
+            "qkernels::linear: bias is fixed: only x may require a gradient; add a trainable "
+            "bias to the result"
         )
     ctx.save_for_backward(*(t for t in weight[:6] if t is not None))
     ctx.given = [t is not None for t in weight[:6]]
@@ -122,7 +125,8 @@ define(
 )
 define(
     "linear_quant",
-    f"(Tensor act_codes, Tensor act_scale, Tensor act_sums, {WEIGHT}, Tensor? bias, ScalarType dtype) -> Tensor",
+    f"(Tensor act_codes, Tensor act_scale, Tensor act_sums, {WEIGHT}, Tensor? bias, "
+    "ScalarType dtype) -> Tensor",
     fake=_linear_quant_fake,
     reference=checks.checked(check_linear_quant, reference.linear_quant),
 )
@@ -187,7 +191,8 @@ def linear_quant(
     if weight.perm is not None:
         checks.fail(
             "linear_quant",
-            "an act-order weight needs its activations sorted before they are quantized; use linear",
+            "an act-order weight needs its activations sorted before they are quantized; use "
+            "linear",
         )
     op = select(
         "linear_quant",

@@ -5,6 +5,7 @@ squared error."""
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -52,7 +53,7 @@ def quantize(
     ]
     if len(blocks) == 1:
         return blocks[0]
-    joined = {
+    joined: dict[str, Any] = {
         part: _cat([getattr(block, part) for block in blocks])
         for part in ("codes", "scale", "zero", "block_scale", "block_zero")
         if getattr(blocks[0], part) is not None
@@ -85,7 +86,8 @@ def block_rows(k: int) -> int:
 def check_weight(weight: Tensor, spec: QuantSpec, g_idx: Tensor | None, name: str) -> None:
     if weight.dim() != 2 or min(weight.shape) < 1 or not weight.is_floating_point():
         raise ValueError(
-            f"{name} must be [N, K] of a float dtype with N, K > 0, got {weight.dtype} {list(weight.shape)}"
+            f"{name} must be [N, K] of a float dtype with N, K > 0, got {weight.dtype} "
+            f"{list(weight.shape)}"
         )
     if spec.act_order != (g_idx is not None):
         raise ValueError(f"{name}: {spec} {'needs a' if spec.act_order else 'has no'} g_idx")
@@ -133,7 +135,7 @@ def _quantize_block(
     rounding = _Rounding(x, spec, k - (groups - 1) * group)
     if spec.two_level:
         scale, zero = rounding.search(torch.float32, search)
-        stored = _to_two_levels(scale, zero, spec, group)
+        stored: dict[str, Any] = _to_two_levels(scale, zero, spec, group)
         plain_scale, plain_zero = _from_two_levels(stored, spec, group)
     else:
         plain_scale, plain_zero = rounding.search(spec.scale_dtype, search)

@@ -84,7 +84,8 @@ class QuantSpec:
             and (
                 self.group_size == -1 or (self.group_size > 0 and self.group_size % UNIT_COLS == 0)
             ),
-            f"group_size must be a positive multiple of {UNIT_COLS}, or -1 for the whole row, got {self.group_size!r}",
+            f"group_size must be a positive multiple of {UNIT_COLS}, or -1 for the whole row, "
+            f"got {self.group_size!r}",
         )
         scales = (*FLAT_SCALES, *TWO_LEVEL_SCALES)
         need(self.scale in scales, f"scale must be one of {scales}, got {self.scale!r}")
@@ -92,7 +93,8 @@ class QuantSpec:
         if self.two_level:
             need(
                 self.group_size > 0 and BLOCK % self.group_size == 0,
-                f"two-level scales ({self.scale}) need a group_size that divides {BLOCK}, got {self.group_size}",
+                f"two-level scales ({self.scale}) need a group_size that divides {BLOCK}, got "
+                f"{self.group_size}",
             )
             need(
                 self.zero != "integer",
@@ -104,7 +106,8 @@ class QuantSpec:
         )
         need(
             self.scale not in ("e8m0", "e4m3") or self.zero != "minimum",
-            f"a minimum is stored like the scale, and {self.scale} is too coarse for it: use symmetric or integer",
+            f"a minimum is stored like the scale, and {self.scale} is too coarse for it: use "
+            "symmetric or integer",
         )
         if self.table is not None:
             need(self.bits == 4, f"a table of 16 values needs bits=4, got {self.bits}")
@@ -211,9 +214,8 @@ class QuantSpec:
             "NVFP4": cls(4, 16, "e4m3", table=E2M1),
         }.get(scheme.upper())
         if named is not None:
-            return replace(
-                named, **({} if group_size is None else {"group_size": group_size}), **choices
-            )
+            group = named.group_size if group_size is None else group_size
+            return replace(named, group_size=group, **choices)
         bits, _ = _parse_scheme(scheme)
         return cls(bits, (-1 if bits == 8 else 32) if group_size is None else group_size, **choices)
 

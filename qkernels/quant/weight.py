@@ -161,7 +161,8 @@ class PlainWeight:
                 row, group = bad.nonzero()[0].tolist()
                 what = "block" if name.startswith("block") else "group"
                 raise ValueError(
-                    f"{name} of row {row + first_row}, {what} {group} is {values[row, group]}, not finite"
+                    f"{name} of row {row + first_row}, {what} {group} is "
+                    f"{values[row, group]}, not finite"
                 )
         if self.g_idx is not None:
             check_g_idx(self.g_idx, self.spec.group(self.k))
@@ -180,13 +181,11 @@ class PlainWeight:
 
     def rows(self, start: int, stop: int) -> PlainWeight:
         """Rows start..stop, as views."""
-        cut = {
-            name: getattr(self, name)
-            for name in ("codes", "scale", "zero", "block_scale", "block_zero")
-        }
-        return replace(
-            self, **{name: None if t is None else t[start:stop] for name, t in cut.items()}
-        )
+        cut: dict[str, Any] = {}
+        for name in ("codes", "scale", "zero", "block_scale", "block_zero"):
+            tensor = getattr(self, name)
+            cut[name] = None if tensor is None else tensor[start:stop]
+        return replace(self, **cut)
 
     def pack(self) -> PackedWeight:
         """The packed weight, on the same device. Raises ValueError as `validate` does."""
@@ -276,7 +275,8 @@ class PackedWeight:
             )
         if start < 0 or start % UNIT_ROWS or stop > self.n or (stop != self.n and stop % UNIT_ROWS):
             raise ValueError(
-                f"write_rows: rows {start} to {stop} of {self.n} do not fall on whole blocks of {UNIT_ROWS}"
+                f"write_rows: rows {start} to {stop} of {self.n} do not fall on whole blocks "
+                f"of {UNIT_ROWS}"
             )
         plain.validate(start)
         codes = plain.codes
@@ -286,7 +286,8 @@ class PackedWeight:
                 self.perm.copy_(perm)
             elif not torch.equal(self.perm, perm):
                 raise ValueError(
-                    f"write_rows: g_idx of rows {start} to {stop} differs from that of the rows before"
+                    f"write_rows: g_idx of rows {start} to {stop} differs from that of the "
+                    "rows before"
                 )
             codes = codes[:, perm.to(codes.device)]
         np = layout.padded_n(plain.n)
@@ -327,7 +328,8 @@ class PackedWeight:
             g_idx = torch.empty(self.k, dtype=torch.int32, device=codes.device)
             g_idx[self.perm] = (torch.arange(self.k, device=codes.device) // self.group).int()
         return PlainWeight(
-            self.spec, codes, layout.unpack_groups(self.scale, self.n, groups), plain(self.zero, groups),
+            self.spec, codes, layout.unpack_groups(self.scale, self.n, groups),
+            plain(self.zero, groups),
             plain(self.block_scale, blocks), plain(self.block_zero, blocks), g_idx,
         )  # fmt: skip
 
@@ -365,7 +367,8 @@ class PackedWeight:
             got = tensors[name]
             if (got.dtype, got.shape) != (want.dtype, want.shape):
                 raise ValueError(
-                    f"PackedWeight: {name} of {spec} [{n}, {k}] must be {want.dtype} {list(want.shape)}, "
+                    f"PackedWeight: {name} of {spec} [{n}, {k}] must be {want.dtype} "
+                    f"{list(want.shape)}, "
                     f"got {got.dtype} {list(got.shape)}"
                 )
         return cls(spec, n, k, **tensors)
@@ -374,7 +377,8 @@ class PackedWeight:
         """A copy of the bytes on another device; itself if it is there already."""
         if torch.device(device) == self.device:
             return self
-        return replace(self, **{name: t.to(device) for name, t in self.tensors().items()})
+        moved: dict[str, Any] = {name: t.to(device) for name, t in self.tensors().items()}
+        return replace(self, **moved)
 
     def slice_rows(self, start: int, stop: int) -> PackedWeight:
         """Rows start..stop as views. Both must be multiples of 64 (stop may be n). Raises
@@ -389,7 +393,7 @@ class PackedWeight:
             )
         np = layout.padded_n(stop)
         blocks = slice(start // UNIT_ROWS, np // UNIT_ROWS)
-        cut = {
+        cut: dict[str, Any] = {
             name: t[blocks]
             for name, t in self.tensors().items()
             if name not in ("codes", "table", "perm")
@@ -404,7 +408,8 @@ class PackedWeight:
         """
         if self.perm is not None:
             raise ValueError(
-                "slice_cols: the columns of an act-order weight are sorted by group; slice the plain weight"
+                "slice_cols: the columns of an act-order weight are sorted by group; slice "
+                "the plain weight"
             )
         step = (
             BLOCK
