@@ -194,8 +194,11 @@ def _finite(tensor: torch.Tensor) -> bool:
 class TensorSource(Protocol):
     """Float tensors by name, read when asked for."""
 
-    shapes: Mapping[str, tuple[int, ...]]
-    where: str
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]: ...
+
+    @property
+    def where(self) -> str: ...
 
     def rows(self, name: str, start: int, stop: int) -> torch.Tensor: ...
 

@@ -48,9 +48,9 @@ def program(config: ModelConfig) -> tuple[Step, ...]:
                 dst, src, f"{at}.{name}.weight", f"{at}.{name}.bias" if has_bias else None
             )
 
-        residual = {"src": "h"} if i == 0 else {"src": "r", "add": "h"}
+        src, add = ("h", None) if i == 0 else ("r", "h")
         steps += [
-            Norm("a", weight=f"{at}.attn_norm.weight", eps=config.norm_eps, **residual),
+            Norm("a", src, f"{at}.attn_norm.weight", add=add, eps=config.norm_eps),
             linear("q", "a", "q", config.q_bias),
             linear("k", "a", "k", config.k_bias),
             linear("v", "a", "v", config.v_bias),
