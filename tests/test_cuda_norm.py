@@ -1,0 +1,71 @@
+"""The norm ops on a GPU against the reference: every kernel that launch_norm picks, by type, length and alignment."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import qkernels  # noqa: F401  (loads the libraries)
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
+]
+EPS = 1e-5
+# A warp per row with 1, 2 and 4 pieces, a block with 1, 2, 4 (and 8), 512 threads, the loop; 577 is not aligned.
+COLUMNS = [64, 256, 576, 1024, 2048, 4096, 8192, 16384, 20000, 577]
+
+
+def inputs(m: int, k: int, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+    generator = torch.Generator().manual_seed(m * 100003 + k)
+    x, residual = (torch.randn(m, 2 * k, generator=generator)[:, :k].to(dtype) for _ in range(2))
+    weight, bias = (torch.randn(k, generator=generator) for _ in range(2))
+    return x, residual, weight, bias
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("center", [False, True])
+@pytest.mark.parametrize("k", COLUMNS)
+@pytest.mark.parametrize("m", [0, 1, 9, 1000])
+def test_norm(m: int, k: int, center: bool, dtype: torch.dtype) -> None:
+    x, residual, weight, bias = inputs(m, k, dtype)
+    want, total = torch.ops.qkernels_reference.add_norm(x, residual, weight, bias if center else None, EPS, center)
+    device = [None if t is None else t.cuda() for t in (x, residual, weight, bias if center else None)]
+    got, got_total = torch.ops.qkernels.add_norm(*device, EPS, center)
+    assert torch.equal(got_total.cpu(), total)
+    # One rounding to the type, and the order of the sums: K additions of float32.
+    bound = torch.finfo(dtype).eps * want.float().abs() + k**0.5 * 2.0**-23 * (1 + want.float().abs())
+    assert ((got.cpu().float() - want.float()).abs() <= bound).all()
+    alone = torch.ops.qkernels.norm(got_total, *device[2:], EPS, center)
+    assert torch.equal(alone, got)
+
+
+@pytest.mark.parametrize("group", [16, 32, 48, 256, 4096])
+@pytest.mark.parametrize("k", COLUMNS)
+def test_norm_quant_is_quantize_act_of_the_norm(k: int, group: int) -> None:
+    """Bit for bit: float32 in, so that the norm's own output has not been rounded."""
+    x, residual, weight, bias = inputs(9, k, torch.float32)
+    x[3, k // 2], x[4] = torch.nan, 0
+    device = [t.cuda() for t in (x, residual, weight, bias)]
+    y, total = torch.ops.qkernels.add_norm(*device, EPS, False)
+    want = torch.ops.qkernels_reference.quantize_act(y.cpu(), group)
+    *got, got_total = torch.ops.qkernels.add_norm_quant(*device, EPS, False, group)
+    for one, other in zip(got, want, strict=True):
+        assert torch.equal(torch.nan_to_num(one.cpu().float()), torch.nan_to_num(other.float()))
+    assert torch.equal(torch.nan_to_num(got_total), torch.nan_to_num(total))
+
+
+def test_tensors_on_two_devices() -> None:
+    x, _, weight, _ = inputs(2, 64, torch.float32)
+    with pytest.raises(RuntimeError, match=r"weight is on cpu, but x is on cuda:0"):
+        torch.ops.qkernels.norm(x.cuda(), weight, None, EPS, False)
+
+
+def test_a_graph_captures_it() -> None:
+    x, _, weight, _ = (t.cuda() for t in inputs(4, 4096, torch.bfloat16))
+    want = torch.ops.qkernels.norm(x, weight, None, EPS, False)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = torch.ops.qkernels.norm(x, weight, None, EPS, False)
+    graph.replay()
+    assert torch.equal(y, want)
