@@ -144,8 +144,8 @@ def build_cpu(out: Path, directory: Path, *, emulate_avx512: bool = False, sanit
     x86 = platform.machine() in ("x86_64", "AMD64")
     isas = {name: isa for name, isa in X86_ISAS.items() if x86 or name == "scalar"}
     flags = [flag for flags in common_flags(torch, directory) for flag in flags]
-    # Left alone, GCC fuses a * b + c where it likes: decoding would not be bitwise, and a fused op
-    # could differ from its parts. Kernels ask for a fused multiply-add with fma().
+    # Left alone, compilers fuse a * b + c where they like: decoding would not be bitwise, and a fused op
+    # could differ from its parts. Kernels ask for a fused multiply-add with fma(). (nvcc: -fmad=false)
     flags += ["-g0", "-ffp-contract=off", "-fno-math-errno"]
     flags += ["-Wall", "-Wextra", "-Wno-unused-parameter", "-Wno-psabi"]
     flags += ["-Wno-maybe-uninitialized"]  # GCC 12 warns of its own AVX-512 header
@@ -217,7 +217,7 @@ def build_cuda(out: Path, directory: Path) -> dict[str, object]:
         raise stop("the CUDA library needs nvcc on PATH, in CUDA_HOME or in /usr/local/cuda/bin")
     archs = cuda_archs(os.environ.get("TORCH_CUDA_ARCH_LIST") or CUDA_ARCHS)
     flags, host = common_flags(torch, directory)
-    flags += ["-Xptxas=-v", "-DUSE_CUDA", *archs.values(), f"-Xcompiler={','.join(host)}"]
+    flags += ["-Xptxas=-v", "-fmad=false", "-DUSE_CUDA", *archs.values(), f"-Xcompiler={','.join(host)}"]
     include = relative(torch.root / "include", directory)
     compile = f"{with_ccache([nvcc])} -ccbin={cxx()[-1]} {shlex.join(flags)} -isystem={include}"
     # A CPU-only torch has no libtorch_cuda. Empty libraries with the two sonames leave the NEEDED
