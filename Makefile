@@ -5,8 +5,6 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 CXX_SOURCES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
-# Without an NVIDIA GPU torch comes from here if it can be reached: 0.2 GB, where PyPI's build takes 3.
-TORCH_CPU := https://download.pytorch.org/whl/cpu
 # Each xdist worker runs one file at a time; two use both cores of a small machine, more need memory.
 PYTEST := $(BIN)/python -m pytest --quiet --numprocesses 2 --dist loadfile
 PROMPT := What is the capital of France?
@@ -55,8 +53,6 @@ clean:
 
 $(VENV)/torch.stamp: constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	if ! command -v nvidia-smi >/dev/null && curl --silent --fail --head --max-time 5 $(TORCH_CPU)/ >/dev/null; \
-	then index='--extra-index-url $(TORCH_CPU)'; fi; $(INSTALL) $$index torch setuptools ninja
 	touch $@
 
 qkernels/_C_cpu.so: $(VENV)/torch.stamp setup.py $(CXX_SOURCES)

@@ -136,7 +136,9 @@ def run_ninja(directory: Path, rules: list[str], objects: list[str], out: Path) 
         raise stop("compiling failed; the compiler's message is above")
 
 
-def build_cpu(out: Path, directory: Path, *, emulate_avx512: bool = False, sanitize: bool = False) -> dict[str, object]:
+def build_cpu(
+    out: Path, directory: Path, *, emulate_avx512: bool = False, sanitize: bool = False
+) -> dict[str, object]:
     """Builds one CPU library, each file of isa/ once per instruction set; returns the facts."""
     if sys.platform != "linux":
         raise stop(f"the libraries build on Linux only so far, not on {sys.platform}")
@@ -217,7 +219,13 @@ def build_cuda(out: Path, directory: Path) -> dict[str, object]:
         raise stop("the CUDA library needs nvcc on PATH, in CUDA_HOME or in /usr/local/cuda/bin")
     archs = cuda_archs(os.environ.get("TORCH_CUDA_ARCH_LIST") or CUDA_ARCHS)
     flags, host = common_flags(torch, directory)
-    flags += ["-Xptxas=-v", "-fmad=false", "-DUSE_CUDA", *archs.values(), f"-Xcompiler={','.join(host)}"]
+    flags += [
+        "-Xptxas=-v",
+        "-fmad=false",
+        "-DUSE_CUDA",
+        *archs.values(),
+        f"-Xcompiler={','.join(host)}",
+    ]
     include = relative(torch.root / "include", directory)
     compile = f"{with_ccache([nvcc])} -ccbin={cxx()[-1]} {shlex.join(flags)} -isystem={include}"
     # A CPU-only torch has no libtorch_cuda. Empty libraries with the two sonames leave the NEEDED

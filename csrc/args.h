@@ -1,5 +1,6 @@
-// Torch-free argument structs: what a kernel is told. Filled by check.h from tensors, read by every backend.
-// Shapes are in the comments; all arrays are contiguous unless a stride stands beside them.
+// Torch-free argument structs: what a kernel is told. Filled by check.h from tensors, read by every
+// backend. Shapes are in the comments; all arrays are contiguous unless a stride stands beside
+// them.
 #pragma once
 #include <cstdint>
 
@@ -14,13 +15,15 @@ enum class Zero : int32_t {
   minimum,    // zero: [Nb, Kp/G, 64], the scale's own kind; two-level: minimum = block_zero * zero
 };
 enum class Scale : int32_t {
-  f32,         // flat, the type of `scale` (and of minima)
+  f32,  // flat, the type of `scale` (and of minima)
   f16,
   bf16,
   e8m0,
   e4m3,
-  two_level,   // scale: int8, times block_scale (fp16 of 256 columns); minima: int8, times block_zero
-  two_nibble,  // scale: uint8, low nibble the scale, high nibble the minimum (Q2_K); block_scale, block_zero as above
+  two_level,   // scale: int8, times block_scale (fp16 of 256 columns); minima: int8, times
+               // block_zero
+  two_nibble,  // scale: uint8, low nibble the scale, high nibble the minimum (Q2_K); block_scale,
+               // block_zero as above
 };
 
 struct Weight {
@@ -38,11 +41,11 @@ struct Weight {
 
 // Activations quantized at run time: x ~= scale * codes.
 struct QuantAct {
-  const int8_t* codes;   // [M, Kx], |code| <= 127, zero from the logical K on
-  const float* scale;    // [M, Kx / group]
-  const int16_t* sums;   // [M, Kx / 16], sums of 16 codes
-  int64_t kx;            // row length of codes: K rounded up to a multiple of group, >= 16
-  int group;             // columns per scale: a multiple of 16
+  const int8_t* codes;  // [M, Kx], |code| <= 127, zero from the logical K on
+  const float* scale;   // [M, Kx / group]
+  const int16_t* sums;  // [M, Kx / 16], sums of 16 codes
+  int64_t kx;           // row length of codes: K rounded up to a multiple of group, >= 16
+  int group;            // columns per scale: a multiple of 16
 };
 struct QuantActOut {
   int8_t* codes;
@@ -64,9 +67,9 @@ struct LinearArgs {
   const void* x;  // [M, K] for float activations, else null
   Dtype x_type;
   int64_t x_stride;
-  QuantAct act;           // for int8 activations (x is null)
-  const void* bias;       // [N] float32 or null
-  void* y;                // [M, N]
+  QuantAct act;      // for int8 activations (x is null)
+  const void* bias;  // [N] float32 or null
+  void* y;           // [M, N]
   Dtype y_type;
   int64_t m, y_stride;
 };
@@ -81,7 +84,8 @@ struct PackArgs {
   uint8_t* packed;       // [Nb, Kp/16, 128 * bits], wholly overwritten
   int64_t n, k, kp;
   int bits;
-  uint32_t* seen;  // [1], zero before: the OR of all codes in each byte; bits beyond `bits` are dropped from packed
+  uint32_t* seen;  // [1], zero before: the OR of all codes in each byte; bits beyond `bits` are
+                   // dropped from packed
 };
 struct EmbeddingArgs {
   const int64_t* ids;  // [T], all in [0, N)
@@ -118,21 +122,22 @@ struct GateArgs {
   QuantActOut act;
 };
 
-// Pages of a KV cache. int8: uint8 codes and x = scale * (code - zero); int4: two codes per byte, byte i of a run
-// of 8 holding dims 16 c + i (low nibble) and 16 c + 8 + i (high) of its chunk c.
+// Pages of a KV cache. int8: uint8 codes and x = scale * (code - zero); int4: two codes per byte,
+// byte i of a run of 8 holding dims 16 c + i (low nibble) and 16 c + 8 + i (high) of its chunk c.
 enum class KvType : int32_t { f32, f16, bf16, int8, int4 };
 struct KvPages {
-  void* k;              // [P, Hkv, page, D] (int4: D / 2 bytes)
+  void* k;  // [P, Hkv, page, D] (int4: D / 2 bytes)
   void* v;
-  uint16_t* k_scale;    // [P, Hkv, 2, page] fp16: plane 0 the scale, plane 1 the zero point; null for floats
+  uint16_t* k_scale;  // [P, Hkv, 2, page] fp16: plane 0 the scale, plane 1 the zero point; null for
+                      // floats
   uint16_t* v_scale;
   KvType type;
   int64_t pages, kv_heads, page, dim;
-  int64_t page_stride;         // elements (int4: bytes) between pages of k and v
-  int64_t scale_page_stride;   // elements between pages of k_scale and v_scale
+  int64_t page_stride;        // elements (int4: bytes) between pages of k and v
+  int64_t scale_page_stride;  // elements between pages of k_scale and v_scale
 };
-// A ragged batch: tokens query_start[b] .. query_start[b + 1] belong to sequence b and are its last ones; their
-// positions are kv_len[b] - count + i, where kv_len counts them too.
+// A ragged batch: tokens query_start[b] .. query_start[b + 1] belong to sequence b and are its last
+// ones; their positions are kv_len[b] - count + i, where kv_len counts them too.
 struct Ragged {
   const int32_t* query_start;  // [B + 1]
   const int32_t* kv_len;       // [B]
@@ -141,14 +146,15 @@ struct Ragged {
 };
 
 struct KvAppendArgs {
-  const void* q;             // [T, Hq, D]
-  const void* k;             // [T, Hkv, D]
-  const void* v;             // [T, Hkv, D]
-  void* q_out;               // [T, Hq, D]
-  Dtype type;                // of q, k, v and q_out
+  const void* q;                         // [T, Hq, D]
+  const void* k;                         // [T, Hkv, D]
+  const void* v;                         // [T, Hkv, D]
+  void* q_out;                           // [T, Hq, D]
+  Dtype type;                            // of q, k, v and q_out
   int64_t q_stride, k_stride, v_stride;  // elements between tokens
   int64_t q_heads;
-  const float* rope;         // [positions, rotary_dim]: cos of rotary_dim / 2 angles, then sin; null: no rotation
+  const float*
+      rope;  // [positions, rotary_dim]: cos of rotary_dim / 2 angles, then sin; null: no rotation
   int64_t rope_positions;
   int rotary_dim;            // even, <= D; rotate-half pairs (i, i + rotary_dim / 2)
   const int32_t* positions;  // [T] or null: from the batch
@@ -161,10 +167,10 @@ struct AttentionArgs {
   void* out;      // [T, Hq, D]
   Dtype type;
   int64_t q_stride, q_heads;
-  float scale;      // of q . k
+  float scale;  // of q . k
   bool causal;
-  int64_t window;   // > 0: a query sees the last `window` positions, itself included
-  float softcap;    // > 0: softcap * tanh(score / softcap)
+  int64_t window;  // > 0: a query sees the last `window` positions, itself included
+  float softcap;   // > 0: softcap * tanh(score / softcap)
   KvPages pages;
   Ragged batch;
 };

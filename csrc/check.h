@@ -1,6 +1,6 @@
-// Tensors in, argument structs out: the metadata checks of the C++ side. Messages name the op, the argument, what was
-// expected and what came. Everything is validated before torch is asked for anything, because a failure inside
-// torch's stable shim loses its message.
+// Tensors in, argument structs out: the metadata checks of the C++ side. Messages name the op, the
+// argument, what was expected and what came. Everything is validated before torch is asked for
+// anything, because a failure inside torch's stable shim loses its message.
 #pragma once
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -39,7 +39,8 @@ inline void check(bool ok, const char* op, const Parts&... parts) {
   if (!ok) fail(op, parts...);
 }
 
-// As PyTorch writes it in Python, so that these messages and those of qkernels/ops/checks.py are the same.
+// As PyTorch writes it in Python, so that these messages and those of qkernels/ops/checks.py are
+// the same.
 inline const char* type_name(ScalarType t) {
   switch (t) {
     case ScalarType::Float: return "float32";
@@ -76,10 +77,13 @@ inline Dtype float_type(const char* op, const char* name, ScalarType t) {
 }
 
 // t has this dtype and is contiguous; sizes are checked where they are given (-1: any).
-inline void expect(const char* op, const char* name, const Tensor& t, ScalarType type, std::vector<int64_t> sizes) {
-  check(t.scalar_type() == type, op, name, " must be ", type_name(type), ", got ", type_name(t.scalar_type()));
+inline void expect(const char* op, const char* name, const Tensor& t, ScalarType type,
+                   std::vector<int64_t> sizes) {
+  check(t.scalar_type() == type, op, name, " must be ", type_name(type), ", got ",
+        type_name(t.scalar_type()));
   bool same = t.dim() == int64_t(sizes.size());
-  for (size_t i = 0; same && i < sizes.size(); i++) same = sizes[i] < 0 || t.size(int64_t(i)) == sizes[i];
+  for (size_t i = 0; same && i < sizes.size(); i++)
+    same = sizes[i] < 0 || t.size(int64_t(i)) == sizes[i];
   if (!same) {
     std::ostringstream want;
     want << "[";
@@ -95,16 +99,21 @@ inline void expect(const char* op, const char* name, const Tensor& t, ScalarType
 }
 
 inline std::string device_name(const Tensor& t) {
-  return t.is_cpu() ? "cpu" : t.is_cuda() ? "cuda:" + std::to_string(t.get_device_index()) : "another device";
+  return t.is_cpu()    ? "cpu"
+         : t.is_cuda() ? "cuda:" + std::to_string(t.get_device_index())
+                       : "another device";
 }
-// The dispatcher goes by all tensors together: a kernel for CUDA may be handed one that is on the CPU.
-inline void same_device(const char* op, const char* name, const Tensor& t, const char* first, const Tensor& like) {
+// The dispatcher goes by all tensors together: a kernel for CUDA may be handed one that is on the
+// CPU.
+inline void same_device(const char* op, const char* name, const Tensor& t, const char* first,
+                        const Tensor& like) {
   const bool same = t.is_cpu() == like.is_cpu() && t.is_cuda() == like.is_cuda() &&
                     t.get_device_index() == like.get_device_index();
   check(same, op, name, " is on ", device_name(t), ", but ", first, " is on ", device_name(like));
 }
 
-// [..., D] rows: the last dimension dense, rows a constant stride apart. Returns that stride in elements.
+// [..., D] rows: the last dimension dense, rows a constant stride apart. Returns that stride in
+// elements.
 inline int64_t row_stride(const char* op, const char* name, const Tensor& t) {
   check(t.dim() == 2, op, name, " must have 2 dimensions, got ", shape_of(t));
   if (t.size(0) <= 1) {
@@ -129,26 +138,34 @@ T* mutable_data(const Tensor& t) {
 }
 
 // The tensors and numbers of one packed weight, in the order every schema lists them:
-//   Tensor codes, Tensor scale, Tensor? zero, Tensor? block_scale, Tensor? block_zero, Tensor? table,
-//   int bits, int group_size, int n, int k
-inline Weight make_weight(const char* op, const Tensor& codes, const Tensor& scale, const std::optional<Tensor>& zero,
-                          const std::optional<Tensor>& block_scale, const std::optional<Tensor>& block_zero,
-                          const std::optional<Tensor>& table, int64_t bits, int64_t group, int64_t n, int64_t k) {
+//   Tensor codes, Tensor scale, Tensor? zero, Tensor? block_scale, Tensor? block_zero, Tensor?
+//   table, int bits, int group_size, int n, int k
+inline Weight make_weight(const char* op, const Tensor& codes, const Tensor& scale,
+                          const std::optional<Tensor>& zero,
+                          const std::optional<Tensor>& block_scale,
+                          const std::optional<Tensor>& block_zero,
+                          const std::optional<Tensor>& table, int64_t bits, int64_t group,
+                          int64_t n, int64_t k) {
   Weight w{};
   check(layout::planes(int(bits)).count > 0, op, "bits must be 2, 3, 4, 5, 6 or 8, got ", bits);
   check(n > 0 && k > 0, op, "a weight needs n > 0 and k > 0, got n = ", n, ", k = ", k);
-  check(group >= 16 && group % 16 == 0, op, "group_size must be a positive multiple of 16, got ", group);
+  check(group >= 16 && group % 16 == 0, op, "group_size must be a positive multiple of 16, got ",
+        group);
   const bool two_level = block_scale.has_value();
-  check(!two_level || layout::kBlockGroup % group == 0, op, "two-level scales need a group_size that divides 256, got ", group);
-  const int64_t kp = layout::padded_k(k, group, two_level), blocks = layout::padded_n(n) / 64, groups = kp / group;
+  check(!two_level || layout::kBlockGroup % group == 0, op,
+        "two-level scales need a group_size that divides 256, got ", group);
+  const int64_t kp = layout::padded_k(k, group, two_level), blocks = layout::padded_n(n) / 64,
+                groups = kp / group;
   expect(op, "codes", codes, ScalarType::Char, {blocks * 64, kp * bits / 8});
   w.codes = data<uint8_t>(codes);
   w.n = n, w.k = k, w.kp = kp, w.bits = int(bits), w.group = int(group);
   const ScalarType st = scale.scalar_type();
   if (two_level) {
-    check(st == ScalarType::Char || st == ScalarType::Byte, op, "two-level scale must be int8, or uint8 pairs of nibbles, got ", type_name(st));
+    check(st == ScalarType::Char || st == ScalarType::Byte, op,
+          "two-level scale must be int8, or uint8 pairs of nibbles, got ", type_name(st));
     w.scale_kind = st == ScalarType::Char ? Scale::two_level : Scale::two_nibble;
-    expect(op, "block_scale", *block_scale, ScalarType::Half, {blocks, kp / layout::kBlockGroup, 64});
+    expect(op, "block_scale", *block_scale, ScalarType::Half,
+           {blocks, kp / layout::kBlockGroup, 64});
     w.block_scale = data<uint16_t>(block_scale);
   } else {
     switch (st) {
@@ -157,19 +174,25 @@ inline Weight make_weight(const char* op, const Tensor& codes, const Tensor& sca
       case ScalarType::BFloat16: w.scale_kind = Scale::bf16; break;
       case ScalarType::Float8_e8m0fnu: w.scale_kind = Scale::e8m0; break;
       case ScalarType::Float8_e4m3fn: w.scale_kind = Scale::e4m3; break;
-      default: fail(op, "scale must be float32, float16, bfloat16, float8_e8m0fnu, float8_e4m3fn, or int8/uint8 with a block_scale, got ", type_name(st));
+      default:
+        fail(op,
+             "scale must be float32, float16, bfloat16, float8_e8m0fnu, float8_e4m3fn, or "
+             "int8/uint8 with a block_scale, got ",
+             type_name(st));
     }
   }
   expect(op, "scale", scale, st, {blocks, groups, 64});
   w.scale = data(scale);
   w.zero_kind = Zero::symmetric;
   if (w.scale_kind == Scale::two_nibble) {
-    check(!zero && block_zero, op, "uint8 two-level scales hold their minima: they need block_zero and no zero");
+    check(!zero && block_zero, op,
+          "uint8 two-level scales hold their minima: they need block_zero and no zero");
     w.zero_kind = Zero::minimum;
   } else if (zero) {
     const ScalarType zt = zero->scalar_type();
     const bool integer = zt == ScalarType::Byte && !two_level;
-    check(integer || zt == st, op, "zero must be uint8 (zero points) or of the scale's type ", type_name(st), " (minima), got ", type_name(zt));
+    check(integer || zt == st, op, "zero must be uint8 (zero points) or of the scale's type ",
+          type_name(st), " (minima), got ", type_name(zt));
     check(!two_level || block_zero, op, "two-level minima need block_zero");
     expect(op, "zero", *zero, zt, {blocks, groups, 64});
     w.zero = data(zero);
@@ -184,7 +207,8 @@ inline Weight make_weight(const char* op, const Tensor& codes, const Tensor& sca
   }
   if (table) {
     check(bits == 4, op, "a table of 16 values needs bits = 4, got ", bits);
-    check(w.zero_kind == Zero::symmetric, op, "a table has its own zero: it takes no zero points and no minima");
+    check(w.zero_kind == Zero::symmetric, op,
+          "a table has its own zero: it takes no zero points and no minima");
     expect(op, "table", *table, ScalarType::Char, {16});
     w.table = data<int8_t>(table);
   }

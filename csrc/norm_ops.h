@@ -1,5 +1,5 @@
-// norm, add_norm and their quantized forms, but for who computes: RMSNorm, and LayerNorm with center. Checks and
-// allocates, then calls kRun(op, x, args).
+// norm, add_norm and their quantized forms, but for who computes: RMSNorm, and LayerNorm with
+// center. Checks and allocates, then calls kRun(op, x, args).
 #pragma once
 #include "act.h"
 
@@ -8,19 +8,20 @@ namespace qk {
 using NormRun = void (*)(const char* op, const Tensor& x, const NormArgs&);
 
 // x [M, K], residual [M, K] or null, weight [K], bias [K] or null
-inline NormArgs norm_args(const char* op, const Tensor& x, const Tensor* residual, const Tensor& weight,
-                          const std::optional<Tensor>& bias, double eps, bool center) {
+inline NormArgs norm_args(const char* op, const Tensor& x, const Tensor* residual,
+                          const Tensor& weight, const std::optional<Tensor>& bias, double eps,
+                          bool center) {
   NormArgs a{};
   a.type = float_type(op, "x", x.scalar_type());
   a.x_stride = row_stride(op, "x", x);
   a.m = x.size(0), a.k = x.size(1);
   check(a.k > 0, op, "x needs at least one column, got ", shape_of(x));
   if (residual) {
-    check(residual->scalar_type() == x.scalar_type(), op, "residual must be ", type_name(x.scalar_type()),
-          " like x, got ", type_name(residual->scalar_type()));
+    check(residual->scalar_type() == x.scalar_type(), op, "residual must be ",
+          type_name(x.scalar_type()), " like x, got ", type_name(residual->scalar_type()));
     a.residual_stride = row_stride(op, "residual", *residual);
-    check(residual->size(0) == a.m && residual->size(1) == a.k, op, "residual must be ", shape_of(x), " like x, got ",
-          shape_of(*residual));
+    check(residual->size(0) == a.m && residual->size(1) == a.k, op, "residual must be ",
+          shape_of(x), " like x, got ", shape_of(*residual));
     same_device(op, "residual", *residual, "x", x);
     a.residual = data(*residual);
   }
@@ -43,7 +44,8 @@ inline Tensor new_rows(const NormArgs& a, const Tensor& like, void** to) {
 }
 
 template <NormRun kRun>
-Tensor norm(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, double eps, bool center) {
+Tensor norm(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, double eps,
+            bool center) {
   NormArgs a = norm_args("norm", x, nullptr, weight, bias, eps, center);
   Tensor y = new_rows(a, x, &a.y);
   kRun("norm", x, a);
@@ -60,8 +62,8 @@ std::tuple<Tensor, Tensor> add_norm(const Tensor& x, const Tensor& residual, con
 }
 
 template <NormRun kRun>
-QuantActTensors norm_quant(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, double eps,
-                           bool center, int64_t act_group) {
+QuantActTensors norm_quant(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
+                           double eps, bool center, int64_t act_group) {
   NormArgs a = norm_args("norm_quant", x, nullptr, weight, bias, eps, center);
   const int64_t kx = act_columns("norm_quant", "act_group", a.k, act_group);
   QuantActTensors act = new_act(x, a.m, kx, act_group, &a.act);
@@ -70,8 +72,10 @@ QuantActTensors norm_quant(const Tensor& x, const Tensor& weight, const std::opt
 }
 
 template <NormRun kRun>
-std::tuple<Tensor, Tensor, Tensor, Tensor> add_norm_quant(const Tensor& x, const Tensor& residual, const Tensor& weight,
-                                                          const std::optional<Tensor>& bias, double eps, bool center,
+std::tuple<Tensor, Tensor, Tensor, Tensor> add_norm_quant(const Tensor& x, const Tensor& residual,
+                                                          const Tensor& weight,
+                                                          const std::optional<Tensor>& bias,
+                                                          double eps, bool center,
                                                           int64_t act_group) {
   NormArgs a = norm_args("add_norm_quant", x, &residual, weight, bias, eps, center);
   const int64_t kx = act_columns("add_norm_quant", "act_group", a.k, act_group);

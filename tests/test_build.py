@@ -42,7 +42,9 @@ setup_py = load_setup()
 def output(*command: str | Path) -> str:
     if shutil.which(str(command[0])) is None:
         pytest.skip(f"{command[0]} (binutils) is not installed")
-    return subprocess.run([str(part) for part in command], check=True, capture_output=True, text=True).stdout
+    return subprocess.run(
+        [str(part) for part in command], check=True, capture_output=True, text=True
+    ).stdout
 
 
 def undefined_symbols(library: Path) -> set[str]:
@@ -168,7 +170,9 @@ def test_no_torch(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("version, fits", [("2.10.1", False), ("2.11.0", True), ("3.0.0a0", True)])
-def test_torch_version(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, version: str, fits: bool) -> None:
+def test_torch_version(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, version: str, fits: bool
+) -> None:
     """Found beside the environment's packages though it cannot be imported: build isolation."""
     hide_torch(monkeypatch, tmp_path)
     (tmp_path / "torch").mkdir()

@@ -33,7 +33,9 @@ class Entry:
 @pytest.fixture(scope="module")
 def library() -> Path:
     environment = {**os.environ, "TORCH_CUDA_ARCH_LIST": "8.0;9.0a"}
-    subprocess.run([sys.executable, "setup.py", "native", "--cuda"], cwd=ROOT, env=environment, check=True)
+    subprocess.run(
+        [sys.executable, "setup.py", "native", "--cuda"], cwd=ROOT, env=environment, check=True
+    )
     return ROOT / "build" / "cuda" / "_C_cuda.so"
 
 

@@ -29,12 +29,18 @@ def inputs(m: int, k: int, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
 @pytest.mark.parametrize("m", [0, 1, 9, 1000])
 def test_norm(m: int, k: int, center: bool, dtype: torch.dtype) -> None:
     x, residual, weight, bias = inputs(m, k, dtype)
-    want, total = torch.ops.qkernels_reference.add_norm(x, residual, weight, bias if center else None, EPS, center)
-    device = [None if t is None else t.cuda() for t in (x, residual, weight, bias if center else None)]
+    want, total = torch.ops.qkernels_reference.add_norm(
+        x, residual, weight, bias if center else None, EPS, center
+    )
+    device = [
+        None if t is None else t.cuda() for t in (x, residual, weight, bias if center else None)
+    ]
     got, got_total = torch.ops.qkernels.add_norm(*device, EPS, center)
     assert torch.equal(got_total.cpu(), total)
     # One rounding to the type, and the order of the sums: K additions of float32.
-    bound = torch.finfo(dtype).eps * want.float().abs() + k**0.5 * 2.0**-23 * (1 + want.float().abs())
+    bound = torch.finfo(dtype).eps * want.float().abs() + k**0.5 * 2.0**-23 * (
+        1 + want.float().abs()
+    )
     assert ((got.cpu().float() - want.float()).abs() <= bound).all()
     alone = torch.ops.qkernels.norm(got_total, *device[2:], EPS, center)
     assert torch.equal(alone, got)

@@ -46,7 +46,9 @@ def cases() -> list[tuple[str, str]]:
     return sets
 
 
-@pytest.fixture(params=cases(), ids=lambda c: c[1] if c[0] == "qkernels" else f"{c[1]}-emulated", scope="module")
+@pytest.fixture(
+    params=cases(), ids=lambda c: c[1] if c[0] == "qkernels" else f"{c[1]}-emulated", scope="module"
+)
 def ops(request: pytest.FixtureRequest) -> Iterator[torch._ops._OpNamespace]:
     namespace, isa = request.param
     if namespace == EMULATED and not hasattr(torch.ops.qkernels_avx512emu, "cpu_isa"):
@@ -136,7 +138,9 @@ def assert_close(y: Tensor, want: Tensor, magnitude: Tensor, terms: int) -> None
     assert torch.isfinite(y).all()
 
 
-def check_int8(ops, spec: QuantSpec, m: int, n: int, k: int, act_group: int, dtype=torch.float32, bias=True) -> None:
+def check_int8(
+    ops, spec: QuantSpec, m: int, n: int, k: int, act_group: int, dtype=torch.float32, bias=True
+) -> None:
     weight, w, magnitude = prepared(spec, n, k)
     x = torch.randn(m, k, generator=torch.Generator().manual_seed(m + k)).to(dtype)
     b = torch.randn(n, generator=torch.Generator().manual_seed(2)) if bias else None
@@ -175,8 +179,13 @@ def test_int8_specs_and_activation_groups(ops, spec: QuantSpec, act: int | str) 
     k = 528  # no multiple of most groups
     group, act_group = spec.group(k), k if act == "row" else int(act)
     if group % act_group and act_group % group:
-        weight, (act_tensors, _) = random_weight(spec, 64, k), quantized(torch.randn(1, k), act_group)
-        with pytest.raises(RuntimeError, match="one of group_size and act_group must divide the other"):
+        weight, (act_tensors, _) = (
+            random_weight(spec, 64, k),
+            quantized(torch.randn(1, k), act_group),
+        )
+        with pytest.raises(
+            RuntimeError, match="one of group_size and act_group must divide the other"
+        ):
             ops.linear_quant(*act_tensors, *weight.op_args(), None, torch.float32)
     else:
         check_int8(ops, spec, 5, 96, k, act_group)
@@ -277,8 +286,13 @@ def test_rows_of_a_wider_tensor(ops, act: str) -> None:
     x = wide[:, 50:146]
     args = (*weight.op_args(), None, act, 32)
     assert torch.equal(ops.linear(x, *args), ops.linear(x.contiguous(), *args))
-    assert torch.equal(ops.linear(wide[:1, 3:99].expand(4, 96), *args)[3], ops.linear(wide[:1, 3:99].contiguous(), *args)[0])
-    with pytest.raises(RuntimeError, match="qkernels::linear: x must be dense in its last dimension"):
+    assert torch.equal(
+        ops.linear(wide[:1, 3:99].expand(4, 96), *args)[3],
+        ops.linear(wide[:1, 3:99].contiguous(), *args)[0],
+    )
+    with pytest.raises(
+        RuntimeError, match="qkernels::linear: x must be dense in its last dimension"
+    ):
         ops.linear(torch.randn(96, 7).T, *args)
 
 
@@ -288,7 +302,11 @@ def test_threads_and_company_change_no_bit(ops, act: str, dtype: torch.dtype) ->
     """Neither the size of the team nor the other tokens of the batch may show in a token's result."""
     before = torch.get_num_threads()
     try:
-        for spec in (QuantSpec(4, 32, "float16", "minimum"), QuantSpec(8, 32, "float16"), QuantSpec(4, 32, "int8", "minimum")):
+        for spec in (
+            QuantSpec(4, 32, "float16", "minimum"),
+            QuantSpec(8, 32, "float16"),
+            QuantSpec(4, 32, "int8", "minimum"),
+        ):
             weight = random_weight(spec, 232, 320)
             x = torch.randn(300, 320, generator=torch.Generator().manual_seed(1)).to(dtype)
             args = (*weight.op_args(), None, act, 32)
@@ -319,7 +337,10 @@ def test_not_a_number_reaches_the_result(ops) -> None:
         (QuantSpec(6, 16, "int8"), "codes of 6 bits are not supported by the CPU kernels"),
         (QuantSpec(3, 32), "codes of 3 bits are not supported by the CPU kernels"),
         (QuantSpec(4, 32, "e8m0"), "scales of 8-bit floats are not supported by the CPU kernels"),
-        (QuantSpec(4, 32, table=tuple(range(-8, 8))), "a table of code values is not supported by the CPU kernels"),
+        (
+            QuantSpec(4, 32, table=tuple(range(-8, 8))),
+            "a table of code values is not supported by the CPU kernels",
+        ),
     ],
 )
 def test_unsupported_weights_are_refused(ops, spec: QuantSpec, message: str) -> None:
@@ -352,7 +373,10 @@ def test_bad_arguments_are_named() -> None:
     codes, scale, sums = act
     for message, args in [
         ("act_codes must be (int8|Char), got", (codes.short(), scale, sums)),
-        ("act_codes must have k = 96 columns rounded up", (codes[:, :64].contiguous(), scale, sums)),
+        (
+            "act_codes must have k = 96 columns rounded up",
+            (codes[:, :64].contiguous(), scale, sums),
+        ),
         ("act_codes must have k = 96 columns rounded up", (codes, scale[:, :0].contiguous(), sums)),
         ("act_scale must be (float32|Float), got", (codes, scale.double(), sums)),
         (r"act_sums must be \[2, 6\], got \[2, 5\]", (codes, scale, sums[:, :5].contiguous())),
@@ -368,9 +392,14 @@ def test_opcheck_and_compile() -> None:
     for m in (0, 3):
         x = torch.randn(m, 96)
         for act in ("int8", "float"):
-            torch.library.opcheck(torch.ops.qkernels.linear.default, (x, *weight.op_args(), bias, act, 32))
+            torch.library.opcheck(
+                torch.ops.qkernels.linear.default, (x, *weight.op_args(), bias, act, 32)
+            )
         act_tensors = quantized(x, 32)[0]
-        torch.library.opcheck(torch.ops.qkernels.linear_quant.default, (*act_tensors, *weight.op_args(), None, torch.float16))
+        torch.library.opcheck(
+            torch.ops.qkernels.linear_quant.default,
+            (*act_tensors, *weight.op_args(), None, torch.float16),
+        )
 
     def f(x: Tensor) -> Tensor:
         return torch.ops.qkernels.linear(x * 2, *weight.op_args(), bias, "int8", 32) + 1
@@ -386,5 +415,3 @@ def test_gradient_reaches_x() -> None:
     torch.ops.qkernels.linear(x, *weight.op_args(), None, "float", 0).backward(grad)
     w = torch.ops.qkernels_reference.dequantize(*weight.op_args(), torch.float32)
     torch.testing.assert_close(x.grad, grad @ w)
-
-

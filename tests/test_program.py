@@ -27,15 +27,22 @@ HIDDEN, HEADS, KV_HEADS, DIM, FFN, VOCAB = 96, 3, 1, 32, 160, 130
 def block(layer: int, first: bool, qk_norm: bool, bias: bool) -> list[Step]:
     name = f"{layer}."
     shape = {"q_heads": HEADS, "kv_heads": KV_HEADS, "head_dim": DIM}
-    steps: list[Step] = [Norm("a", "h" if first else "r", name + "norm", add=None if first else "h")]
+    steps: list[Step] = [
+        Norm("a", "h" if first else "r", name + "norm", add=None if first else "h")
+    ]
     for r in "qkv":
         steps.append(Linear(r, "a", name + r, name + "bias_" + r if bias else None))
     if qk_norm:
-        steps += [Norm("q", "q", name + "q_norm", heads=HEADS), Norm("k", "k", name + "k_norm", heads=KV_HEADS)]
+        steps += [
+            Norm("q", "q", name + "q_norm", heads=HEADS),
+            Norm("k", "k", name + "k_norm", heads=KV_HEADS),
+        ]
     return [
         *steps,
         KvAppend("rotated", "q", "k", "v", layer, **shape),
-        Attention("o", "rotated", layer, **shape, scale=DIM**-0.5, window=7 if layer else 0, softcap=5.0),
+        Attention(
+            "o", "rotated", layer, **shape, scale=DIM**-0.5, window=7 if layer else 0, softcap=5.0
+        ),
         Linear("r", "o", name + "o"),
         Norm("a", "r", name + "ffn_norm", add="h"),
         Linear("g", "a", name + "gate"),
@@ -56,7 +63,12 @@ def model(specs: tuple[QuantSpec, QuantSpec], qk_norm: bool = True, bias: bool =
     weights["rope"] = rope_table(DIM, 512, theta=1e4)
     for i in range(2):
         steps += block(i, i == 0, qk_norm, bias)
-        shapes = {"q": (HEADS * DIM, HIDDEN), "k": (DIM, HIDDEN), "v": (DIM, HIDDEN), "o": (HIDDEN, HEADS * DIM)}
+        shapes = {
+            "q": (HEADS * DIM, HIDDEN),
+            "k": (DIM, HIDDEN),
+            "v": (DIM, HIDDEN),
+            "o": (HIDDEN, HEADS * DIM),
+        }
         shapes |= {"gate": (FFN, HIDDEN), "up": (FFN, HIDDEN), "down": (HIDDEN, FFN)}
         for j, (r, (n, k)) in enumerate(shapes.items()):
             weights[f"{i}.{r}"] = packed(n, k, specs[j % 2])
@@ -135,7 +147,12 @@ def test_activations_are_quantized_where_they_are_produced() -> None:
 
 
 def test_a_register_with_float_and_quantized_readers_is_kept_in_float() -> None:
-    steps: list[Step] = [Embed("h", "e"), Norm("a", "h", "n"), Linear("q", "a", "int8"), Linear("k", "a", "dense")]
+    steps: list[Step] = [
+        Embed("h", "e"),
+        Norm("a", "h", "n"),
+        Linear("q", "a", "int8"),
+        Linear("k", "a", "dense"),
+    ]
     lowered = lower(steps, {"int8": 64, "dense": 0}.__getitem__)
     assert [type(s) for s in lowered] == [Embed, Norm, Quantize, Linear, Linear]
     assert [s.src for s in lowered[2:]] == ["a", "a:64", "a"]
@@ -184,7 +201,10 @@ class TestBadInput:
         ("change", "message"),
         [
             ({"plan": 10**9}, "plan 1000000000 does not exist"),
-            ({"ids": torch.tensor([1, VOCAB, 3])}, f"token id {VOCAB} at position 1 is outside the vocabulary"),
+            (
+                {"ids": torch.tensor([1, VOCAB, 3])},
+                f"token id {VOCAB} at position 1 is outside the vocabulary",
+            ),
             ({"ids": torch.tensor([1, -1, 3])}, "token id -1"),
             ({"ids": torch.tensor([1, 2, 3], dtype=torch.int32)}, "ids must be Long, got Int"),
             ({"select": torch.tensor([3])}, r"select\[0\] = 3 is not a row of the 3 tokens"),
@@ -192,10 +212,16 @@ class TestBadInput:
             ({"kv_len": torch.tensor([2], dtype=torch.int32)}, "less than the 3 tokens"),
             ({"kv_len": torch.tensor([2**30], dtype=torch.int32)}, "pages"),
             ({"page_table": torch.tensor([[99]], dtype=torch.int32)}, r"page_table\[0, 0\] = 99"),
-            ({"query_start": torch.tensor([0, 4], dtype=torch.int32)}, "query_start must run from 0 to the 3 tokens"),
+            (
+                {"query_start": torch.tensor([0, 4], dtype=torch.int32)},
+                "query_start must run from 0 to the 3 tokens",
+            ),
             ({"k_pages": torch.zeros(2, 4, KV_HEADS, 16, DIM)}, "v_pages must be Float"),
             ({"k_scale": None}, "k_scale and v_scale go together"),
-            ({"k_pages": torch.zeros(1, 4, KV_HEADS, 16, DIM, dtype=torch.uint8)}, "k_pages must be .layers >= 2"),
+            (
+                {"k_pages": torch.zeros(1, 4, KV_HEADS, 16, DIM, dtype=torch.uint8)},
+                "k_pages must be .layers >= 2",
+            ),
         ],
     )
     def test_is_refused_by_name(self, step, change, message: str) -> None:
@@ -219,7 +245,9 @@ class TestBadInput:
             code[at] = int(torch.randint(-2, 200, (1,), generator=generator))
             try:
                 torch.ops.qkernels.decoder_plan_free(
-                    torch.ops.qkernels.decoder_plan(encoder.tensors, registers, code, encoder.numbers)
+                    torch.ops.qkernels.decoder_plan(
+                        encoder.tensors, registers, code, encoder.numbers
+                    )
                 )
             except RuntimeError as error:
                 assert str(error).startswith("qkernels::decoder_plan: ")

@@ -22,11 +22,12 @@ void run(const Tensor& q, const Args& args, int64_t (*scratch_bytes)(const Args&
   run_team(size, [&](Team& team) { kernel(args, memory, team); });
 }
 
-// q [T, Hq, D]; query_start [B + 1], kv_len [B], page_table [B, pages per sequence] int32; k_pages, v_pages
-// [P, Hkv, page, D]; k_scale, v_scale [P, Hkv, 2, page] -> [T, Hq, D]
-Tensor attention(const Tensor& q, const Tensor& query_start, const Tensor& kv_len, const Tensor& page_table,
-                 const Tensor& k_pages, const Tensor& v_pages, const std::optional<Tensor>& k_scale,
-                 const std::optional<Tensor>& v_scale, double scale, bool causal, int64_t window, double softcap) {
+// q [T, Hq, D]; query_start [B + 1], kv_len [B], page_table [B, pages per sequence] int32; k_pages,
+// v_pages [P, Hkv, page, D]; k_scale, v_scale [P, Hkv, 2, page] -> [T, Hq, D]
+Tensor attention(const Tensor& q, const Tensor& query_start, const Tensor& kv_len,
+                 const Tensor& page_table, const Tensor& k_pages, const Tensor& v_pages,
+                 const std::optional<Tensor>& k_scale, const std::optional<Tensor>& v_scale,
+                 double scale, bool causal, int64_t window, double softcap) {
   const char* op = "attention";
   AttentionArgs a{};
   const int64_t dim = head_dim(op, q);
@@ -47,7 +48,8 @@ Tensor attention(const Tensor& q, const Tensor& query_start, const Tensor& kv_le
 
 // q [Tq, Hq, D]; k, v [Tk, Hkv, D]; query_start, kv_start [B + 1] int32 -> [Tq, Hq, D]
 Tensor attention_dense(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& query_start,
-                       const Tensor& kv_start, double scale, bool causal, int64_t window, double softcap) {
+                       const Tensor& kv_start, double scale, bool causal, int64_t window,
+                       double softcap) {
   const char* op = "attention_dense";
   DenseAttentionArgs a{};
   a.dim = head_dim(op, q);
@@ -57,18 +59,18 @@ Tensor attention_dense(const Tensor& q, const Tensor& k, const Tensor& v, const 
   a.v_stride = token_stride(op, "v", v);
   a.q_heads = q.size(1), a.kv_heads = k.size(1), a.tokens = q.size(0);
   for (const auto& [name, t] : {std::pair<const char*, const Tensor&>{"k", k}, {"v", v}}) {
-    check(t.scalar_type() == q.scalar_type(), op, name, " must be ", type_name(q.scalar_type()), " like q, got ",
-          type_name(t.scalar_type()));
-    check(t.size(0) == k.size(0) && t.size(1) == a.kv_heads && t.size(2) == a.dim, op, name, " must be [", k.size(0),
-          ", ", a.kv_heads, ", ", a.dim, "], got ", shape_of(t));
+    check(t.scalar_type() == q.scalar_type(), op, name, " must be ", type_name(q.scalar_type()),
+          " like q, got ", type_name(t.scalar_type()));
+    check(t.size(0) == k.size(0) && t.size(1) == a.kv_heads && t.size(2) == a.dim, op, name,
+          " must be [", k.size(0), ", ", a.kv_heads, ", ", a.dim, "], got ", shape_of(t));
   }
   check_heads(op, a.q_heads, a.kv_heads);
   check_options(op, scale, window, softcap);
   a.query_start = starts(op, "query_start", query_start, a.tokens);
   a.kv_start = starts(op, "kv_start", kv_start, k.size(0));
   a.batch = query_start.size(0) - 1;
-  check(kv_start.size(0) == a.batch + 1, op, "kv_start must be [", a.batch + 1, "] like query_start, got ",
-        shape_of(kv_start));
+  check(kv_start.size(0) == a.batch + 1, op, "kv_start must be [", a.batch + 1,
+        "] like query_start, got ", shape_of(kv_start));
   a.scale = float(scale), a.causal = causal, a.window = window, a.softcap = float(softcap);
   Tensor out = torch::stable::new_empty(q, {a.tokens, a.q_heads, a.dim});
   if (out.numel() == 0) return out;

@@ -10,12 +10,13 @@ inline void expect_cpu(const char* op, const char* name, const Tensor& t) {
   check(t.is_cpu(), op, name, " must be on the CPU, like q");
 }
 
-// A tensor whose trailing dimensions, from `first` on, lie densely; those before may have any stride.
+// A tensor whose trailing dimensions, from `first` on, lie densely; those before may have any
+// stride.
 inline void expect_dense_from(const char* op, const char* name, const Tensor& t, int64_t first) {
   int64_t stride = 1;
   for (int64_t i = t.dim() - 1; i >= first; i--) {
-    check(t.size(i) <= 1 || t.stride(i) == stride, op, name, " must be dense in its last ", t.dim() - first,
-          " dimensions; call .contiguous() on it");
+    check(t.size(i) <= 1 || t.stride(i) == stride, op, name, " must be dense in its last ",
+          t.dim() - first, " dimensions; call .contiguous() on it");
     stride *= t.size(i);
   }
 }
@@ -31,8 +32,8 @@ inline int64_t token_stride(const char* op, const char* name, const Tensor& t) {
 inline int64_t head_dim(const char* op, const Tensor& q) {
   check(q.dim() == 3, op, "q must be [tokens, heads, head dim], got ", shape_of(q));
   const int64_t dim = q.size(2);
-  check(dim > 0 && dim % 16 == 0 && dim <= kMaxHeadDim, op, "the head dim must be a multiple of 16 up to ", kMaxHeadDim,
-        ", got ", dim);
+  check(dim > 0 && dim % 16 == 0 && dim <= kMaxHeadDim, op,
+        "the head dim must be a multiple of 16 up to ", kMaxHeadDim, ", got ", dim);
   return dim;
 }
 
@@ -42,9 +43,11 @@ inline void check_heads(const char* op, int64_t q_heads, int64_t kv_heads) {
 }
 
 inline KvPages make_pages(const char* op, int64_t dim, const Tensor& k, const Tensor& v,
-                          const std::optional<Tensor>& k_scale, const std::optional<Tensor>& v_scale) {
+                          const std::optional<Tensor>& k_scale,
+                          const std::optional<Tensor>& v_scale) {
   KvPages p{};
-  check(k.dim() == 4, op, "k_pages must be [pages, KV heads, page size, head dim], got ", shape_of(k));
+  check(k.dim() == 4, op, "k_pages must be [pages, KV heads, page size, head dim], got ",
+        shape_of(k));
   const ScalarType type = k.scalar_type();
   p.pages = k.size(0), p.kv_heads = k.size(1), p.page = k.size(2), p.dim = dim;
   check(p.page > 0 && p.page % 16 == 0, op, "the page size must be a multiple of 16, got ", p.page);
@@ -56,34 +59,44 @@ inline KvPages make_pages(const char* op, int64_t dim, const Tensor& k, const Te
     case ScalarType::Byte: p.type = stored == dim ? KvType::int8 : KvType::int4; break;
     default: fail(op, "k_pages must be float32, float16, bfloat16 or uint8, got ", type_name(type));
   }
-  check(stored == (p.type == KvType::int4 ? dim / 2 : dim), op, "k_pages must have ", dim, " in the last dimension",
-        type == ScalarType::Byte ? " (int8) or half of it (int4)" : "", ", got ", shape_of(k));
-  check(v.scalar_type() == type, op, "v_pages must be ", type_name(type), ", got ", type_name(v.scalar_type()));
-  check(v.dim() == 4 && v.size(0) == p.pages && v.size(1) == p.kv_heads && v.size(2) == p.page && v.size(3) == stored,
+  check(stored == (p.type == KvType::int4 ? dim / 2 : dim), op, "k_pages must have ", dim,
+        " in the last dimension", type == ScalarType::Byte ? " (int8) or half of it (int4)" : "",
+        ", got ", shape_of(k));
+  check(v.scalar_type() == type, op, "v_pages must be ", type_name(type), ", got ",
+        type_name(v.scalar_type()));
+  check(v.dim() == 4 && v.size(0) == p.pages && v.size(1) == p.kv_heads && v.size(2) == p.page &&
+            v.size(3) == stored,
         op, "v_pages must be ", shape_of(k), ", got ", shape_of(v));
   expect_cpu(op, "k_pages", k);
   expect_cpu(op, "v_pages", v);
   expect_dense_from(op, "k_pages", k, 1);
   expect_dense_from(op, "v_pages", v, 1);
-  check(p.pages <= 1 || k.stride(0) == v.stride(0), op, "k_pages and v_pages must have the same stride between pages");
+  check(p.pages <= 1 || k.stride(0) == v.stride(0), op,
+        "k_pages and v_pages must have the same stride between pages");
   p.page_stride = k.stride(0);
   p.k = k.data_ptr(), p.v = v.data_ptr();
   if (type != ScalarType::Byte) {
-    check(!k_scale && !v_scale, op, "k_scale and v_scale belong to uint8 pages, and these are ", type_name(type));
+    check(!k_scale && !v_scale, op, "k_scale and v_scale belong to uint8 pages, and these are ",
+          type_name(type));
     return p;
   }
   check(k_scale && v_scale, op, "uint8 pages need k_scale and v_scale");
-  for (const auto& [name, t] : {std::pair<const char*, const Tensor&>{"k_scale", *k_scale}, {"v_scale", *v_scale}}) {
-    check(t.scalar_type() == ScalarType::Half, op, name, " must be Half, got ", type_name(t.scalar_type()));
-    check(t.dim() == 4 && t.size(0) == p.pages && t.size(1) == p.kv_heads && t.size(2) == 2 && t.size(3) == p.page, op,
-          name, " must be [", p.pages, ", ", p.kv_heads, ", 2, ", p.page, "], got ", shape_of(t));
+  for (const auto& [name, t] :
+       {std::pair<const char*, const Tensor&>{"k_scale", *k_scale}, {"v_scale", *v_scale}}) {
+    check(t.scalar_type() == ScalarType::Half, op, name, " must be Half, got ",
+          type_name(t.scalar_type()));
+    check(t.dim() == 4 && t.size(0) == p.pages && t.size(1) == p.kv_heads && t.size(2) == 2 &&
+              t.size(3) == p.page,
+          op, name, " must be [", p.pages, ", ", p.kv_heads, ", 2, ", p.page, "], got ",
+          shape_of(t));
     expect_cpu(op, name, t);
     expect_dense_from(op, name, t, 1);
   }
   check(p.pages <= 1 || k_scale->stride(0) == v_scale->stride(0), op,
         "k_scale and v_scale must have the same stride between pages");
   p.scale_page_stride = k_scale->stride(0);
-  p.k_scale = static_cast<uint16_t*>(k_scale->data_ptr()), p.v_scale = static_cast<uint16_t*>(v_scale->data_ptr());
+  p.k_scale = static_cast<uint16_t*>(k_scale->data_ptr()),
+  p.v_scale = static_cast<uint16_t*>(v_scale->data_ptr());
   return p;
 }
 
@@ -94,16 +107,17 @@ inline const int32_t* starts(const char* op, const char* name, const Tensor& t, 
   expect(op, name, t, ScalarType::Int, {-1});
   const int32_t* start = data<int32_t>(t);
   const int64_t batch = t.size(0) - 1;
-  check(start[0] == 0 && start[batch] == total, op, name, " must run from 0 to ", total, ", got ", start[0], " to ",
-        start[batch]);
+  check(start[0] == 0 && start[batch] == total, op, name, " must run from 0 to ", total, ", got ",
+        start[0], " to ", start[batch]);
   for (int64_t b = 0; b < batch; b++)
-    check(start[b] <= start[b + 1], op, name, " must not fall: ", name, "[", b, "] = ", start[b], ", ", name, "[",
-          b + 1, "] = ", start[b + 1]);
+    check(start[b] <= start[b + 1], op, name, " must not fall: ", name, "[", b, "] = ", start[b],
+          ", ", name, "[", b + 1, "] = ", start[b + 1]);
   return start;
 }
 
-inline Ragged make_ragged(const char* op, int64_t tokens, const KvPages& pages, const Tensor& query_start,
-                          const Tensor& kv_len, const Tensor& page_table) {
+inline Ragged make_ragged(const char* op, int64_t tokens, const KvPages& pages,
+                          const Tensor& query_start, const Tensor& kv_len,
+                          const Tensor& page_table) {
   Ragged r{};
   r.query_start = starts(op, "query_start", query_start, tokens);
   r.batch = query_start.size(0) - 1;
@@ -117,14 +131,16 @@ inline Ragged make_ragged(const char* op, int64_t tokens, const KvPages& pages, 
   r.table_stride = page_table.size(1);
   for (int64_t b = 0; b < r.batch; b++) {
     const int64_t count = r.query_start[b + 1] - r.query_start[b], length = r.kv_len[b];
-    check(length >= count, op, "kv_len[", b, "] must count the ", count, " new tokens too, got ", length);
+    check(length >= count, op, "kv_len[", b, "] must count the ", count, " new tokens too, got ",
+          length);
     const int64_t used = (length + pages.page - 1) / pages.page;
-    check(used <= r.table_stride, op, "page_table has ", r.table_stride, " pages per sequence, but kv_len[", b,
-          "] = ", length, " needs ", used, " pages of ", pages.page);
+    check(used <= r.table_stride, op, "page_table has ", r.table_stride,
+          " pages per sequence, but kv_len[", b, "] = ", length, " needs ", used, " pages of ",
+          pages.page);
     for (int64_t i = 0; i < used; i++) {
       const int32_t page = r.page_table[b * r.table_stride + i];
-      check(page >= 0 && page < pages.pages, op, "page_table[", b, ", ", i, "] must be a page in [0, ", pages.pages,
-            "), got ", page);
+      check(page >= 0 && page < pages.pages, op, "page_table[", b, ", ", i,
+            "] must be a page in [0, ", pages.pages, "), got ", page);
     }
   }
   return r;

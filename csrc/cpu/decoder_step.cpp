@@ -1,6 +1,7 @@
-// A whole decode step, or one chunk of a prefill, in one call: the lowered steps of qkernels/nn/program.py, run by one
-// team with the same kernels as the single ops. `decoder_plan` checks the program once and keeps the tensors alive;
-// `decoder_step` only checks what changes from step to step.
+// A whole decode step, or one chunk of a prefill, in one call: the lowered steps of
+// qkernels/nn/program.py, run by one team with the same kernels as the single ops. `decoder_plan`
+// checks the program once and keeps the tensors alive; `decoder_step` only checks what changes from
+// step to step.
 #include <algorithm>
 #include <map>
 #include <memory>
@@ -18,7 +19,16 @@ namespace {
 constexpr const char* kPlan = "decoder_plan";
 constexpr const char* kStep = "decoder_step";
 
-enum Opcode : int64_t { kEmbed = 1, kNorm, kLinear, kKvAppend, kAttention, kGate, kSelect, kQuantize };
+enum Opcode : int64_t {
+  kEmbed = 1,
+  kNorm,
+  kLinear,
+  kKvAppend,
+  kAttention,
+  kGate,
+  kSelect,
+  kQuantize
+};
 
 // One step, decoded. Registers and tensors are indices, -1 where there is none.
 struct Step {
@@ -39,8 +49,8 @@ struct Step {
 
 struct Register {
   int64_t width;
-  int group;          // 0: float32; else int8 in groups of this many columns
-  bool selected;      // one row per selected token instead of one per token
+  int group;      // 0: float32; else int8 in groups of this many columns
+  bool selected;  // one row per selected token instead of one per token
   std::vector<float> values;
   std::vector<int8_t> codes;
   std::vector<float> scale;
@@ -73,14 +83,16 @@ struct Plan {
 
 std::mutex g_plans_mutex;
 std::map<int64_t, std::shared_ptr<Plan>>& plans() {
-  static auto* all = new std::map<int64_t, std::shared_ptr<Plan>>;  // never destroyed: torch may be gone by then
+  static auto* all =
+      new std::map<int64_t, std::shared_ptr<Plan>>;  // never destroyed: torch may be gone by then
   return *all;
 }
 
 std::shared_ptr<Plan> find_plan(int64_t handle) {
   std::lock_guard<std::mutex> lock(g_plans_mutex);
   auto found = plans().find(handle);
-  check(found != plans().end(), kStep, "plan ", handle, " does not exist; make one with decoder_plan");
+  check(found != plans().end(), kStep, "plan ", handle,
+        " does not exist; make one with decoder_plan");
   return found->second;
 }
 
@@ -92,7 +104,8 @@ class Decoder {
 
   void run() {
     while (at_ < code_.size()) plan_.steps.push_back(step());
-    check(!plan_.steps.empty() && plan_.steps.back().op == kLinear, kPlan, "the last step must be a linear (the head)");
+    check(!plan_.steps.empty() && plan_.steps.back().op == kLinear, kPlan,
+          "the last step must be a linear (the head)");
     plan_.vocab = plan_.steps.back().weight.n;
     place_barriers();
   }
@@ -109,19 +122,22 @@ class Decoder {
   }
   float number() {
     const int64_t i = next();
-    check(i >= 0 && i < int64_t(numbers_.size()), kPlan, "number ", i, " is not among the ", numbers_.size(), " given");
+    check(i >= 0 && i < int64_t(numbers_.size()), kPlan, "number ", i, " is not among the ",
+          numbers_.size(), " given");
     return float(numbers_[size_t(i)]);
   }
   int reg(bool optional = false) {
     const int64_t i = next();
     if (optional && i == -1) return -1;
-    check(i >= 0 && i < int64_t(plan_.registers.size()), kPlan, "register ", i, " is not among the ", plan_.registers.size(), " declared");
+    check(i >= 0 && i < int64_t(plan_.registers.size()), kPlan, "register ", i,
+          " is not among the ", plan_.registers.size(), " declared");
     return int(i);
   }
   const Tensor* tensor(bool optional = false) {
     const int64_t i = next();
     if (optional && i == -1) return nullptr;
-    check(i >= 0 && i < int64_t(plan_.tensors.size()) && plan_.tensors[size_t(i)], kPlan, "tensor ", i, " is not among the ", plan_.tensors.size(), " given");
+    check(i >= 0 && i < int64_t(plan_.tensors.size()) && plan_.tensors[size_t(i)], kPlan, "tensor ",
+          i, " is not among the ", plan_.tensors.size(), " given");
     return &*plan_.tensors[size_t(i)];
   }
   const float* vector(const char* name, int64_t width, bool optional = false) {
@@ -132,23 +148,29 @@ class Decoder {
   }
   Weight weight() {
     const int64_t base = next(), bits = next(), group = next(), n = next(), k = next();
-    check(base >= 0 && base + 6 <= int64_t(plan_.tensors.size()), kPlan, "a weight at tensor ", base, " needs six of the ", plan_.tensors.size(), " given");
+    check(base >= 0 && base + 6 <= int64_t(plan_.tensors.size()), kPlan, "a weight at tensor ",
+          base, " needs six of the ", plan_.tensors.size(), " given");
     const auto* t = &plan_.tensors[size_t(base)];
     check(t[0] && t[1], kPlan, "a weight needs codes and scale");
     for (int i = 0; i < 6; i++) check(!t[i] || t[i]->is_cpu(), kPlan, "weights must be on the CPU");
     return make_weight(kPlan, *t[0], *t[1], t[2], t[3], t[4], t[5], bits, group, n, k);
   }
   void width_is(int r, int64_t width, const char* what) {
-    check(plan_.registers[size_t(r)].width == width, kPlan, what, " must be ", width, " wide, got a register of ", plan_.registers[size_t(r)].width);
+    check(plan_.registers[size_t(r)].width == width, kPlan, what, " must be ", width,
+          " wide, got a register of ", plan_.registers[size_t(r)].width);
   }
-  void is_float(int r, const char* what) { check(plan_.registers[size_t(r)].group == 0, kPlan, what, " must be a float register"); }
+  void is_float(int r, const char* what) {
+    check(plan_.registers[size_t(r)].group == 0, kPlan, what, " must be a float register");
+  }
   // The rows of dst are those of src.
   void follow(int dst, int src) {
     check(written_.count(src), kPlan, "register ", src, " is read before it is written");
     plan_.registers[size_t(dst)].selected = plan_.registers[size_t(src)].selected;
     written_.insert(dst);
   }
-  void unselected(int r, const char* what) { check(!plan_.registers[size_t(r)].selected, kPlan, what, " must come before select"); }
+  void unselected(int r, const char* what) {
+    check(!plan_.registers[size_t(r)].selected, kPlan, what, " must come before select");
+  }
 
   Step step() {
     Step s{};
@@ -168,20 +190,27 @@ class Decoder {
         const size_t weight_at = at_;
         at_ += 2;  // the vectors are as wide as one head, which comes later
         s.second = reg(true), s.number = number(), s.center = next() != 0, s.heads = next();
-        check(s.heads >= 0 && (s.heads == 0 || width % s.heads == 0), kPlan, "a row of ", width, " does not split into ", s.heads, " heads");
+        check(s.heads >= 0 && (s.heads == 0 || width % s.heads == 0), kPlan, "a row of ", width,
+              " does not split into ", s.heads, " heads");
         const size_t end = at_;
         at_ = weight_at;
         const int64_t row = s.heads ? width / s.heads : width;
         s.vector = vector("norm weight", row), s.bias = vector("norm bias", row, true);
         at_ = end;
-        is_float(s.src, "a norm's input"), width_is(s.dst, width, "a norm's output"), follow(s.dst, s.src);
-        if (s.second >= 0) is_float(s.second, "a residual"), width_is(s.second, width, "a residual"), same_rows(s.second, s.src);
-        check(!(s.heads && (plan_.registers[size_t(s.dst)].group || s.second >= 0)), kPlan, "a per-head norm has neither residual nor quantized output");
+        is_float(s.src, "a norm's input"), width_is(s.dst, width, "a norm's output"),
+            follow(s.dst, s.src);
+        if (s.second >= 0)
+          is_float(s.second, "a residual"), width_is(s.second, width, "a residual"),
+              same_rows(s.second, s.src);
+        check(!(s.heads && (plan_.registers[size_t(s.dst)].group || s.second >= 0)), kPlan,
+              "a per-head norm has neither residual nor quantized output");
         break;
       }
       case kLinear: {
-        s.dst = reg(), s.src = reg(), s.weight = weight(), s.bias = vector("bias", s.weight.n, true);
-        is_float(s.dst, "a linear's output"), width_is(s.dst, s.weight.n, "a linear's output"), width_is(s.src, s.weight.k, "a linear's input");
+        s.dst = reg(), s.src = reg(), s.weight = weight(),
+        s.bias = vector("bias", s.weight.n, true);
+        is_float(s.dst, "a linear's output"), width_is(s.dst, s.weight.n, "a linear's output"),
+            width_is(s.src, s.weight.k, "a linear's input");
         const int group = plan_.registers[size_t(s.src)].group;
         check_linear_weight(kPlan, s.weight);
         if (group) check_linear_groups(kPlan, s.weight.group, group);
@@ -192,15 +221,20 @@ class Decoder {
         s.dst = reg(), s.src = reg(), s.second = reg(), s.third = reg();
         cache_shape(s);
         if (const Tensor* rope = tensor(true)) {
-          check(rope->dim() == 2 && rope->size(1) % 2 == 0 && rope->size(1) <= s.dim, kPlan, "rope must be [positions, rotary_dim], rotary_dim even and at most ", s.dim, ", got ", shape_of(*rope));
+          check(rope->dim() == 2 && rope->size(1) % 2 == 0 && rope->size(1) <= s.dim, kPlan,
+                "rope must be [positions, rotary_dim], rotary_dim even and at most ", s.dim,
+                ", got ", shape_of(*rope));
           expect(kPlan, "rope", *rope, ScalarType::Float, {-1, -1});
-          s.rope = data<float>(*rope), s.rope_positions = rope->size(0), s.rotary_dim = int(rope->size(1));
+          s.rope = data<float>(*rope), s.rope_positions = rope->size(0),
+          s.rotary_dim = int(rope->size(1));
         }
         for (int r : {s.dst, s.src, s.second, s.third}) is_float(r, "q, k and v");
         width_is(s.dst, s.heads * s.dim, "q"), width_is(s.src, s.heads * s.dim, "q");
         width_is(s.second, s.kv_heads * s.dim, "k"), width_is(s.third, s.kv_heads * s.dim, "v");
-        follow(s.dst, s.src), same_rows(s.second, s.src), same_rows(s.third, s.src), unselected(s.src, "kv_append");
-        check(s.dst != s.src, kPlan, "kv_append needs a register of its own for the rotated queries");
+        follow(s.dst, s.src), same_rows(s.second, s.src), same_rows(s.third, s.src),
+            unselected(s.src, "kv_append");
+        check(s.dst != s.src, kPlan,
+              "kv_append needs a register of its own for the rotated queries");
         break;
       }
       case kAttention:
@@ -209,30 +243,36 @@ class Decoder {
         s.number = number(), s.window = next(), s.softcap = number();
         check(s.window >= 0 && s.softcap >= 0, kPlan, "window and softcap must not be negative");
         is_float(s.dst, "attention's output"), is_float(s.src, "q");
-        width_is(s.dst, s.heads * s.dim, "attention's output"), width_is(s.src, s.heads * s.dim, "q");
+        width_is(s.dst, s.heads * s.dim, "attention's output"),
+            width_is(s.src, s.heads * s.dim, "q");
         follow(s.dst, s.src), unselected(s.src, "attention");
         break;
       case kGate: {
         s.dst = reg(), s.src = reg(), s.second = reg(true);
         const int64_t activation = next();
-        check(activation >= 0 && activation <= int64_t(Activation::relu), kPlan, "activation ", activation, " is unknown");
+        check(activation >= 0 && activation <= int64_t(Activation::relu), kPlan, "activation ",
+              activation, " is unknown");
         s.activation = Activation(activation);
         const int64_t width = plan_.registers[size_t(s.src)].width;
         is_float(s.src, "a gate"), width_is(s.dst, width, "a gate's output"), follow(s.dst, s.src);
-        if (s.second >= 0) is_float(s.second, "up"), width_is(s.second, width, "up"), same_rows(s.second, s.src);
+        if (s.second >= 0)
+          is_float(s.second, "up"), width_is(s.second, width, "up"), same_rows(s.second, s.src);
         break;
       }
       case kSelect:
         s.dst = reg(), s.src = reg();
-        is_float(s.dst, "select"), is_float(s.src, "select"), width_is(s.dst, plan_.registers[size_t(s.src)].width, "select");
+        is_float(s.dst, "select"), is_float(s.src, "select"),
+            width_is(s.dst, plan_.registers[size_t(s.src)].width, "select");
         unselected(s.src, "select"), follow(s.dst, s.src);
         check(s.dst != s.src, kPlan, "select needs a register of its own");
         plan_.registers[size_t(s.dst)].selected = true;
         break;
       case kQuantize:
         s.dst = reg(), s.src = reg();
-        is_float(s.src, "quantize"), width_is(s.dst, plan_.registers[size_t(s.src)].width, "quantize");
-        check(plan_.registers[size_t(s.dst)].group > 0, kPlan, "quantize needs a quantized register");
+        is_float(s.src, "quantize"),
+            width_is(s.dst, plan_.registers[size_t(s.src)].width, "quantize");
+        check(plan_.registers[size_t(s.dst)].group > 0, kPlan,
+              "quantize needs a quantized register");
         follow(s.dst, s.src);
         break;
       default: fail(kPlan, "step ", op, " is unknown");
@@ -242,19 +282,24 @@ class Decoder {
 
   void same_rows(int a, int b) {
     check(written_.count(a), kPlan, "register ", a, " is read before it is written");
-    check(plan_.registers[size_t(a)].selected == plan_.registers[size_t(b)].selected, kPlan, "registers ", a, " and ", b, " have different rows");
+    check(plan_.registers[size_t(a)].selected == plan_.registers[size_t(b)].selected, kPlan,
+          "registers ", a, " and ", b, " have different rows");
   }
 
   void cache_shape(Step& s) {
-    s.layer = next(), s.heads = positive("q_heads"), s.kv_heads = positive("kv_heads"), s.dim = positive("head_dim");
+    s.layer = next(), s.heads = positive("q_heads"), s.kv_heads = positive("kv_heads"),
+    s.dim = positive("head_dim");
     check(s.layer >= 0, kPlan, "layer must not be negative, got ", s.layer);
-    check(s.heads % s.kv_heads == 0, kPlan, "q_heads must be a multiple of kv_heads, got ", s.heads, " and ", s.kv_heads);
+    check(s.heads % s.kv_heads == 0, kPlan, "q_heads must be a multiple of kv_heads, got ", s.heads,
+          " and ", s.kv_heads);
     if (plan_.dim == 0) plan_.kv_heads = s.kv_heads, plan_.dim = s.dim;
-    check(plan_.kv_heads == s.kv_heads && plan_.dim == s.dim, kPlan, "all layers of one cache need the same kv_heads and head_dim");
+    check(plan_.kv_heads == s.kv_heads && plan_.dim == s.dim, kPlan,
+          "all layers of one cache need the same kv_heads and head_dim");
     plan_.layers = std::max(plan_.layers, s.layer + 1);
   }
 
-  // A barrier stands before a step that touches what another step since the last barrier wrote, or writes what it read.
+  // A barrier stands before a step that touches what another step since the last barrier wrote, or
+  // writes what it read.
   void place_barriers() {
     std::set<int> read, written;
     for (Step& s : plan_.steps) {
@@ -280,14 +325,17 @@ class Decoder {
 };
 
 // decoder_plan(Tensor?[] tensors, int[] registers, int[] code, float[] numbers) -> int
-int64_t decoder_plan(const std::vector<std::optional<Tensor>>& tensors, std::vector<int64_t> registers,
-                     std::vector<int64_t> code, std::vector<double> numbers) {
+int64_t decoder_plan(const std::vector<std::optional<Tensor>>& tensors,
+                     std::vector<int64_t> registers, std::vector<int64_t> code,
+                     std::vector<double> numbers) {
   auto plan = std::make_shared<Plan>();
   plan->tensors = tensors;
   check(registers.size() % 2 == 0, kPlan, "registers must be pairs of width and group");
   for (const auto& t : tensors) check(!t || t->is_cpu(), kPlan, "tensors must be on the CPU");
   for (size_t i = 0; i < registers.size(); i += 2) {
-    check(registers[i] > 0 && registers[i + 1] >= 0 && registers[i + 1] % 16 == 0, kPlan, "register ", i / 2, " needs a positive width and a group of 0 or a multiple of 16, got ", registers[i], " and ", registers[i + 1]);
+    check(registers[i] > 0 && registers[i + 1] >= 0 && registers[i + 1] % 16 == 0, kPlan,
+          "register ", i / 2, " needs a positive width and a group of 0 or a multiple of 16, got ",
+          registers[i], " and ", registers[i + 1]);
     plan->registers.push_back(Register{registers[i], int(registers[i + 1]), false, {}, {}, {}, {}});
   }
   Decoder(*plan, code, numbers).run();
@@ -302,16 +350,19 @@ void decoder_plan_free(int64_t handle) {
   plans().erase(handle);
 }
 
-// Pages of all layers, k and v [L, P, Hkv, page, D]: those of layer 0, and how far apart layers are (bytes for k and v,
-// elements for scales).
+// Pages of all layers, k and v [L, P, Hkv, page, D]: those of layer 0, and how far apart layers are
+// (bytes for k and v, elements for scales).
 struct LayeredPages {
   KvPages first;
   int64_t k_bytes, v_bytes, scale_elements;
 };
-LayeredPages make_layered_pages(const char* op, const Tensor& k, const Tensor& v, const std::optional<Tensor>& k_scale,
-                                       const std::optional<Tensor>& v_scale, int64_t layers, int64_t kv_heads, int64_t dim) {
+LayeredPages make_layered_pages(const char* op, const Tensor& k, const Tensor& v,
+                                const std::optional<Tensor>& k_scale,
+                                const std::optional<Tensor>& v_scale, int64_t layers,
+                                int64_t kv_heads, int64_t dim) {
   const auto check_layers = [&](const char* name, const Tensor& t, const char* shape) {
-    check(t.dim() == 5 && t.size(0) >= layers && t.size(0) == k.size(0), op, name, " must be [layers >= ", layers, ", ", shape, "], got ", shape_of(t));
+    check(t.dim() == 5 && t.size(0) >= layers && t.size(0) == k.size(0), op, name,
+          " must be [layers >= ", layers, ", ", shape, "], got ", shape_of(t));
   };
   check_layers("k_pages", k, "P, Hkv, page, D");
   check_layers("v_pages", v, "P, Hkv, page, D");
@@ -321,13 +372,15 @@ LayeredPages make_layered_pages(const char* op, const Tensor& k, const Tensor& v
   if (k_scale && v_scale) {
     check_layers("k_scale", *k_scale, "P, Hkv, 2, page");
     check_layers("v_scale", *v_scale, "P, Hkv, 2, page");
-    check(k_scale->stride(0) == v_scale->stride(0), op, "layers of k_scale and v_scale must be the same distance apart");
+    check(k_scale->stride(0) == v_scale->stride(0), op,
+          "layers of k_scale and v_scale must be the same distance apart");
     ks = first(*k_scale), vs = first(*v_scale);
     p.scale_elements = k_scale->stride(0);
   }
   check(k_scale.has_value() == v_scale.has_value(), op, "k_scale and v_scale go together");
   p.first = make_pages(op, dim, first(k), first(v), ks, vs);
-  check(p.first.kv_heads == kv_heads, op, "k_pages must have ", kv_heads, " KV heads, got ", p.first.kv_heads);
+  check(p.first.kv_heads == kv_heads, op, "k_pages must have ", kv_heads, " KV heads, got ",
+        p.first.kv_heads);
   p.k_bytes = k.stride(0) * int64_t(k.element_size());
   p.v_bytes = v.stride(0) * int64_t(v.element_size());
   return p;
@@ -340,26 +393,30 @@ struct Inputs {
   int64_t tokens, selected;
   Ragged batch;
   LayeredPages pages;
-  float* logits;            // [S, vocab]
+  float* logits;  // [S, vocab]
 };
 
-// Builds the argument structs of a step and hands them to `run(kernel args)`; used twice, to size the scratch and to run.
+// Builds the argument structs of a step and hands them to `run(kernel args)`; used twice, to size
+// the scratch and to run.
 class Runner {
  public:
-  Runner(Plan& plan, const Inputs& in, const Kernels& kernels) : plan_(plan), in_(in), k_(kernels) {}
+  Runner(Plan& plan, const Inputs& in, const Kernels& kernels)
+      : plan_(plan), in_(in), k_(kernels) {}
 
   int64_t rows(int r) const { return reg(r).selected ? in_.selected : in_.tokens; }
 
   int64_t scratch_bytes(const Step& s, int team) const {
     if (s.op == kLinear) return layout::round_up(k_.linear_scratch(linear_args(s), team), 64);
-    if (s.op == kAttention) return layout::round_up(k_.attention_scratch(attention_args(s), team), 64);
+    if (s.op == kAttention)
+      return layout::round_up(k_.attention_scratch(attention_args(s), team), 64);
     return 0;
   }
 
   void operator()(const Step& s, char* scratch, Team& team) {
     switch (s.op) {
       case kEmbed:
-        return k_.embedding({in_.ids, s.weight, values(s.dst), Dtype::f32, in_.tokens, s.number}, team);
+        return k_.embedding({in_.ids, s.weight, values(s.dst), Dtype::f32, in_.tokens, s.number},
+                            team);
       case kNorm: {
         NormArgs a{};
         const int64_t heads = s.heads ? s.heads : 1, width = reg(s.src).width / heads;
@@ -374,8 +431,10 @@ class Runner {
       case kLinear: return k_.linear(linear_args(s), scratch, team);
       case kKvAppend: {
         KvAppendArgs a{};
-        a.q = values(s.src), a.k = values(s.second), a.v = values(s.third), a.q_out = values(s.dst), a.type = Dtype::f32;
-        a.q_stride = s.heads * s.dim, a.k_stride = a.v_stride = s.kv_heads * s.dim, a.q_heads = s.heads;
+        a.q = values(s.src), a.k = values(s.second), a.v = values(s.third), a.q_out = values(s.dst),
+        a.type = Dtype::f32;
+        a.q_stride = s.heads * s.dim, a.k_stride = a.v_stride = s.kv_heads * s.dim,
+        a.q_heads = s.heads;
         a.rope = s.rope, a.rope_positions = s.rope_positions, a.rotary_dim = s.rotary_dim;
         a.pages = pages(s.layer), a.batch = in_.batch;
         return k_.kv_append(a, team);
@@ -383,8 +442,10 @@ class Runner {
       case kAttention: return k_.attention(attention_args(s), scratch, team);
       case kGate: {
         GateArgs a{};
-        a.gate = values(s.src), a.up = s.second >= 0 ? values(s.second) : nullptr, a.type = Dtype::f32;
-        a.m = rows(s.src), a.k = a.gate_stride = a.up_stride = reg(s.src).width, a.activation = s.activation;
+        a.gate = values(s.src), a.up = s.second >= 0 ? values(s.second) : nullptr,
+        a.type = Dtype::f32;
+        a.m = rows(s.src), a.k = a.gate_stride = a.up_stride = reg(s.src).width,
+        a.activation = s.activation;
         if (reg(s.dst).group) a.act = plan_.registers[size_t(s.dst)].act_out();
         else a.y = values(s.dst);
         return k_.gate(a, team);
@@ -397,7 +458,9 @@ class Runner {
         return;
       }
       case kQuantize:
-        return k_.quantize_act({values(s.src), Dtype::f32, rows(s.src), reg(s.src).width, reg(s.src).width, plan_.registers[size_t(s.dst)].act_out()}, team);
+        return k_.quantize_act({values(s.src), Dtype::f32, rows(s.src), reg(s.src).width,
+                                reg(s.src).width, plan_.registers[size_t(s.dst)].act_out()},
+                               team);
     }
   }
 
@@ -408,7 +471,8 @@ class Runner {
     KvPages p = in_.pages.first;
     p.k = static_cast<char*>(p.k) + layer * in_.pages.k_bytes;
     p.v = static_cast<char*>(p.v) + layer * in_.pages.v_bytes;
-    if (p.k_scale) p.k_scale += layer * in_.pages.scale_elements, p.v_scale += layer * in_.pages.scale_elements;
+    if (p.k_scale)
+      p.k_scale += layer * in_.pages.scale_elements, p.v_scale += layer * in_.pages.scale_elements;
     return p;
   }
   LinearArgs linear_args(const Step& s) const {
@@ -423,7 +487,8 @@ class Runner {
   }
   AttentionArgs attention_args(const Step& s) const {
     AttentionArgs a{};
-    a.q = values(s.src), a.out = values(s.dst), a.type = Dtype::f32, a.q_stride = s.heads * s.dim, a.q_heads = s.heads;
+    a.q = values(s.src), a.out = values(s.dst), a.type = Dtype::f32, a.q_stride = s.heads * s.dim,
+    a.q_heads = s.heads;
     a.scale = s.number, a.causal = true, a.window = s.window, a.softcap = s.softcap;
     a.pages = pages(s.layer), a.batch = in_.batch;
     return a;
@@ -434,12 +499,15 @@ class Runner {
   const Kernels& k_;
 };
 
-// decoder_step(int plan, Tensor ids, Tensor query_start, Tensor kv_len, Tensor page_table, Tensor select, int vocab,
-//              Tensor(a!) k_pages, Tensor(b!) v_pages, Tensor(c!)? k_scale, Tensor(d!)? v_scale) -> Tensor
+// decoder_step(int plan, Tensor ids, Tensor query_start, Tensor kv_len, Tensor page_table, Tensor
+// select, int vocab,
+//              Tensor(a!) k_pages, Tensor(b!) v_pages, Tensor(c!)? k_scale, Tensor(d!)? v_scale) ->
+//              Tensor
 // ids [T] int64, select [S] int64, pages [layers, P, Hkv, page, D] -> logits [S, vocab] float32.
-Tensor decoder_step(int64_t handle, const Tensor& ids, const Tensor& query_start, const Tensor& kv_len,
-                    const Tensor& page_table, const Tensor& select, int64_t vocab, const Tensor& k_pages,
-                    const Tensor& v_pages, const std::optional<Tensor>& k_scale, const std::optional<Tensor>& v_scale) {
+Tensor decoder_step(int64_t handle, const Tensor& ids, const Tensor& query_start,
+                    const Tensor& kv_len, const Tensor& page_table, const Tensor& select,
+                    int64_t vocab, const Tensor& k_pages, const Tensor& v_pages,
+                    const std::optional<Tensor>& k_scale, const std::optional<Tensor>& v_scale) {
   const auto plan = find_plan(handle);
   std::lock_guard<std::mutex> lock(plan->busy);
   check(vocab == plan->vocab, kStep, "vocab must be ", plan->vocab, ", got ", vocab);
@@ -449,15 +517,19 @@ Tensor decoder_step(int64_t handle, const Tensor& ids, const Tensor& query_start
   in.tokens = ids.size(0), in.selected = select.size(0);
   in.ids = data<int64_t>(ids), in.select = data<int64_t>(select);
   for (int64_t i = 0; i < in.tokens; i++)
-    check(in.ids[i] >= 0 && in.ids[i] < plan->vocab_in, kStep, "token id ", in.ids[i], " at position ", i, " is outside the vocabulary of ", plan->vocab_in);
+    check(in.ids[i] >= 0 && in.ids[i] < plan->vocab_in, kStep, "token id ", in.ids[i],
+          " at position ", i, " is outside the vocabulary of ", plan->vocab_in);
   for (int64_t i = 0; i < in.selected; i++)
-    check(in.select[i] >= 0 && in.select[i] < in.tokens, kStep, "select[", i, "] = ", in.select[i], " is not a row of the ", in.tokens, " tokens");
-  in.pages = make_layered_pages(kStep, k_pages, v_pages, k_scale, v_scale, plan->layers, plan->kv_heads, plan->dim);
+    check(in.select[i] >= 0 && in.select[i] < in.tokens, kStep, "select[", i, "] = ", in.select[i],
+          " is not a row of the ", in.tokens, " tokens");
+  in.pages = make_layered_pages(kStep, k_pages, v_pages, k_scale, v_scale, plan->layers,
+                                plan->kv_heads, plan->dim);
   in.batch = make_ragged(kStep, in.tokens, in.pages.first, query_start, kv_len, page_table);
   for (const Step& s : plan->steps)
     if (s.op == kKvAppend && s.rope)
       for (int64_t b = 0; b < in.batch.batch; b++)
-        check(in.batch.kv_len[b] <= s.rope_positions, kStep, "sequence ", b, " has ", in.batch.kv_len[b], " tokens, rope has ", s.rope_positions, " positions");
+        check(in.batch.kv_len[b] <= s.rope_positions, kStep, "sequence ", b, " has ",
+              in.batch.kv_len[b], " tokens, rope has ", s.rope_positions, " positions");
 
   const Tensor logits = torch::stable::new_empty(ids, {in.selected, vocab}, ScalarType::Float);
   in.logits = mutable_data<float>(logits);
@@ -476,7 +548,8 @@ Tensor decoder_step(int64_t handle, const Tensor& ids, const Tensor& query_start
     most = std::max(most, used);
   }
   if (int64_t(plan->scratch.size()) < most + 64) plan->scratch.resize(size_t(most + 64));
-  char* scratch = reinterpret_cast<char*>(layout::round_up(reinterpret_cast<intptr_t>(plan->scratch.data()), 64));
+  char* scratch = reinterpret_cast<char*>(
+      layout::round_up(reinterpret_cast<intptr_t>(plan->scratch.data()), 64));
   run_team(size, [&](Team& team) {
     for (size_t i = 0; i < plan->steps.size(); i++) {
       if (plan->steps[i].sync_before) team.sync();

@@ -7,10 +7,11 @@ namespace qk {
 namespace {
 
 // ids [T] int64, W -> [T, K] of dtype, times multiplier
-Tensor embedding(const Tensor& ids, const Tensor& codes, const Tensor& scale, const std::optional<Tensor>& zero,
-                 const std::optional<Tensor>& block_scale, const std::optional<Tensor>& block_zero,
-                 const std::optional<Tensor>& table, int64_t bits, int64_t group, int64_t n, int64_t k,
-                 ScalarType dtype, double multiplier) {
+Tensor embedding(const Tensor& ids, const Tensor& codes, const Tensor& scale,
+                 const std::optional<Tensor>& zero, const std::optional<Tensor>& block_scale,
+                 const std::optional<Tensor>& block_zero, const std::optional<Tensor>& table,
+                 int64_t bits, int64_t group, int64_t n, int64_t k, ScalarType dtype,
+                 double multiplier) {
   constexpr const char* op = "embedding";
   expect(op, "ids", ids, ScalarType::Long, {-1});
   EmbeddingArgs args{};
@@ -19,7 +20,8 @@ Tensor embedding(const Tensor& ids, const Tensor& codes, const Tensor& scale, co
   args.t = ids.size(0);
   args.ids = data<int64_t>(ids);
   for (int64_t i = 0; i < args.t; i++)
-    check(args.ids[i] >= 0 && args.ids[i] < n, op, "ids must be from 0 to ", n - 1, ", got ", args.ids[i]);
+    check(args.ids[i] >= 0 && args.ids[i] < n, op, "ids must be from 0 to ", n - 1, ", got ",
+          args.ids[i]);
   Tensor out = torch::stable::new_empty(codes, {args.t, k}, dtype);
   args.y = mutable_data(out);
   args.multiplier = float(multiplier);

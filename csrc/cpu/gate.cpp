@@ -7,18 +7,19 @@ namespace qk {
 namespace {
 
 // gate [M, K], up [M, K] or null
-GateArgs gate_args(const char* op, const Tensor& gate, const std::optional<Tensor>& up, const std::string& activation) {
+GateArgs gate_args(const char* op, const Tensor& gate, const std::optional<Tensor>& up,
+                   const std::string& activation) {
   GateArgs a{};
   a.type = float_type(op, "gate", gate.scalar_type());
   a.gate_stride = row_stride(op, "gate", gate);
   a.m = gate.size(0), a.k = gate.size(1);
   check(a.k > 0, op, "gate needs at least one column, got ", shape_of(gate));
   if (up) {
-    check(up->scalar_type() == gate.scalar_type(), op, "up must be ", type_name(gate.scalar_type()), " like gate, got ",
-          type_name(up->scalar_type()));
+    check(up->scalar_type() == gate.scalar_type(), op, "up must be ", type_name(gate.scalar_type()),
+          " like gate, got ", type_name(up->scalar_type()));
     a.up_stride = row_stride(op, "up", *up);
-    check(up->size(0) == a.m && up->size(1) == a.k, op, "up must be ", shape_of(gate), " like gate, got ",
-          shape_of(*up));
+    check(up->size(0) == a.m && up->size(1) == a.k, op, "up must be ", shape_of(gate),
+          " like gate, got ", shape_of(*up));
   }
   if (activation == "silu") a.activation = Activation::silu;
   else if (activation == "gelu_tanh") a.activation = Activation::gelu_tanh;
@@ -43,8 +44,8 @@ Tensor gate(const Tensor& gate, const std::optional<Tensor>& up, std::string act
   return y;
 }
 
-QuantActTensors gate_quant(const Tensor& gate, const std::optional<Tensor>& up, std::string activation,
-                           int64_t act_group) {
+QuantActTensors gate_quant(const Tensor& gate, const std::optional<Tensor>& up,
+                           std::string activation, int64_t act_group) {
   GateArgs a = gate_args("gate_quant", gate, up, activation);
   const int64_t kx = act_columns("gate_quant", "act_group", a.k, act_group);
   QuantActTensors act = new_act(gate, a.m, kx, act_group, &a.act);

@@ -23,12 +23,16 @@ const Isa* all(int* count) {
 #if defined(QK_EMULATE_AVX512)
   static const bool avx512 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
 #else
-  static const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                             __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-                             __builtin_cpu_supports("avx512vnni");
+  static const bool avx512 =
+      __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+      __builtin_cpu_supports("avx512vnni");
 #endif
-  static const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-  static const Isa sets[] = {{"avx512", &avx512::table, avx512}, {"avx2", &avx2::table, avx2}, {"scalar", &scalar::table, true}};
+  static const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                           __builtin_cpu_supports("f16c");
+  static const Isa sets[] = {{"avx512", &avx512::table, avx512},
+                             {"avx2", &avx2::table, avx2},
+                             {"scalar", &scalar::table, true}};
 #else
   static const Isa sets[] = {{"scalar", &scalar::table, true}};
 #endif
@@ -49,8 +53,10 @@ const Kernels* named(const std::string& name, const char* who) {
   int n;
   const Isa* sets = all(&n);
   for (int i = 0; i < n; i++)
-    if (sets[i].available && (name.empty() || name == "auto" || name == sets[i].name)) return sets[i].table;
-  fail(who, "\"", name, "\" is not an instruction set that this CPU and build have; it has: ", available());
+    if (sets[i].available && (name.empty() || name == "auto" || name == sets[i].name))
+      return sets[i].table;
+  fail(who, "\"", name,
+       "\" is not an instruction set that this CPU and build have; it has: ", available());
 }
 
 std::atomic<const Kernels*> current{nullptr};

@@ -1,11 +1,13 @@
-// The kernels of one instruction set, as a table. Each file of isa/ is compiled once per set; isa/table.cpp fills it.
+// The kernels of one instruction set, as a table. Each file of isa/ is compiled once per set;
+// isa/table.cpp fills it.
 #pragma once
 #include "../args.h"
 #include "team.h"
 
 namespace qk {
 
-// Every thread of the team calls the kernel with the same arguments. `scratch` members are listed by the kernel's
+// Every thread of the team calls the kernel with the same arguments. `scratch` members are listed
+// by the kernel's
 // *_scratch function: bytes that the caller allocates once, shared by the team.
 struct Kernels {
   const char* name;  // "scalar", "avx2", "avx512"
@@ -26,11 +28,18 @@ struct Kernels {
   void (*sample)(const SampleArgs&, Team&);
 };
 
-namespace scalar { extern const Kernels table; }
-namespace avx2 { extern const Kernels table; }
-namespace avx512 { extern const Kernels table; }
+namespace scalar {
+extern const Kernels table;
+}
+namespace avx2 {
+extern const Kernels table;
+}
+namespace avx512 {
+extern const Kernels table;
+}
 
-// The table in use: the best set that this CPU has, or the one that QKERNELS_CPU_ISA or set_cpu_isa names.
+// The table in use: the best set that this CPU has, or the one that QKERNELS_CPU_ISA or set_cpu_isa
+// names.
 const Kernels& kernels();
 
 }  // namespace qk

@@ -5,12 +5,14 @@
 namespace qk {
 namespace {
 
-// q [T, Hq, D]; k, v [T, Hkv, D]; rope [positions, rotary_dim] float32; positions [T] int32; query_start [B + 1],
-// kv_len [B], page_table [B, pages per sequence] int32; pages as in attention -> q, rotated [T, Hq, D]
-Tensor kv_append(const Tensor& q, const Tensor& k, const Tensor& v, const std::optional<Tensor>& rope,
-                 const std::optional<Tensor>& positions, const Tensor& query_start, const Tensor& kv_len,
-                 const Tensor& page_table, const Tensor& k_pages, const Tensor& v_pages,
-                 const std::optional<Tensor>& k_scale, const std::optional<Tensor>& v_scale) {
+// q [T, Hq, D]; k, v [T, Hkv, D]; rope [positions, rotary_dim] float32; positions [T] int32;
+// query_start [B + 1], kv_len [B], page_table [B, pages per sequence] int32; pages as in attention
+// -> q, rotated [T, Hq, D]
+Tensor kv_append(const Tensor& q, const Tensor& k, const Tensor& v,
+                 const std::optional<Tensor>& rope, const std::optional<Tensor>& positions,
+                 const Tensor& query_start, const Tensor& kv_len, const Tensor& page_table,
+                 const Tensor& k_pages, const Tensor& v_pages, const std::optional<Tensor>& k_scale,
+                 const std::optional<Tensor>& v_scale) {
   const char* op = "kv_append";
   KvAppendArgs a{};
   const int64_t dim = head_dim(op, q), tokens = q.size(0);
@@ -22,10 +24,10 @@ Tensor kv_append(const Tensor& q, const Tensor& k, const Tensor& v, const std::o
   a.pages = make_pages(op, dim, k_pages, v_pages, k_scale, v_scale);
   check_heads(op, a.q_heads, a.pages.kv_heads);
   for (const auto& [name, t] : {std::pair<const char*, const Tensor&>{"k", k}, {"v", v}}) {
-    check(t.scalar_type() == q.scalar_type(), op, name, " must be ", type_name(q.scalar_type()), " like q, got ",
-          type_name(t.scalar_type()));
-    check(t.size(0) == tokens && t.size(1) == a.pages.kv_heads && t.size(2) == dim, op, name, " must be [", tokens,
-          ", ", a.pages.kv_heads, ", ", dim, "], got ", shape_of(t));
+    check(t.scalar_type() == q.scalar_type(), op, name, " must be ", type_name(q.scalar_type()),
+          " like q, got ", type_name(t.scalar_type()));
+    check(t.size(0) == tokens && t.size(1) == a.pages.kv_heads && t.size(2) == dim, op, name,
+          " must be [", tokens, ", ", a.pages.kv_heads, ", ", dim, "], got ", shape_of(t));
   }
   a.batch = make_ragged(op, tokens, a.pages, query_start, kv_len, page_table);
   check(rope || !positions, op, "positions need rope");
@@ -35,8 +37,8 @@ Tensor kv_append(const Tensor& q, const Tensor& k, const Tensor& v, const std::o
     a.rope = data<float>(rope);
     a.rope_positions = rope->size(0);
     const int64_t rotary = rope->size(1);
-    check(rotary > 0 && rotary % 2 == 0 && rotary <= dim, op, "rope must have an even number of columns up to ", dim,
-          ", got ", shape_of(*rope));
+    check(rotary > 0 && rotary % 2 == 0 && rotary <= dim, op,
+          "rope must have an even number of columns up to ", dim, ", got ", shape_of(*rope));
     a.rotary_dim = int(rotary);
   }
   if (positions) {
@@ -44,12 +46,14 @@ Tensor kv_append(const Tensor& q, const Tensor& k, const Tensor& v, const std::o
     expect(op, "positions", *positions, ScalarType::Int, {tokens});
     a.positions = data<int32_t>(positions);
     for (int64_t t = 0; t < tokens; t++)
-      check(a.positions[t] >= 0 && a.positions[t] < a.rope_positions, op, "positions[", t, "] must be in [0, ",
-            a.rope_positions, "), the rows of rope, got ", a.positions[t]);
+      check(a.positions[t] >= 0 && a.positions[t] < a.rope_positions, op, "positions[", t,
+            "] must be in [0, ", a.rope_positions, "), the rows of rope, got ", a.positions[t]);
   } else if (rope) {
     for (int64_t b = 0; b < a.batch.batch; b++)
-      check(a.batch.query_start[b] == a.batch.query_start[b + 1] || a.batch.kv_len[b] <= a.rope_positions, op,
-            "kv_len[", b, "] = ", a.batch.kv_len[b], " passes the ", a.rope_positions, " rows of rope");
+      check(a.batch.query_start[b] == a.batch.query_start[b + 1] ||
+                a.batch.kv_len[b] <= a.rope_positions,
+            op, "kv_len[", b, "] = ", a.batch.kv_len[b], " passes the ", a.rope_positions,
+            " rows of rope");
   }
   Tensor out = torch::stable::new_empty(q, {tokens, a.q_heads, dim});
   if (tokens == 0) return out;

@@ -34,10 +34,11 @@ class Scratch {
 };
 
 // linear(Tensor x, <weight>, Tensor? bias, str act, int act_group) -> Tensor
-Tensor linear(const Tensor& x, const Tensor& codes, const Tensor& scale, const std::optional<Tensor>& zero,
-              const std::optional<Tensor>& block_scale, const std::optional<Tensor>& block_zero,
-              const std::optional<Tensor>& table, int64_t bits, int64_t group, int64_t n, int64_t k,
-              const std::optional<Tensor>& bias, std::string act, int64_t act_group) {
+Tensor linear(const Tensor& x, const Tensor& codes, const Tensor& scale,
+              const std::optional<Tensor>& zero, const std::optional<Tensor>& block_scale,
+              const std::optional<Tensor>& block_zero, const std::optional<Tensor>& table,
+              int64_t bits, int64_t group, int64_t n, int64_t k, const std::optional<Tensor>& bias,
+              std::string act, int64_t act_group) {
   const char* op = "linear";
   LinearArgs a{};
   a.w = make_weight(op, codes, scale, zero, block_scale, block_zero, table, bits, group, n, k);
@@ -74,8 +75,13 @@ Tensor linear(const Tensor& x, const Tensor& codes, const Tensor& scale, const s
     a.act.codes = scratch.at<int8_t>(codes_at);
     a.act.scale = scratch.at<float>(scale_at);
     a.act.sums = scratch.at<int16_t>(sums_at);
-    quantize = {data(x), a.x_type, a.m, k, a.x_stride,
-                {scratch.at<int8_t>(codes_at), scratch.at<float>(scale_at), scratch.at<int16_t>(sums_at), a.act.kx, a.act.group}};
+    quantize = {data(x),
+                a.x_type,
+                a.m,
+                k,
+                a.x_stride,
+                {scratch.at<int8_t>(codes_at), scratch.at<float>(scale_at),
+                 scratch.at<int16_t>(sums_at), a.act.kx, a.act.group}};
   }
   run_team(team_size_now, [&](Team& team) {
     if (int8) {
@@ -87,12 +93,15 @@ Tensor linear(const Tensor& x, const Tensor& codes, const Tensor& scale, const s
   return y;
 }
 
-// linear_quant(Tensor act_codes, Tensor act_scale, Tensor act_sums, <weight>, Tensor? bias, ScalarType dtype) -> Tensor
-// The group of the activations follows from the shapes of act_codes [M, Kx] and act_scale [M, Kx / g].
-Tensor linear_quant(const Tensor& act_codes, const Tensor& act_scale, const Tensor& act_sums, const Tensor& codes,
-                    const Tensor& scale, const std::optional<Tensor>& zero, const std::optional<Tensor>& block_scale,
-                    const std::optional<Tensor>& block_zero, const std::optional<Tensor>& table, int64_t bits,
-                    int64_t group, int64_t n, int64_t k, const std::optional<Tensor>& bias, ScalarType dtype) {
+// linear_quant(Tensor act_codes, Tensor act_scale, Tensor act_sums, <weight>, Tensor? bias,
+// ScalarType dtype) -> Tensor The group of the activations follows from the shapes of act_codes [M,
+// Kx] and act_scale [M, Kx / g].
+Tensor linear_quant(const Tensor& act_codes, const Tensor& act_scale, const Tensor& act_sums,
+                    const Tensor& codes, const Tensor& scale, const std::optional<Tensor>& zero,
+                    const std::optional<Tensor>& block_scale,
+                    const std::optional<Tensor>& block_zero, const std::optional<Tensor>& table,
+                    int64_t bits, int64_t group, int64_t n, int64_t k,
+                    const std::optional<Tensor>& bias, ScalarType dtype) {
   const char* op = "linear_quant";
   LinearArgs a{};
   a.w = make_weight(op, codes, scale, zero, block_scale, block_zero, table, bits, group, n, k);
@@ -102,14 +111,16 @@ Tensor linear_quant(const Tensor& act_codes, const Tensor& act_scale, const Tens
   const int64_t m = act_codes.size(0), kx = act_codes.size(1);
   expect(op, "act_scale", act_scale, ScalarType::Float, {m, -1});
   const int64_t act_groups = act_scale.size(1), act_group = act_groups > 0 ? kx / act_groups : 0;
-  check(act_group >= 16 && act_group % 16 == 0 && kx == act_groups * act_group && kx == layout::round_up(k, act_group), op,
-        "act_codes must have k = ", k, " columns rounded up to whole groups of act_scale, got ", shape_of(act_codes), " and ",
-        shape_of(act_scale));
+  check(act_group >= 16 && act_group % 16 == 0 && kx == act_groups * act_group &&
+            kx == layout::round_up(k, act_group),
+        op, "act_codes must have k = ", k, " columns rounded up to whole groups of act_scale, got ",
+        shape_of(act_codes), " and ", shape_of(act_scale));
   expect(op, "act_sums", act_sums, ScalarType::Short, {m, kx / 16});
   check_bias(op, bias, n);
   check_linear_groups(op, group, act_group);
   a.m = m, a.y_stride = n, a.bias = data(bias);
-  a.act = {data<int8_t>(act_codes), data<float>(act_scale), data<int16_t>(act_sums), kx, int(act_group)};
+  a.act = {data<int8_t>(act_codes), data<float>(act_scale), data<int16_t>(act_sums), kx,
+           int(act_group)};
 
   Tensor y = torch::stable::new_empty(act_codes, {m, n}, dtype);
   a.y = mutable_data(y);

@@ -19,10 +19,10 @@ Tensor pack(const Tensor& codes, int64_t bits, int64_t group, bool two_level) {
   check(bits == 2 || bits == 3 || bits == 4 || bits == 5 || bits == 6 || bits == 8, op,
         "bits must be 2, 3, 4, 5, 6 or 8, got ", bits);
   check(n > 0 && k > 0, op, "a weight needs n > 0 and k > 0, got n = ", n, ", k = ", k);
-  check(group >= 16 && group % 16 == 0 && group <= INT32_MAX, op, "group_size must be a positive multiple of 16, got ",
-        group);
-  check(!two_level || layout::kBlockGroup % group == 0, op, "two-level scales need a group_size that divides 256, got ",
-        group);
+  check(group >= 16 && group % 16 == 0 && group <= INT32_MAX, op,
+        "group_size must be a positive multiple of 16, got ", group);
+  check(!two_level || layout::kBlockGroup % group == 0, op,
+        "two-level scales need a group_size that divides 256, got ", group);
   const int64_t kp = layout::padded_k(k, group, two_level), np = layout::padded_n(n);
   Tensor out = torch::stable::new_empty(codes, {np, kp * bits / 8}, ScalarType::Char);
   uint32_t seen = 0;
@@ -30,16 +30,19 @@ Tensor pack(const Tensor& codes, int64_t bits, int64_t group, bool two_level) {
   const Kernels& kernel = kernels();
   run_team(team_for(n * k), [&](Team& team) { kernel.pack(args, team); });
   const uint32_t used = (seen | seen >> 8 | seen >> 16 | seen >> 24) & 0xff;
-  check(used >> bits == 0, op, "codes must be below 2^bits = ", 1 << bits, ", but some have higher bits set");
+  check(used >> bits == 0, op, "codes must be below 2^bits = ", 1 << bits,
+        ", but some have higher bits set");
   return out;
 }
 
 // -> [N, K] uint8
 Tensor unpack(const Tensor& codes, const Tensor& scale, const std::optional<Tensor>& zero,
               const std::optional<Tensor>& block_scale, const std::optional<Tensor>& block_zero,
-              const std::optional<Tensor>& table, int64_t bits, int64_t group, int64_t n, int64_t k) {
+              const std::optional<Tensor>& table, int64_t bits, int64_t group, int64_t n,
+              int64_t k) {
   UnpackArgs args{};
-  args.w = make_weight("unpack", codes, scale, zero, block_scale, block_zero, table, bits, group, n, k);
+  args.w =
+      make_weight("unpack", codes, scale, zero, block_scale, block_zero, table, bits, group, n, k);
   Tensor out = torch::stable::new_empty(codes, {n, k}, ScalarType::Byte);
   args.out = mutable_data(out);
   const Kernels& kernel = kernels();
@@ -50,10 +53,11 @@ Tensor unpack(const Tensor& codes, const Tensor& scale, const std::optional<Tens
 // -> [N, K] of dtype
 Tensor dequantize(const Tensor& codes, const Tensor& scale, const std::optional<Tensor>& zero,
                   const std::optional<Tensor>& block_scale, const std::optional<Tensor>& block_zero,
-                  const std::optional<Tensor>& table, int64_t bits, int64_t group, int64_t n, int64_t k,
-                  ScalarType dtype) {
+                  const std::optional<Tensor>& table, int64_t bits, int64_t group, int64_t n,
+                  int64_t k, ScalarType dtype) {
   UnpackArgs args{};
-  args.w = make_weight("dequantize", codes, scale, zero, block_scale, block_zero, table, bits, group, n, k);
+  args.w = make_weight("dequantize", codes, scale, zero, block_scale, block_zero, table, bits,
+                       group, n, k);
   args.out_type = float_type("dequantize", "dtype", dtype);
   Tensor out = torch::stable::new_empty(codes, {n, k}, dtype);
   args.out = mutable_data(out);

@@ -8,9 +8,9 @@ namespace qk {
 
 inline int team_size() { return int(torch::stable::get_num_threads()); }
 
-// Runs f(Team&) on every thread that torch gives. Each first reports the share of the range it was handed; once all
-// of it is reported the size of the team is known, so a nested call (one thread handed everything) is a team of one.
-// f must not throw.
+// Runs f(Team&) on every thread that torch gives. Each first reports the share of the range it was
+// handed; once all of it is reported the size of the team is known, so a nested call (one thread
+// handed everything) is a team of one. f must not throw.
 template <class F>
 void run_team(int size, const F& f) {
   Barrier barrier;

@@ -1,5 +1,6 @@
-// A team of threads that runs one kernel after the other. A kernel is `void k(const Args&, Team&)`, executed by
-// every thread; it has no parallel construct inside, so one team serves a single op as well as a whole decode step.
+// A team of threads that runs one kernel after the other. A kernel is `void k(const Args&, Team&)`,
+// executed by every thread; it has no parallel construct inside, so one team serves a single op as
+// well as a whole decode step.
 #pragma once
 #include <atomic>
 #include <cstdint>
@@ -35,7 +36,8 @@ struct Team {
     return {begin, end < count ? end : count};
   }
 
-  // Waits for every thread of the team. Spins, then yields, so that a busy core does not stall the others.
+  // Waits for every thread of the team. Spins, then yields, so that a busy core does not stall the
+  // others.
   void sync() {
     if (size == 1) return;
     const int64_t generation = barrier->generation.load(std::memory_order_acquire);
@@ -45,7 +47,8 @@ struct Team {
       barrier->generation.store(generation + 1, std::memory_order_release);
       return;
     }
-    for (int spins = 0; barrier->generation.load(std::memory_order_acquire) == generation; spins++) {
+    for (int spins = 0; barrier->generation.load(std::memory_order_acquire) == generation;
+         spins++) {
       if (spins < 2000) QK_PAUSE();
       else std::this_thread::yield();
     }

@@ -10,7 +10,8 @@ namespace qk {
 namespace {
 
 void run(const char* op, const Tensor& x, const NormArgs& args) {
-  check(args.m <= std::numeric_limits<int32_t>::max(), op, "x has more rows than a grid has blocks: ", args.m);
+  check(args.m <= std::numeric_limits<int32_t>::max(), op,
+        "x has more rows than a grid has blocks: ", args.m);
   launch_on(op, x, [&](cudaStream_t stream) { return launch_norm(args, stream); });
 }
 

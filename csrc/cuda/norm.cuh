@@ -1,14 +1,19 @@
-// RMSNorm and LayerNorm over rows v = x + residual: y = (v - mean) / sqrt(var + eps) * weight + bias, where RMSNorm has
-// mean = 0. float32 inside; y leaves in x's type or as int8 codes. Sources of a row, its length and its output:
+// RMSNorm and LayerNorm over rows v = x + residual: y = (v - mean) / sqrt(var + eps) * weight +
+// bias, where RMSNorm has mean = 0. float32 inside; y leaves in x's type or as int8 codes. Sources
+// of a row, its length and its output:
 //
-// - norm_registers_kernel: up to 16,384 columns, every row 16-byte aligned. Global memory is read once; the row stays
+// - norm_registers_kernel: up to 16,384 columns, every row 16-byte aligned. Global memory is read
+// once; the row stays
 //   in registers between its two uses, cut into pieces of 16 bytes:
 //
-//     piece (i, lane) = columns [(i * kLanes + lane) * kPer, ... + kPer)      i < kVectors, kPer = 16 / sizeof(T)
+//     piece (i, lane) = columns [(i * kLanes + lane) * kPer, ... + kPer)      i < kVectors, kPer =
+//     16 / sizeof(T)
 //
-//   A warp per row (8 rows in a block) up to 128 pieces, a block of 256 or 512 threads per row beyond.
-//   weight and bias are float32, so twice the bytes of a 16-bit row; x goes past L1 to leave them there.
-// - norm_loop_kernel: any length and alignment, a block per row. Reads again for every use, from L2.
+//   A warp per row (8 rows in a block) up to 128 pieces, a block of 256 or 512 threads per row
+//   beyond. weight and bias are float32, so twice the bytes of a 16-bit row; x goes past L1 to
+//   leave them there.
+// - norm_loop_kernel: any length and alignment, a block per row. Reads again for every use, from
+// L2.
 #pragma once
 #include "../args.h"
 #include "quantize.cuh"
@@ -22,7 +27,8 @@ constexpr int kNormBlock = kLanes > kNormThreads ? kLanes : kNormThreads;
 
 // Sum over the kLanes threads of a row; every thread gets the same bits, whatever the schedule.
 template <int kLanes>
-__device__ __forceinline__ float row_sum(float v, float* partial /* [kLanes / 32], used by one sum only */) {
+__device__ __forceinline__ float row_sum(float v,
+                                         float* partial /* [kLanes / 32], used by one sum only */) {
 #pragma unroll
   for (int mask = 16; mask > 0; mask /= 2) v += shuffle_xor(v, mask);
   if constexpr (kLanes > 32) {
@@ -53,19 +59,24 @@ __global__ void __launch_bounds__(kNormBlock<kLanes>) norm_registers_kernel(cons
   __shared__ float partial[2][kLanes / 32];
   const int lane = threadIdx.x % kLanes;
   const int64_t row = int64_t(blockIdx.x) * kRows + threadIdx.x / kLanes;
-  if (row >= args.m) return;  // whole warps, and none that others wait for: a row of its own has no rest
+  if (row >= args.m)
+    return;  // whole warps, and none that others wait for: a row of its own has no rest
   const T* x = static_cast<const T*>(args.x) + row * args.x_stride;
-  const T* residual = args.residual ? static_cast<const T*>(args.residual) + row * args.residual_stride : nullptr;
+  const T* residual =
+      args.residual ? static_cast<const T*>(args.residual) + row * args.residual_stride : nullptr;
   auto column = [&](int i) { return int64_t(i * kLanes + lane) * kPer; };
 
   float v[kVectors][kPer];
   {
-    Words4 raw[kVectors], added[kVectors];  // every load is on its way before the first is waited for
+    Words4 raw[kVectors],
+        added[kVectors];  // every load is on its way before the first is waited for
 #pragma unroll
-    for (int i = 0; i < kVectors; i++) raw[i] = column(i) < args.k ? load_stream(x + column(i)) : Words4{};
+    for (int i = 0; i < kVectors; i++)
+      raw[i] = column(i) < args.k ? load_stream(x + column(i)) : Words4{};
     if (residual) {
 #pragma unroll
-      for (int i = 0; i < kVectors; i++) added[i] = column(i) < args.k ? load_stream(residual + column(i)) : Words4{};
+      for (int i = 0; i < kVectors; i++)
+        added[i] = column(i) < args.k ? load_stream(residual + column(i)) : Words4{};
     }
 #pragma unroll
     for (int i = 0; i < kVectors; i++) {
@@ -77,7 +88,8 @@ __global__ void __launch_bounds__(kNormBlock<kLanes>) norm_registers_kernel(cons
         for (int j = 0; j < kPer; j++) v[i][j] += r[j];
         const Words4 sum = pack<T>(v[i]);
         unpack<T>(sum, v[i]);  // what is normalized is the sum as it is stored
-        if (args.sum && column(i) < args.k) store_128(static_cast<T*>(args.sum) + row * args.k + column(i), sum);
+        if (args.sum && column(i) < args.k)
+          store_128(static_cast<T*>(args.sum) + row * args.k + column(i), sum);
       }
     }
   }
@@ -109,7 +121,8 @@ __global__ void __launch_bounds__(kNormBlock<kLanes>) norm_registers_kernel(cons
     if (args.bias) load_parameters<kPer>(args.bias, column(i), bias);
 #pragma unroll
     for (int j = 0; j < kPer; j++) v[i][j] = (v[i][j] - mean) * scale * weight[j] + bias[j];
-    if constexpr (!kQuantize) store_128(static_cast<T*>(args.y) + row * args.k + column(i), pack<T>(v[i]));
+    if constexpr (!kQuantize)
+      store_128(static_cast<T*>(args.y) + row * args.k + column(i), pack<T>(v[i]));
   }
   if constexpr (kQuantize) {
     constexpr int kGroups = kLanes * kVectors * kPer / 16;  // at most, of a row
@@ -124,8 +137,11 @@ __global__ void __launch_bounds__(kNormThreads) norm_loop_kernel(const NormArgs 
   __shared__ float partial[2][kNormThreads / 32];
   const int64_t row = blockIdx.x;
   const T* x = static_cast<const T*>(args.x) + row * args.x_stride;
-  const T* residual = args.residual ? static_cast<const T*>(args.residual) + row * args.residual_stride : nullptr;
-  auto value = [&](int64_t i) { return residual ? widen(narrow<T>(widen(x[i]) + widen(residual[i]))) : widen(x[i]); };
+  const T* residual =
+      args.residual ? static_cast<const T*>(args.residual) + row * args.residual_stride : nullptr;
+  auto value = [&](int64_t i) {
+    return residual ? widen(narrow<T>(widen(x[i]) + widen(residual[i]))) : widen(x[i]);
+  };
 
   float mean = 0;
   if (args.center) {
@@ -138,13 +154,15 @@ __global__ void __launch_bounds__(kNormThreads) norm_loop_kernel(const NormArgs 
     const float d = value(i) - mean;
     squares += d * d;
   }
-  const float scale = inverse_sqrt(row_sum<kNormThreads>(squares, partial[1]) / float(args.k) + args.eps);
+  const float scale =
+      inverse_sqrt(row_sum<kNormThreads>(squares, partial[1]) / float(args.k) + args.eps);
   auto normal = [&](int64_t i) {
     return (value(i) - mean) * scale * args.weight[i] + (args.bias ? args.bias[i] : 0.f);
   };
 
   if (args.act.codes) {
-    quantize_row<kNormThreads>(args.act, row, [&](int64_t i) { return i < args.k ? normal(i) : 0.f; });
+    quantize_row<kNormThreads>(args.act, row,
+                               [&](int64_t i) { return i < args.k ? normal(i) : 0.f; });
     block_sync();  // the residual is read above, and sum may be the residual
   }
   T* y = args.y ? static_cast<T*>(args.y) + row * args.k : nullptr;
@@ -160,9 +178,11 @@ template <class T, bool kQuantize>
 cudaError_t launch_norm_typed(const NormArgs& args, cudaStream_t stream) {
   constexpr int kPer = 16 / sizeof(T);
   auto on_16 = [](const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; };
-  const bool pointers_aligned = on_16(args.x) && on_16(args.residual) && on_16(args.y) && on_16(args.sum) &&
-                                on_16(args.weight) && on_16(args.bias) && on_16(args.act.codes);
-  const bool rows_aligned = args.k % kPer == 0 && args.x_stride % kPer == 0 && args.residual_stride % kPer == 0;
+  const bool pointers_aligned = on_16(args.x) && on_16(args.residual) && on_16(args.y) &&
+                                on_16(args.sum) && on_16(args.weight) && on_16(args.bias) &&
+                                on_16(args.act.codes);
+  const bool rows_aligned =
+      args.k % kPer == 0 && args.x_stride % kPer == 0 && args.residual_stride % kPer == 0;
   const int64_t columns = kQuantize ? args.act.kx : args.k;
   const bool fits_registers = columns <= 16384;
   if (!pointers_aligned || !rows_aligned || !fits_registers)
@@ -170,7 +190,8 @@ cudaError_t launch_norm_typed(const NormArgs& args, cudaStream_t stream) {
 
   auto rows_of = [&](auto kernel, int lanes) {
     const int threads = lanes > kNormThreads ? lanes : kNormThreads, rows = threads / lanes;
-    return launch(kernel, dim3(unsigned((args.m + rows - 1) / rows)), dim3(threads), 0, stream, args);
+    return launch(kernel, dim3(unsigned((args.m + rows - 1) / rows)), dim3(threads), 0, stream,
+                  args);
   };
   const int64_t pieces = columns / kPer;
   if (pieces <= 32) return rows_of(norm_registers_kernel<T, 32, 1, kQuantize>, 32);
@@ -189,7 +210,8 @@ inline cudaError_t launch_norm(const NormArgs& args, cudaStream_t stream) {
   if (args.m == 0) return cudaSuccess;
   auto typed = [&](auto zero) {
     using T = decltype(zero);
-    return args.act.codes ? launch_norm_typed<T, true>(args, stream) : launch_norm_typed<T, false>(args, stream);
+    return args.act.codes ? launch_norm_typed<T, true>(args, stream)
+                          : launch_norm_typed<T, false>(args, stream);
   };
   switch (args.type) {
     case Dtype::f32: return typed(float{});

@@ -1,5 +1,6 @@
-// Every instruction and conversion that device code takes from the GPU, behind functions of our own: kernels include
-// this and nothing else of CUDA, so that a host version of this header can run them.
+// Every instruction and conversion that device code takes from the GPU, behind functions of our
+// own: kernels include this and nothing else of CUDA, so that a host version of this header can run
+// them.
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -40,7 +41,9 @@ template <class T>
 __device__ __forceinline__ T shuffle_xor(T v, int mask) {
   return __shfl_xor_sync(0xffffffffu, v, mask);
 }
-__device__ __forceinline__ int32_t warp_max(int32_t v) { return __reduce_max_sync(0xffffffffu, v); }  // sm_80
+__device__ __forceinline__ int32_t warp_max(int32_t v) {
+  return __reduce_max_sync(0xffffffffu, v);
+}  // sm_80
 __device__ __forceinline__ void shared_max(int32_t* p, int32_t v) { atomicMax(p, v); }
 __device__ __forceinline__ void warp_sync() { __syncwarp(); }
 __device__ __forceinline__ void block_sync() { __syncthreads(); }
@@ -48,10 +51,12 @@ __device__ __forceinline__ void block_sync() { __syncthreads(); }
 __device__ __forceinline__ int32_t float_bits(float v) { return __float_as_int(v); }
 __device__ __forceinline__ float bits_float(int32_t v) { return __int_as_float(v); }
 __device__ __forceinline__ int round_int(float v) { return __float2int_rn(v); }  // halves to even
-// 1 / sqrt(v), correctly rounded twice; rsqrt.approx would differ from the CPU in the last bit or two.
+// 1 / sqrt(v), correctly rounded twice; rsqrt.approx would differ from the CPU in the last bit or
+// two.
 __device__ __forceinline__ float inverse_sqrt(float v) { return __frcp_rn(__fsqrt_rn(v)); }
 
-// Conversions of one element; T is float, __half or __nv_bfloat16. Narrowing rounds to nearest even.
+// Conversions of one element; T is float, __half or __nv_bfloat16. Narrowing rounds to nearest
+// even.
 template <class T>
 __device__ __forceinline__ float widen(T v) {
   if constexpr (sizeof(T) == 4) return v;
@@ -99,8 +104,8 @@ __device__ __forceinline__ Words4 pack(const float (&in)[16 / sizeof(T)]) {
 }
 
 template <class... Parameters, class... Arguments>
-cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream,
-                   const Arguments&... arguments) {
+cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes,
+                   cudaStream_t stream, const Arguments&... arguments) {
   kernel<<<grid, block, shared_bytes, stream>>>(arguments...);
   return cudaGetLastError();
 }

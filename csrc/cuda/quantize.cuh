@@ -1,6 +1,8 @@
-// int8 quantization of activations where they are still in registers. The rule, bit for bit, of quantize_act:
+// int8 quantization of activations where they are still in registers. The rule, bit for bit, of
+// quantize_act:
 //
-//   amax = max |v|,  scale = amax / 127,  code = round half to even (v * (127 / amax)),  per group of columns
+//   amax = max |v|,  scale = amax / 127,  code = round half to even (v * (127 / amax)),  per group
+//   of columns
 //
 // amax below 2^-100: scale and codes 0. A value that is infinite or NaN: scale NaN, codes 0.
 // Every 16 codes have their sum beside them, which zero points multiply.
@@ -29,11 +31,12 @@ __device__ __forceinline__ int quantize_code(float v, GroupScale g) {
   return g.inverse == 0.f ? 0 : round_int(v * g.inverse);
 }
 
-// The pieces of one row (see norm.cuh), v zero from the logical end on, as codes, scales and sums of row `row`.
-// Called by all kLanes threads of the row. kx <= kLanes * kVectors * kPer.
+// The pieces of one row (see norm.cuh), v zero from the logical end on, as codes, scales and sums
+// of row `row`. Called by all kLanes threads of the row. kx <= kLanes * kVectors * kPer.
 template <int kLanes, int kVectors, int kPer>
 __device__ __forceinline__ void quantize_pieces(const QuantActOut& out, int64_t row, int lane,
-                                                const float (&v)[kVectors][kPer], int32_t* top /* [kx / 16] shared */) {
+                                                const float (&v)[kVectors][kPer],
+                                                int32_t* top /* [kx / 16] shared */) {
   auto sync = [] {
     if constexpr (kLanes > 32) block_sync();
     else warp_sync();
@@ -57,7 +60,8 @@ __device__ __forceinline__ void quantize_pieces(const QuantActOut& out, int64_t 
   int8_t* codes = out.codes + row * out.kx;
 #pragma unroll
   for (int i = 0; i < kVectors; i++) {
-    const bool inside = column(i) < kx;  // the 16 columns of a sum are inside together, as kx is a multiple of 16
+    const bool inside =
+        column(i) < kx;  // the 16 columns of a sum are inside together, as kx is a multiple of 16
     const GroupScale g = group_scale(inside ? top[column(i) / out.group] : 0);
     int sum = 0;
     uint32_t words[kPer / 4];
@@ -81,7 +85,8 @@ __device__ __forceinline__ void quantize_pieces(const QuantActOut& out, int64_t 
   }
 }
 
-// One row of any length by a block: a warp per group, value(i) computed twice. value is zero from the logical end on.
+// One row of any length by a block: a warp per group, value(i) computed twice. value is zero from
+// the logical end on.
 template <int kThreads, class F>
 __device__ __forceinline__ void quantize_row(const QuantActOut& out, int64_t row, const F& value) {
   const int lane = threadIdx.x % 32;

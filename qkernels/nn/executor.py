@@ -95,7 +95,9 @@ class ComposedExecutor:
             case Linear():
                 weight, bias = self.weights[step.weight], _vector(self.weights, step.bias)
                 if not isinstance(weight, PackedWeight):
-                    x = floats[step.src].to(weight.dtype)  # dense matrices compute in their own dtype
+                    x = floats[step.src].to(
+                        weight.dtype
+                    )  # dense matrices compute in their own dtype
                     y = torch.nn.functional.linear(x, weight).float()
                     floats[step.dst] = y if bias is None else y + bias
                 elif step.act_group:
@@ -146,16 +148,24 @@ class ComposedExecutor:
     def _norm(
         self, step: Norm, floats: dict[str, torch.Tensor], acts: dict[str, ops.QuantAct]
     ) -> None:
-        x, weight, bias = floats[step.src], _vector(self.weights, step.weight), _vector(self.weights, step.bias)
+        x, weight, bias = (
+            floats[step.src],
+            _vector(self.weights, step.weight),
+            _vector(self.weights, step.bias),
+        )
         assert weight is not None
         if step.heads:
             rows = x.view(x.shape[0] * step.heads, -1)
-            floats[step.dst] = ops.norm(rows, weight, bias, eps=step.eps, center=step.center).view(x.shape)
+            floats[step.dst] = ops.norm(rows, weight, bias, eps=step.eps, center=step.center).view(
+                x.shape
+            )
             return
         settings = {"eps": step.eps, "center": step.center}
         if step.add is None:
             if step.act_group:
-                acts[step.dst] = ops.norm_quant(x, weight, bias, act_group=step.act_group, **settings)
+                acts[step.dst] = ops.norm_quant(
+                    x, weight, bias, act_group=step.act_group, **settings
+                )
             else:
                 floats[step.dst] = ops.norm(x, weight, bias, **settings)
         elif step.act_group:
@@ -163,12 +173,16 @@ class ComposedExecutor:
                 x, floats[step.add], weight, bias, act_group=step.act_group, **settings
             )
         else:
-            floats[step.dst], floats[step.add] = ops.add_norm(x, floats[step.add], weight, bias, **settings)
+            floats[step.dst], floats[step.add] = ops.add_norm(
+                x, floats[step.add], weight, bias, **settings
+            )
 
 
 _OPCODES = {
     kind: code
-    for code, kind in enumerate((Embed, Norm, Linear, KvAppend, Attention, Gate, Select, Quantize), start=1)
+    for code, kind in enumerate(
+        (Embed, Norm, Linear, KvAppend, Attention, Gate, Select, Quantize), start=1
+    )
 }
 _ACTIVATIONS = ("silu", "gelu_tanh", "gelu_erf", "relu")  # order of enum Activation in csrc/args.h
 
@@ -188,7 +202,9 @@ class NativeExecutor:
             encoder.add(step)
         self.vocab = encoder.width[writes(steps[-1])[0]]
         registers = [n for pair in encoder.registers for n in pair]
-        self._plan = self._ops.decoder_plan(encoder.tensors, registers, encoder.code, encoder.numbers)
+        self._plan = self._ops.decoder_plan(
+            encoder.tensors, registers, encoder.code, encoder.numbers
+        )
         weakref.finalize(self, self._ops.decoder_plan_free, self._plan)
 
     def __call__(
@@ -262,11 +278,21 @@ class _Encoder:
                 code = [self._write(step.dst, table.k), *operands, self._number(step.multiplier)]
             case Norm():
                 dst = self._write(step.dst, self.width[step.src], step.act_group)
-                code = [dst, self._read(step.src), self._tensor(step.weight), self._tensor(step.bias)]
+                code = [
+                    dst,
+                    self._read(step.src),
+                    self._tensor(step.weight),
+                    self._tensor(step.bias),
+                ]
                 code += [self._read(step.add), self._number(step.eps), int(step.center), step.heads]
             case Linear():
                 weight, operands = self._weight(step.weight)
-                code = [self._write(step.dst, weight.n), self._read(step.src), *operands, self._tensor(step.bias)]
+                code = [
+                    self._write(step.dst, weight.n),
+                    self._read(step.src),
+                    *operands,
+                    self._tensor(step.bias),
+                ]
             case KvAppend():
                 dst = self._write(step.dst, self.width[step.q])
                 code = [dst, self._read(step.q), self._read(step.k), self._read(step.v), step.layer]
@@ -277,9 +303,17 @@ class _Encoder:
                 code += [step.window, self._number(step.softcap)]
             case Gate():
                 dst = self._write(step.dst, self.width[step.gate], step.act_group)
-                code = [dst, self._read(step.gate), self._read(step.up), _ACTIVATIONS.index(step.activation)]
+                code = [
+                    dst,
+                    self._read(step.gate),
+                    self._read(step.up),
+                    _ACTIVATIONS.index(step.activation),
+                ]
             case Select():
                 code = [self._write(step.dst, self.width[step.src]), self._read(step.src)]
             case Quantize():
-                code = [self._write(step.dst, self.width[step.src], step.act_group), self._read(step.src)]
+                code = [
+                    self._write(step.dst, self.width[step.src], step.act_group),
+                    self._read(step.src),
+                ]
         self.code += [_OPCODES[type(step)], *code]

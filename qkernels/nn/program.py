@@ -160,7 +160,9 @@ def lower(steps: Sequence[Step], act_group_of: Callable[[str], int]) -> tuple[St
     quantized once, where they are hot. Elsewhere a `Quantize` step is put before the first linear that needs it.
     Quantized registers are called `<name>:<group>`.
     """
-    wanted = [replace(s, act_group=act_group_of(s.weight)) if isinstance(s, Linear) else s for s in steps]
+    wanted = [
+        replace(s, act_group=act_group_of(s.weight)) if isinstance(s, Linear) else s for s in steps
+    ]
     out: list[Step] = []
     quantized: set[str] = set()  # quantized registers that are up to date
     for i, step in enumerate(wanted):

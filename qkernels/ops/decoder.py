@@ -20,13 +20,19 @@ def _step_fake(
     k_scale: torch.Tensor | None = None,
     v_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    torch._check(select.dim() == 1, lambda: f"decoder_step: select must be [S], got {list(select.shape)}")
+    torch._check(
+        select.dim() == 1, lambda: f"decoder_step: select must be [S], got {list(select.shape)}"
+    )
     return ids.new_empty((select.shape[0], vocab), dtype=torch.float32)
 
 
 # tensors: six entries per packed weight (codes, scale, zero, block_scale, block_zero, table), one per vector.
 # registers: width and activation group of each. Returns a handle that keeps the tensors alive until it is freed.
-define("decoder_plan", "(Tensor?[] tensors, int[] registers, int[] code, float[] numbers) -> int", fake=None)
+define(
+    "decoder_plan",
+    "(Tensor?[] tensors, int[] registers, int[] code, float[] numbers) -> int",
+    fake=None,
+)
 define("decoder_plan_free", "(int plan) -> ()", fake=None)
 define(
     "decoder_step",

@@ -37,12 +37,16 @@ _libraries: dict[str, torch.library.Library] = {}
 
 def _add(op: OpDef, namespace: str) -> None:
     library = _libraries[namespace]
-    library.define(op.name + op.schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order))
+    library.define(
+        op.name + op.schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
+    )
     qualified = f"{namespace}::{op.name}"
     if op.fake is not None:
         torch.library.register_fake(qualified, op.fake, lib=library)
     if op.backward is not None:
-        torch.library.register_autograd(qualified, op.backward, setup_context=op.setup_context, lib=library)
+        torch.library.register_autograd(
+            qualified, op.backward, setup_context=op.setup_context, lib=library
+        )
     elif op.fake is not None:
         # Results never ask for a gradient. Without this, torch 2.15 says that float results do, and then only warns.
         library.impl(op.name, torch.library.fallthrough_kernel, "Autograd")

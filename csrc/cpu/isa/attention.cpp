@@ -1,27 +1,29 @@
-// Attention over pages of a KV cache, or over dense keys: softmax(q k^T) v, one pass over the keys (online softmax).
+// Attention over pages of a KV cache, or over dense keys: softmax(q k^T) v, one pass over the keys
+// (online softmax).
 //
-// A row is one query of one head; the rows of a sequence that share a KV head are numbered query * group + head within
-// the group, and are worked on in blocks of kRows against tiles of at most kTile keys:
+// A row is one query of one head; the rows of a sequence that share a KV head are numbered query *
+// group + head within the group, and are worked on in blocks of kRows against tiles of at most
+// kTile keys:
 //
 //   for each block of rows, for each tile of keys
-//     scores  S [rows, tile] = Q K^T       3 rows x 4 keys in registers, vectors along the head dimension
-//     softmax P = exp(S - max), rescaling what came before
-//     weigh   O [rows, D] += P V           3 rows x 4 vectors in registers
+//     scores  S [rows, tile] = Q K^T       3 rows x 4 keys in registers, vectors along the head
+//     dimension softmax P = exp(S - max), rescaling what came before weigh   O [rows, D] += P V 3
+//     rows x 4 vectors in registers
 //
-// Integer pages are never dequantized: with k = ks (kq - kz), q.k = ks (q.kq - kz sum(q)); vs is folded into P, and vz
-// into one number per row. Codes are converted as they are loaded when few rows share a tile, and once per tile into
-// float32 when many do; both give the same bits.
+// Integer pages are never dequantized: with k = ks (kq - kz), q.k = ks (q.kq - kz sum(q)); vs is
+// folded into P, and vz into one number per row. Codes are converted as they are loaded when few
+// rows share a tile, and once per tile into float32 when many do; both give the same bits.
 //
-// A sequence that has a single block of rows (decoding) is split along its keys into chunks whose length depends on
-// that sequence alone; their results are merged in order. So the bits of a sequence depend neither on the team nor on
-// the rest of the batch.
+// A sequence that has a single block of rows (decoding) is split along its keys into chunks whose
+// length depends on that sequence alone; their results are merged in order. So the bits of a
+// sequence depend neither on the team nor on the rest of the batch.
 #include "kv_rows.h"
 
 namespace qk::QK_ISA {
 namespace {
 
-constexpr int kRows = 48;       // a multiple of 3; K and V tiles are read once per block
-constexpr int kTile = 64;       // a tile of K at D = 64 is 16 KB of float32: half of a first-level cache
+constexpr int kRows = 48;  // a multiple of 3; K and V tiles are read once per block
+constexpr int kTile = 64;  // a tile of K at D = 64 is 16 KB of float32: half of a first-level cache
 constexpr int kChunk = 128;     // keys of the shortest chunk of a split sequence
 constexpr int kMaxChunks = 64;  // longer contexts get longer chunks, so that merging stays cheap
 constexpr float kInf = __builtin_inff();
@@ -56,15 +58,19 @@ Problem problem(const AttentionArgs& a) {
           nullptr};
 }
 Problem problem(const DenseAttentionArgs& a) {
-  const KvType kv = a.type == Dtype::f32 ? KvType::f32 : a.type == Dtype::f16 ? KvType::f16 : KvType::bf16;
+  const KvType kv = a.type == Dtype::f32   ? KvType::f32
+                    : a.type == Dtype::f16 ? KvType::f16
+                                           : KvType::bf16;
   return {a.q,           a.out,   a.type,    a.q_stride, a.q_heads, a.kv_heads, a.dim,   a.batch,
           a.query_start, a.scale, a.softcap, a.causal,   a.window,  kv,         nullptr, &a};
 }
 
-// How one sequence is cut into items: kv_heads * blocks * chunks of them, one of blocks and chunks being 1.
+// How one sequence is cut into items: kv_heads * blocks * chunks of them, one of blocks and chunks
+// being 1.
 struct Sequence {
-  int64_t token, queries, keys;  // first token; queries are the last ones of keys (when causal or windowed)
-  int64_t rows, blocks;          // per KV head
+  int64_t token, queries,
+      keys;              // first token; queries are the last ones of keys (when causal or windowed)
+  int64_t rows, blocks;  // per KV head
   int64_t first_key, chunk, chunks;
   int64_t items, partial;  // partial: floats that hold the results of chunks
 };
@@ -72,10 +78,12 @@ struct Sequence {
 // Keys that a query sees: [begin, end), possibly empty.
 QK_INLINE Range visible(const Problem& p, const Sequence& s, int64_t query) {
   const int64_t position = s.keys - s.queries + query;
-  return {p.window > 0 ? max64(0, position - p.window + 1) : 0, p.causal ? min64(s.keys, position + 1) : s.keys};
+  return {p.window > 0 ? max64(0, position - p.window + 1) : 0,
+          p.causal ? min64(s.keys, position + 1) : s.keys};
 }
 
-// Floats of the result of one row over one chunk: O [D], then the maximum and the sum, padded to a cache line.
+// Floats of the result of one row over one chunk: O [D], then the maximum and the sum, padded to a
+// cache line.
 QK_INLINE int64_t partial_row(const Problem& p) { return p.dim + 16; }
 
 Sequence sequence(const Problem& p, int64_t b) {
@@ -100,10 +108,11 @@ Sequence sequence(const Problem& p, int64_t b) {
 
 // A stretch of keys of one head that lie at constant strides.
 struct Tile {
-  int64_t start, count;               // keys start .. start + count of the sequence
-  const char *k, *v;                  // row of key `start`
-  int64_t k_stride, v_stride;         // bytes between keys
-  const uint16_t *k_scale, *v_scale;  // scale plane at key `start`, the zero points `page` further on
+  int64_t start, count;        // keys start .. start + count of the sequence
+  const char *k, *v;           // row of key `start`
+  int64_t k_stride, v_stride;  // bytes between keys
+  const uint16_t *k_scale,
+      *v_scale;  // scale plane at key `start`, the zero points `page` further on
 };
 
 // The tile that holds `key`: tiles end at multiples of kTile within a page, and at the page's end.
@@ -115,7 +124,8 @@ QK_INLINE Tile tile_at(const Problem& p, int64_t b, int64_t head, int64_t key) {
     const int64_t index = key / pages.page, within = key % pages.page / kTile * kTile;
     const int64_t page = p.paged->batch.page_table[b * p.paged->batch.table_stride + index];
     const int64_t page_bytes = pages.page_stride * (Row::integer ? 1 : Row::bytes(1));
-    const int64_t row = Row::bytes(pages.dim), at = page * page_bytes + (head * pages.page + within) * row;
+    const int64_t row = Row::bytes(pages.dim),
+                  at = page * page_bytes + (head * pages.page + within) * row;
     t.start = index * pages.page + within;
     t.count = min64(kTile, pages.page - within);
     t.k = static_cast<const char*>(pages.k) + at;
@@ -132,8 +142,10 @@ QK_INLINE Tile tile_at(const Problem& p, int64_t b, int64_t head, int64_t key) {
     t.start = key / kTile * kTile;
     t.count = kTile;
     t.k_stride = d.k_stride * element, t.v_stride = d.v_stride * element;
-    t.k = static_cast<const char*>(d.k) + (d.kv_start[b] + t.start) * t.k_stride + head * d.dim * element;
-    t.v = static_cast<const char*>(d.v) + (d.kv_start[b] + t.start) * t.v_stride + head * d.dim * element;
+    t.k = static_cast<const char*>(d.k) + (d.kv_start[b] + t.start) * t.k_stride +
+          head * d.dim * element;
+    t.v = static_cast<const char*>(d.v) + (d.kv_start[b] + t.start) * t.v_stride +
+          head * d.dim * element;
   }
   return t;
 }
@@ -164,7 +176,8 @@ QK_INLINE V4 sums4(VF a, VF b, VF c, VF d) {
 #endif
   const VF ab = __builtin_shuffle(a, b, even) + __builtin_shuffle(a, b, odd);
   const VF cd = __builtin_shuffle(c, d, even) + __builtin_shuffle(c, d, odd);
-  const VF abcd = __builtin_shuffle(ab, cd, even) + __builtin_shuffle(ab, cd, odd);  // in every lane of 128 bits
+  const VF abcd = __builtin_shuffle(ab, cd, even) +
+                  __builtin_shuffle(ab, cd, odd);  // in every lane of 128 bits
   V4 lane[W / 4];
   std::memcpy(lane, &abcd, sizeof abcd);
   for (int n = W / 8; n > 0; n /= 2)
@@ -174,7 +187,8 @@ QK_INLINE V4 sums4(VF a, VF b, VF c, VF d) {
 
 // s [R, 4 U] = q [R, D] . keys [4 U, D], key i at k + min(key + i, last) * stride.
 template <class Row, int R, int U>
-QK_INLINE void dots(const float* q, int64_t dim, const char* k, int64_t stride, int64_t key, int64_t last, float* s) {
+QK_INLINE void dots(const float* q, int64_t dim, const char* k, int64_t stride, int64_t key,
+                    int64_t last, float* s) {
   const char* row[4 * U];
   for (int t = 0; t < 4 * U; t++) row[t] = k + min64(key + t, last) * stride;
   VF acc[R][4 * U] = {};
@@ -202,16 +216,21 @@ QK_INLINE void dots(const float* q, int64_t dim, const char* k, int64_t stride, 
 }
 
 template <class Row, int R>
-void scores(const float* q, int64_t dim, const char* k, int64_t stride, int64_t begin, int64_t end, float* s) {
-  constexpr int U = R == 1 ? 2 : 1;  // at least 8 accumulators: the latency of an FMA times two per cycle
-  for (int64_t t = begin / (4 * U) * (4 * U); t < end; t += 4 * U) dots<Row, R, U>(q, dim, k, stride, t, end - 1, s);
+void scores(const float* q, int64_t dim, const char* k, int64_t stride, int64_t begin, int64_t end,
+            float* s) {
+  constexpr int U =
+      R == 1 ? 2 : 1;  // at least 8 accumulators: the latency of an FMA times two per cycle
+  for (int64_t t = begin / (4 * U) * (4 * U); t < end; t += 4 * U)
+    dots<Row, R, U>(q, dim, k, stride, t, end - 1, s);
 }
 
 // ---- softmax ----
 
-// The row's scores of a tile (lanes [v0, v1), visible [a, b)) become weights; its maximum and sum are updated.
+// The row's scores of a tile (lanes [v0, v1), visible [a, b)) become weights; its maximum and sum
+// are updated.
 template <bool integer>
-QK_INLINE void softmax(Work& w, int r, int64_t v0, int64_t v1, int64_t a, int64_t b, float softcap) {
+QK_INLINE void softmax(Work& w, int r, int64_t v0, int64_t v1, int64_t a, int64_t b,
+                       float softcap) {
   float* s = w.s + r * kTile;
   if (integer)
     for (int64_t t = v0; t < v1; t += W)
@@ -247,14 +266,15 @@ QK_INLINE void softmax(Work& w, int r, int64_t v0, int64_t v1, int64_t a, int64_
 
 // o [R, 16 C] = o * keep - shift + p [R, keys] v [keys, 16 C] for the dims from 16 c on.
 template <class Row, int R, int C>
-QK_INLINE void weigh_dims(const float* p, const char* v, int64_t stride, int64_t begin, int64_t end, int64_t c,
-                          float* o, int64_t dim, const float* keep, const float* shift) {
+QK_INLINE void weigh_dims(const float* p, const char* v, int64_t stride, int64_t begin, int64_t end,
+                          int64_t c, float* o, int64_t dim, const float* keep, const float* shift) {
   constexpr int N = C * kVecs;
   VF acc[R][N];
 #pragma GCC unroll 3
   for (int r = 0; r < R; r++)
 #pragma GCC unroll 8
-    for (int i = 0; i < N; i++) acc[r][i] = load(o + r * dim + kDims * c + W * i) * splat(keep[r]) - splat(shift[r]);
+    for (int i = 0; i < N; i++)
+      acc[r][i] = load(o + r * dim + kDims * c + W * i) * splat(keep[r]) - splat(shift[r]);
   for (int64_t t = begin; t < end; t++) {
     VF weight[R];
 #pragma GCC unroll 3
@@ -273,22 +293,26 @@ QK_INLINE void weigh_dims(const float* p, const char* v, int64_t stride, int64_t
 }
 
 template <class Row, int R, int C>
-QK_INLINE void weigh_from(int64_t c, const float* p, const char* v, int64_t stride, int64_t begin, int64_t end,
-                          float* o, int64_t dim, const float* keep, const float* shift) {
-  for (; c + C <= dim / kDims; c += C) weigh_dims<Row, R, C>(p, v, stride, begin, end, c, o, dim, keep, shift);
+QK_INLINE void weigh_from(int64_t c, const float* p, const char* v, int64_t stride, int64_t begin,
+                          int64_t end, float* o, int64_t dim, const float* keep,
+                          const float* shift) {
+  for (; c + C <= dim / kDims; c += C)
+    weigh_dims<Row, R, C>(p, v, stride, begin, end, c, o, dim, keep, shift);
   if constexpr (C > 1) weigh_from<Row, R, C / 2>(c, p, v, stride, begin, end, o, dim, keep, shift);
 }
 
 template <class Row, int R>
-void weigh(const float* p, const char* v, int64_t stride, int64_t begin, int64_t end, float* o, int64_t dim,
-           const float* keep, const float* shift) {
-  constexpr int vectors = R == 1 ? 8 : 4;  // R * vectors accumulators: 8 hide the latency, 12 fit into 16 registers
+void weigh(const float* p, const char* v, int64_t stride, int64_t begin, int64_t end, float* o,
+           int64_t dim, const float* keep, const float* shift) {
+  constexpr int vectors =
+      R == 1 ? 8 : 4;  // R * vectors accumulators: 8 hide the latency, 12 fit into 16 registers
   weigh_from<Row, R, vectors / kVecs>(0, p, v, stride, begin, end, o, dim, keep, shift);
 }
 
 // ---- one item ----
 
-// Rows are taken three at a time; four are two pairs, because a single row leaves the multipliers waiting.
+// Rows are taken three at a time; four are two pairs, because a single row leaves the multipliers
+// waiting.
 QK_INLINE int next_rows(int left) { return left >= 3 && left != 4 ? 3 : left == 1 ? 1 : 2; }
 template <int N>
 struct Count {
@@ -307,7 +331,8 @@ void convert(const char* rows, int64_t stride, int64_t count, int64_t dim, float
   for (int64_t t = 0; t < count; t++)
     for (int64_t c = 0; c < dim / kDims; c++)
 #pragma GCC unroll 4
-      for (int j = 0; j < kVecs; j++) store(out + t * dim + kDims * c + W * j, Row::load(rows + t * stride, c, j));
+      for (int j = 0; j < kVecs; j++)
+        store(out + t * dim + kDims * c + W * j, Row::load(rows + t * stride, c, j));
 }
 
 // The part of the tile that rows r .. r + count of the block see between them.
@@ -336,7 +361,8 @@ void attend_tile(Work& w, int rows, int64_t dim, const Tile& t, float softcap) {
     const Range keys = seen(w, t, r, n);
     if (keys.begin >= keys.end) continue;
     with_count(n, [&](auto c) {
-      scores<Row, decltype(c)::count>(w.q + r * dim, dim, k, k_stride, keys.begin, keys.end, w.s + r * kTile);
+      scores<Row, decltype(c)::count>(w.q + r * dim, dim, k, k_stride, keys.begin, keys.end,
+                                      w.s + r * kTile);
     });
     const int64_t v0 = keys.begin / W * W, v1 = ceil_div(keys.end, W) * W;
     for (int i = r; i < r + n; i++)
@@ -352,23 +378,24 @@ void attend_tile(Work& w, int rows, int64_t dim, const Tile& t, float softcap) {
     const Range keys = seen(w, t, r, n);
     if (keys.begin >= keys.end) continue;
     with_count(n, [&](auto c) {
-      weigh<Row, decltype(c)::count>(w.s + r * kTile, v, v_stride, keys.begin, keys.end, w.o + r * dim, dim, w.keep + r,
-                                     w.shift + r);
+      weigh<Row, decltype(c)::count>(w.s + r * kTile, v, v_stride, keys.begin, keys.end,
+                                     w.o + r * dim, dim, w.keep + r, w.shift + r);
     });
   }
 }
 
 // Rows row0 .. row0 + rows of a KV head over the keys in `span`: w.o, w.max and w.sum.
 template <class Row>
-void attend(const Problem& p, const Sequence& s, int64_t b, int64_t head, int64_t row0, int rows, Range span, Work& w) {
+void attend(const Problem& p, const Sequence& s, int64_t b, int64_t head, int64_t row0, int rows,
+            Range span, Work& w) {
   const int64_t group = p.q_heads / p.kv_heads, dim = p.dim;
   int64_t first = s.keys, last = 0;
   with_type(p.type, [&](auto io) {
     using T = decltype(io);
     for (int r = 0; r < rows; r++) {
       const int64_t query = (row0 + r) / group, member = (row0 + r) % group;
-      const auto* q =
-          static_cast<const typename T::type*>(p.q) + (s.token + query) * p.q_stride + (head * group + member) * dim;
+      const auto* q = static_cast<const typename T::type*>(p.q) + (s.token + query) * p.q_stride +
+                      (head * group + member) * dim;
       VF sum{};
       for (int64_t d = 0; d < dim; d += W) {
         const VF x = T::load(q + d) * splat(p.scale);
@@ -398,7 +425,8 @@ void attend(const Problem& p, const Sequence& s, int64_t b, int64_t head, int64_
         w.v_scale[i] = there ? half_to_float(t.v_scale[i]) : 0.f;
         w.v_zero[i] = there ? half_to_float(t.v_scale[i + page]) : 0.f;
       }
-    const bool few_rows = rows <= 6;  // two passes over a tile: converting twice is cheaper than storing float32
+    const bool few_rows =
+        rows <= 6;  // two passes over a tile: converting twice is cheaper than storing float32
     if (Row::is_float32 || few_rows) attend_tile<Row, Row>(w, rows, dim, t, p.softcap);
     else attend_tile<FloatRow<Dtype::f32>, Row>(w, rows, dim, t, p.softcap);
   }
@@ -406,25 +434,31 @@ void attend(const Problem& p, const Sequence& s, int64_t b, int64_t head, int64_
 
 // out = o / sum for one row; a row that saw no key gives zeros.
 template <class T>
-QK_INLINE void finish(const Problem& p, const Sequence& s, int64_t head, int64_t row, const float* o, float sum) {
+QK_INLINE void finish(const Problem& p, const Sequence& s, int64_t head, int64_t row,
+                      const float* o, float sum) {
   const int64_t group = p.q_heads / p.kv_heads, query = row / group, member = row % group;
-  auto* out = static_cast<typename T::type*>(p.out) + ((s.token + query) * p.q_heads + head * group + member) * p.dim;
+  auto* out = static_cast<typename T::type*>(p.out) +
+              ((s.token + query) * p.q_heads + head * group + member) * p.dim;
   const VF inverse = splat(sum == 0.f ? 0.f : 1.f / sum);
   for (int64_t d = 0; d < p.dim; d += W) T::store(out + d, load(o + d) * inverse);
 }
 
-// Item `index` of a sequence. The last rows come first: they see most keys, and short items at the end even out.
-void attend_item(const Problem& p, const Sequence& s, int64_t b, int64_t index, float* partial, Work& w) {
+// Item `index` of a sequence. The last rows come first: they see most keys, and short items at the
+// end even out.
+void attend_item(const Problem& p, const Sequence& s, int64_t b, int64_t index, float* partial,
+                 Work& w) {
   const int64_t head = index % p.kv_heads, part = index / p.kv_heads;
   const int64_t block = s.blocks - 1 - part / s.chunks, chunk = part % s.chunks;
   const int64_t row0 = block * kRows;
   const int rows = int(min64(kRows, s.rows - row0));
   const int64_t begin = s.first_key + chunk * s.chunk;
   const Range span = s.chunks > 1 ? Range{begin, min64(begin + s.chunk, s.keys)} : Range{0, s.keys};
-  with_rows(p.kv_type, [&](auto row) { attend<decltype(row)>(p, s, b, head, row0, rows, span, w); });
+  with_rows(p.kv_type,
+            [&](auto row) { attend<decltype(row)>(p, s, b, head, row0, rows, span, w); });
   if (s.chunks == 1) {
     with_type(p.type, [&](auto io) {
-      for (int r = 0; r < rows; r++) finish<decltype(io)>(p, s, head, row0 + r, w.o + r * p.dim, w.sum[r]);
+      for (int r = 0; r < rows; r++)
+        finish<decltype(io)>(p, s, head, row0 + r, w.o + r * p.dim, w.sum[r]);
     });
     return;
   }
@@ -436,7 +470,8 @@ void attend_item(const Problem& p, const Sequence& s, int64_t b, int64_t index, 
 }
 
 // Row `row` of a KV head from its chunks, in order.
-void merge(const Problem& p, const Sequence& s, int64_t head, int64_t row, const float* partial, Work& w) {
+void merge(const Problem& p, const Sequence& s, int64_t head, int64_t row, const float* partial,
+           Work& w) {
   const float* from = partial + (head * s.rows + row) * s.chunks * partial_row(p);
   float max = -kInf, sum = 0.f;
   for (int64_t c = 0; c < s.chunks; c++)
@@ -447,12 +482,14 @@ void merge(const Problem& p, const Sequence& s, int64_t head, int64_t row, const
     const float* chunk = from + c * partial_row(p);
     const VF weight = vexp(splat(chunk[p.dim] - base));
     sum += weight[0] * chunk[p.dim + 1];
-    for (int64_t d = 0; d < p.dim; d += W) store(w.o + d, fma(weight, load(chunk + d), load(w.o + d)));
+    for (int64_t d = 0; d < p.dim; d += W)
+      store(w.o + d, fma(weight, load(chunk + d), load(w.o + d)));
   }
   with_type(p.type, [&](auto io) { finish<decltype(io)>(p, s, head, row, w.o, sum); });
 }
 
-// Scratch: the work arrays of every thread, then the results of chunks in the order of the sequences.
+// Scratch: the work arrays of every thread, then the results of chunks in the order of the
+// sequences.
 int64_t scratch_bytes(const Problem& p, int team) {
   int64_t floats = team * work_floats(p.dim);
   for (int64_t b = 0; b < p.batch; b++) floats += sequence(p, b).partial;
@@ -506,10 +543,16 @@ void attend_batch(const Problem& p, void* scratch, Team& team) {
 
 }  // namespace
 
-int64_t attention_scratch(const AttentionArgs& a, int team) { return scratch_bytes(problem(a), team); }
-void attention(const AttentionArgs& a, void* scratch, Team& team) { attend_batch(problem(a), scratch, team); }
+int64_t attention_scratch(const AttentionArgs& a, int team) {
+  return scratch_bytes(problem(a), team);
+}
+void attention(const AttentionArgs& a, void* scratch, Team& team) {
+  attend_batch(problem(a), scratch, team);
+}
 
-int64_t attention_dense_scratch(const DenseAttentionArgs& a, int team) { return scratch_bytes(problem(a), team); }
+int64_t attention_dense_scratch(const DenseAttentionArgs& a, int team) {
+  return scratch_bytes(problem(a), team);
+}
 void attention_dense(const DenseAttentionArgs& a, void* scratch, Team& team) {
   attend_batch(problem(a), scratch, team);
 }

@@ -1,7 +1,7 @@
 // Rows of a packed weight back to codes and floats: what unpack, dequantize and embedding share.
 //
-// A row owns four 32-bit words in every plane of a unit, one per t (four consecutive columns), all at the same shift;
-// so 16 columns are four words per plane, shifted, masked and OR-ed.
+// A row owns four 32-bit words in every plane of a unit, one per t (four consecutive columns), all
+// at the same shift; so 16 columns are four words per plane, shifted, masked and OR-ed.
 #pragma once
 #include "../../layout.h"
 #include "simd.h"
@@ -9,7 +9,8 @@
 namespace qk::QK_ISA {
 namespace {
 
-constexpr int kChunkCols = 256;  // columns decoded at a time: codes of 64 rows and a chunk stay in L1
+constexpr int kChunkCols =
+    256;  // columns decoded at a time: codes of 64 rows and a chunk stay in L1
 constexpr int kChunkUnits = kChunkCols / layout::kUnitCols;
 
 typedef uint8_t VUB __attribute__((vector_size(W)));
@@ -20,7 +21,8 @@ struct Int {
   static constexpr int value = N;
 };
 
-// Calls f with bits as a constant: `with_bits(w.bits, [&](auto bits) { ... decltype(bits)::value ... })`.
+// Calls f with bits as a constant: `with_bits(w.bits, [&](auto bits) { ... decltype(bits)::value
+// ... })`.
 template <class F>
 QK_INLINE void with_bits(int bits, F f) {
   switch (bits) {
@@ -56,9 +58,11 @@ QK_INLINE void decode_row(const Weight& w, int64_t n, int64_t begin, int units, 
   const uint8_t* unit = w.codes + layout::unit_offset(n, begin, w.kp, Bits);
   for (int u = 0; u < units; u++, unit += layout::unit_bytes(Bits)) {
     uint32_t word[4] = {};
-    decode_plane<planes.plane[0].width, planes.plane[0].offset, planes.plane[0].shift>(unit, row, word);
+    decode_plane<planes.plane[0].width, planes.plane[0].offset, planes.plane[0].shift>(unit, row,
+                                                                                       word);
     if constexpr (planes.count > 1)
-      decode_plane<planes.plane[1].width, planes.plane[1].offset, planes.plane[1].shift>(unit, row, word);
+      decode_plane<planes.plane[1].width, planes.plane[1].offset, planes.plane[1].shift>(unit, row,
+                                                                                         word);
     std::memcpy(codes + layout::kUnitCols * u, word, layout::kUnitCols);
   }
 }
@@ -84,7 +88,8 @@ QK_INLINE float e4m3_to_float(uint8_t b) {
   return f;
 }
 
-// What multiplies a value of a group and what is subtracted: the zero point before, or the minimum after.
+// What multiplies a value of a group and what is subtracted: the zero point before, or the minimum
+// after.
 struct GroupScale {
   float scale, zero;
 };
@@ -109,7 +114,8 @@ QK_INLINE GroupScale group_scale(const Weight& w, int64_t n, int64_t g) {
     if (w.zero_kind == Zero::minimum) out.zero = flat_scale(w.scale_kind, w.zero, i);
     return out;
   }
-  const int64_t b = layout::group_index(n, g * w.group / layout::kBlockGroup, w.kp / layout::kBlockGroup);
+  const int64_t b =
+      layout::group_index(n, g * w.group / layout::kBlockGroup, w.kp / layout::kBlockGroup);
   int scale, minimum = 0;
   if (w.scale_kind == Scale::two_nibble) {
     const uint8_t pair = static_cast<const uint8_t*>(w.scale)[i];
@@ -123,12 +129,12 @@ QK_INLINE GroupScale group_scale(const Weight& w, int64_t n, int64_t g) {
   return out;
 }
 
-// Columns [begin, end) of row n into out, times multiplier (1 changes nothing); begin is a multiple of 16, at most
-// kChunkCols columns. Every operation is one IEEE float32 operation in the order that the definition gives, so the
-// result is bitwise that of the reference: hence no fma() here.
+// Columns [begin, end) of row n into out, times multiplier (1 changes nothing); begin is a multiple
+// of 16, at most kChunkCols columns. Every operation is one IEEE float32 operation in the order
+// that the definition gives, so the result is bitwise that of the reference: hence no fma() here.
 template <int Bits, class T>
-QK_INLINE void dequantize_row(const Weight& w, int64_t n, int64_t begin, int64_t end, float multiplier,
-                              typename T::type* out) {
+QK_INLINE void dequantize_row(const Weight& w, int64_t n, int64_t begin, int64_t end,
+                              float multiplier, typename T::type* out) {
   alignas(64) uint8_t codes[kChunkCols];
   const int units = int((end - begin + layout::kUnitCols - 1) / layout::kUnitCols);
   decode_row<Bits>(w, n, begin, units, codes);
@@ -142,12 +148,14 @@ QK_INLINE void dequantize_row(const Weight& w, int64_t n, int64_t begin, int64_t
   const bool signed_codes = Bits == 4 && w.table, minimum = w.zero_kind == Zero::minimum;
   const VF factor = splat(multiplier);
   for (int64_t col = begin; col < end;) {
-    const int64_t g = col / w.group, group_end = (g + 1) * w.group, stop = group_end < end ? group_end : end;
+    const int64_t g = col / w.group, group_end = (g + 1) * w.group,
+                  stop = group_end < end ? group_end : end;
     const GroupScale gs = group_scale(w, n, g);
     const VF scale = splat(gs.scale), zero = splat(gs.zero);
     for (; col < stop; col += W) {
       const uint8_t* p = codes + (col - begin);
-      const VF v = signed_codes ? load_i8((const int8_t*)p) : to_float(__builtin_convertvector(load_raw<VUB>(p), VI));
+      const VF v = signed_codes ? load_i8((const int8_t*)p)
+                                : to_float(__builtin_convertvector(load_raw<VUB>(p), VI));
       const VF y = (minimum ? scale * v - zero : scale * (v - zero)) * factor;
       if (col + W <= end) {
         T::store(out + (col - begin), y);

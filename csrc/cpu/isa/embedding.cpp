@@ -12,8 +12,9 @@ void embedding(const EmbeddingArgs& a, Team& team) {
       for (int64_t item = share.begin; item < share.end; item++) {
         const int64_t token = item / chunks, begin = item % chunks * kChunkCols;
         const int64_t end = begin + kChunkCols < w.k ? begin + kChunkCols : w.k;
-        dequantize_row<decltype(bits)::value, T>(w, a.ids[token], begin, end, a.multiplier,
-                                                 static_cast<typename T::type*>(a.y) + token * w.k + begin);
+        dequantize_row<decltype(bits)::value, T>(
+            w, a.ids[token], begin, end, a.multiplier,
+            static_cast<typename T::type*>(a.y) + token * w.k + begin);
       }
     });
   });

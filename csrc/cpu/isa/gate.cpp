@@ -1,4 +1,5 @@
-// activation(gate) * up, as floats or as int8 activations. Elements are independent: the team shares chunks of columns.
+// activation(gate) * up, as floats or as int8 activations. Elements are independent: the team
+// shares chunks of columns.
 #include "quantize.h"
 
 namespace qk::QK_ISA {
@@ -8,9 +9,10 @@ constexpr int64_t kGateColumns = 512;
 
 QK_INLINE VF sigmoid_times(VF x, VF minus_u) { return x / (splat(1.f) + vexp(minus_u)); }
 
-// x * Phi(x). With z = |x| / sqrt 2, Phi(-|x|) = erfcx(z) * exp(-z^2) / 2, which keeps its relative precision in the
-// tail where 1 + erf would cancel. erfcx(z) = exp(z^2) erfc(z) is a polynomial in t = (z - 3) / (z + 3), interpolated
-// on Chebyshev points for 0 <= z <= 10 (relative error 4e-9 before rounding); beyond, exp(-z^2) is 0 in float32.
+// x * Phi(x). With z = |x| / sqrt 2, Phi(-|x|) = erfcx(z) * exp(-z^2) / 2, which keeps its relative
+// precision in the tail where 1 + erf would cancel. erfcx(z) = exp(z^2) erfc(z) is a polynomial in
+// t = (z - 3) / (z + 3), interpolated on Chebyshev points for 0 <= z <= 10 (relative error 4e-9
+// before rounding); beyond, exp(-z^2) is 0 in float32.
 QK_INLINE VF gelu_erf(VF x) {
   const VF z = vmin(vabs(x) * splat(0.70710678f), splat(10.f));
   const VF t = (z - splat(3.f)) / (z + splat(3.f));
@@ -25,10 +27,12 @@ QK_INLINE VF gelu_erf(VF x) {
   p = fma(p, t, splat(0.24560381f));
   p = fma(p, t, splat(-0.32623357f));
   p = fma(p, t, splat(0.17900115f));
-  // x^2 = square + rest exactly, where the set has a fused multiply-add; exp(-rest / 2) is 1 - rest / 2.
+  // x^2 = square + rest exactly, where the set has a fused multiply-add; exp(-rest / 2) is 1 - rest
+  // / 2.
   const VF square = x * x, rest = fma(x, x, -square);
   const VF tail = splat(0.5f) * p * vexp(splat(-0.5f) * square) * (splat(1.f) - splat(0.5f) * rest);
-  const VF bounded = vabs(x) < splat(14.f) ? tail : splat(0.f);  // there square may be infinite, and rest NaN
+  const VF bounded =
+      vabs(x) < splat(14.f) ? tail : splat(0.f);  // there square may be infinite, and rest NaN
   const VF phi = x < splat(0.f) ? bounded : splat(1.f) - bounded;
   return x * phi;
 }
@@ -46,7 +50,8 @@ template <class T, Activation A>
 QK_INLINE void gate_rows(const GateArgs& a, Team& team) {
   using type = typename T::type;
   const auto value = [&](int64_t row, int64_t i) __attribute__((always_inline)) {
-    const VF y = activate<A>(load_upto<T>(static_cast<const type*>(a.gate) + row * a.gate_stride, i, a.k));
+    const VF y =
+        activate<A>(load_upto<T>(static_cast<const type*>(a.gate) + row * a.gate_stride, i, a.k));
     return a.up ? y * load_upto<T>(static_cast<const type*>(a.up) + row * a.up_stride, i, a.k) : y;
   };
   if (!a.act.codes) {
@@ -64,14 +69,16 @@ QK_INLINE void gate_rows(const GateArgs& a, Team& team) {
   const Range share = team.share(a.m * groups);
   for (int64_t item = share.begin; item < share.end; item++) {
     const int64_t row = item / groups;
-    quantize_group<true>(row_out(a.act, row), item % groups, a.act.group,
-                         [&](int64_t i) __attribute__((always_inline)) { return i < a.k ? value(row, i) : VF{}; });
+    quantize_group<true>(
+        row_out(a.act, row), item % groups, a.act.group,
+        [&](int64_t i) __attribute__((always_inline)) { return i < a.k ? value(row, i) : VF{}; });
   }
 }
 
 template <Activation A>
 __attribute__((noinline)) void gate_with(const GateArgs& a, Team& team) {
-  with_type(a.type, [&](auto io) __attribute__((always_inline)) { gate_rows<decltype(io), A>(a, team); });
+  with_type(a.type,
+            [&](auto io) __attribute__((always_inline)) { gate_rows<decltype(io), A>(a, team); });
 }
 
 }  // namespace

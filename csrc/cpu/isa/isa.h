@@ -1,6 +1,7 @@
-// Included first by every file of isa/. The build compiles each of them once per instruction set, with exactly one
-// of QK_ISA_SCALAR, QK_ISA_AVX2 and QK_ISA_AVX512 defined. Everything lives in the set's own namespace, and helpers in
-// an anonymous one inside it: a weak symbol shared between sets would put AVX-512 code into the scalar path.
+// Included first by every file of isa/. The build compiles each of them once per instruction set,
+// with exactly one of QK_ISA_SCALAR, QK_ISA_AVX2 and QK_ISA_AVX512 defined. Everything lives in the
+// set's own namespace, and helpers in an anonymous one inside it: a weak symbol shared between sets
+// would put AVX-512 code into the scalar path.
 #pragma once
 #include "../kernels.h"
 

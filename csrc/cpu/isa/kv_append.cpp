@@ -1,8 +1,9 @@
-// Rotary embedding of q and k, quantization of k and v, and their way into the pages: one pass over every new token.
+// Rotary embedding of q and k, quantization of k and v, and their way into the pages: one pass over
+// every new token.
 //
-// Integer pages hold x ~= scale * (code - zero) per token and head. The range always includes 0, so zero is a code;
-// the scale is rounded up to fp16 before any code is computed, so that reading it back is what was quantized with, and
-// the largest code is not clipped.
+// Integer pages hold x ~= scale * (code - zero) per token and head. The range always includes 0, so
+// zero is a code; the scale is rounded up to fp16 before any code is computed, so that reading it
+// back is what was quantized with, and the largest code is not clipped.
 #include "simd.h"
 
 namespace qk::QK_ISA {
@@ -31,7 +32,8 @@ struct Quantized {
   uint16_t scale, zero;  // fp16
 };
 
-// codes [D]: one per byte. A row with a NaN or an infinity gets a NaN scale, so that it reads back as NaN.
+// codes [D]: one per byte. A row with a NaN or an infinity gets a NaN scale, so that it reads back
+// as NaN.
 QK_INLINE Quantized quantize(const float* x, int64_t dim, int levels, uint8_t* codes) {
   typedef uint8_t VUB __attribute__((vector_size(W)));
   VF low{}, high{}, check{};
@@ -62,7 +64,8 @@ QK_INLINE Quantized quantize(const float* x, int64_t dim, int levels, uint8_t* c
 
 QK_INLINE void pack_nibbles(const uint8_t* codes, int64_t dim, uint8_t* out) {
   for (int64_t c = 0; c < dim / 16; c++)
-    for (int i = 0; i < 8; i++) out[8 * c + i] = uint8_t(codes[16 * c + i] | codes[16 * c + 8 + i] << 4);
+    for (int i = 0; i < 8; i++)
+      out[8 * c + i] = uint8_t(codes[16 * c + i] | codes[16 * c + 8 + i] << 4);
 }
 
 template <class T>
@@ -77,21 +80,26 @@ QK_INLINE void write_row(void* to, int64_t at, int64_t dim, const float* x) {
 }
 
 // x [D] into one slot of a page. `pages` is [P, Hkv, page, D], `scales` [P, Hkv, 2, page].
-QK_INLINE void put(const KvPages& p, void* pages, uint16_t* scales, int64_t page, int64_t head, int64_t slot,
-                   const float* x) {
+QK_INLINE void put(const KvPages& p, void* pages, uint16_t* scales, int64_t page, int64_t head,
+                   int64_t slot, const float* x) {
   const int64_t row = head * p.page + slot;
   uint8_t codes[kMaxDim];
   Quantized q{};
   switch (p.type) {
-    case KvType::f32: return write_row<Io<Dtype::f32>>(pages, page * p.page_stride + row * p.dim, p.dim, x);
-    case KvType::f16: return write_row<Io<Dtype::f16>>(pages, page * p.page_stride + row * p.dim, p.dim, x);
-    case KvType::bf16: return write_row<Io<Dtype::bf16>>(pages, page * p.page_stride + row * p.dim, p.dim, x);
+    case KvType::f32:
+      return write_row<Io<Dtype::f32>>(pages, page * p.page_stride + row * p.dim, p.dim, x);
+    case KvType::f16:
+      return write_row<Io<Dtype::f16>>(pages, page * p.page_stride + row * p.dim, p.dim, x);
+    case KvType::bf16:
+      return write_row<Io<Dtype::bf16>>(pages, page * p.page_stride + row * p.dim, p.dim, x);
     case KvType::int8:
-      q = quantize(x, p.dim, 255, static_cast<uint8_t*>(pages) + page * p.page_stride + row * p.dim);
+      q = quantize(x, p.dim, 255,
+                   static_cast<uint8_t*>(pages) + page * p.page_stride + row * p.dim);
       break;
     case KvType::int4:
       q = quantize(x, p.dim, 15, codes);
-      pack_nibbles(codes, p.dim, static_cast<uint8_t*>(pages) + page * p.page_stride + row * (p.dim / 2));
+      pack_nibbles(codes, p.dim,
+                   static_cast<uint8_t*>(pages) + page * p.page_stride + row * (p.dim / 2));
       break;
   }
   uint16_t* scale = scales + page * p.scale_page_stride + head * 2 * p.page + slot;
@@ -109,8 +117,10 @@ void append(const KvAppendArgs& a, Team& team) {
   for (int64_t unit = mine.begin; unit < mine.end; unit++) {
     const int64_t token = unit / heads, head = unit % heads;
     while (token >= a.batch.query_start[b + 1]) b++;
-    const int64_t index = a.batch.kv_len[b] - a.batch.query_start[b + 1] + token;  // its place in the sequence
-    const float* angles = a.rope ? a.rope + (a.positions ? a.positions[token] : index) * a.rotary_dim : nullptr;
+    const int64_t index =
+        a.batch.kv_len[b] - a.batch.query_start[b + 1] + token;  // its place in the sequence
+    const float* angles =
+        a.rope ? a.rope + (a.positions ? a.positions[token] : index) * a.rotary_dim : nullptr;
     if (head < a.q_heads) {
       read_row<T>(a.q, token * a.q_stride + head * dim, dim, x);
       if (angles) rotate(x, angles, a.rotary_dim);

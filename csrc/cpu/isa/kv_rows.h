@@ -10,7 +10,8 @@ constexpr int kVecs = kDims / W;
 
 typedef uint8_t VUB __attribute__((vector_size(W)));
 
-// Storage types of K and V rows: load(row, c, j) gives dims 16 c + W j ... + W - 1 as floats (codes unscaled).
+// Storage types of K and V rows: load(row, c, j) gives dims 16 c + W j ... + W - 1 as floats (codes
+// unscaled).
 template <Dtype T>
 struct FloatRow {
   static constexpr bool integer = false, is_float32 = T == Dtype::f32;
@@ -19,7 +20,8 @@ struct FloatRow {
     return Io<T>::load(reinterpret_cast<const typename Io<T>::type*>(row) + kDims * c + W * j);
   }
 };
-// W bytes -> W lanes. GCC 12 takes vectors of 8 bytes apart one by one, hence the instruction by name.
+// W bytes -> W lanes. GCC 12 takes vectors of 8 bytes apart one by one, hence the instruction by
+// name.
 QK_INLINE VI widen(const char* p) {
 #if defined(QK_NATIVE_AVX512)
   return (VI)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p));
@@ -32,7 +34,9 @@ QK_INLINE VI widen(const char* p) {
 struct Int8Row {
   static constexpr bool integer = true, is_float32 = false;
   static int64_t bytes(int64_t dim) { return dim; }
-  static QK_INLINE VF load(const char* row, int64_t c, int j) { return to_float(widen(row + kDims * c + W * j)); }
+  static QK_INLINE VF load(const char* row, int64_t c, int j) {
+    return to_float(widen(row + kDims * c + W * j));
+  }
 };
 struct Int4Row {  // 8 bytes per 16 dims: dims 0..7 in the low nibbles, 8..15 in the high ones
   static constexpr bool integer = true, is_float32 = false;

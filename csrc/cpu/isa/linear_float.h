@@ -1,8 +1,9 @@
-// y = x @ w.T with float activations: weights are dequantized exactly, in float32, and products are accumulated in
-// float32, in the order of the columns whatever M is.
+// y = x @ w.T with float activations: weights are dequantized exactly, in float32, and products are
+// accumulated in float32, in the order of the columns whatever M is.
 //
-// A thread dequantizes 64 rows x kPanelCols columns into a panel [columns, 64] that stays in L1, multiplies it with
-// every token of a block, and keeps the sums [tokens, 64] in its scratch between panels.
+// A thread dequantizes 64 rows x kPanelCols columns into a panel [columns, 64] that stays in L1,
+// multiplies it with every token of a block, and keeps the sums [tokens, 64] in its scratch between
+// panels.
 #pragma once
 #include "linear_tile.h"
 
@@ -42,15 +43,20 @@ void convert_rows(const LinearArgs& a, float* out, int64_t begin, int64_t end) {
   });
 }
 
-// Columns k .. k + cols - 1 (multiples of 16) of halves first .. last - 1 of a block, as panel [cols, 64].
+// Columns k .. k + cols - 1 (multiples of 16) of halves first .. last - 1 of a block, as panel
+// [cols, 64].
 template <int Bits, Zero Z>
-void dequantize_panel(const Weight& w, int64_t block, int first, int last, int64_t k, int cols, float* panel) {
+void dequantize_panel(const Weight& w, int64_t block, int first, int last, int64_t k, int cols,
+                      float* panel) {
   constexpr int V = kVectors<Bits>, half = kHalfPieces<Bits>;
   const VF middle = splat(float(1 << (Bits - 1)));
   for (int u = 0; u < cols; u += 16) {
     const uint8_t* unit = w.codes + layout::unit_offset(block * 64, k + u, w.kp, Bits);
     const int64_t at = layout::group_index(block * 64, (k + u) / w.group, w.kp / w.group);
-    const int64_t block_at = w.block_scale ? layout::group_index(block * 64, (k + u) / layout::kBlockGroup, w.kp / layout::kBlockGroup) : 0;
+    const int64_t block_at = w.block_scale
+                                 ? layout::group_index(block * 64, (k + u) / layout::kBlockGroup,
+                                                       w.kp / layout::kBlockGroup)
+                                 : 0;
     for (int piece = first * half; piece < last * half; piece++)
       for (int v = 0; v < V; v++) {
         const int row = piece_row<Bits>(piece, v);
@@ -58,7 +64,7 @@ void dequantize_panel(const Weight& w, int64_t block, int first, int last, int64
         const VF zero = Z == Zero::symmetric ? middle : group.zero;
         for (int i = 0; i < 4; i++) {
           const VU codes = load_raw<VU>(unit + piece_byte<Bits>(piece) + 64 * i) >> (4 * v);
-QK_UNROLL(4)
+          QK_UNROLL(4)
           for (int j = 0; j < 4; j++) {
             const VF code = to_float((VI)(codes >> (8 * j) & ((1 << Bits) - 1)));
             VF value;
@@ -78,39 +84,40 @@ QK_UNROLL(4)
 
 // sums[t][row] += panel[k][row] * x[t][k] for T tokens and the rows of R vectors.
 template <int R, int T>
-QK_INLINE void float_tile(const float* panel, int cols, const float* x, int64_t x_stride, float* sums) {
+QK_INLINE void float_tile(const float* panel, int cols, const float* x, int64_t x_stride,
+                          float* sums) {
   VF acc[R][T];
-QK_UNROLL(4)
-  for (int r = 0; r < R; r++)
-QK_UNROLL(8)
-    for (int t = 0; t < T; t++) acc[r][t] = load(sums + t * 64 + r * W);
+  QK_UNROLL(4)
+  for (int r = 0; r < R; r++) QK_UNROLL(8)
+  for (int t = 0; t < T; t++) acc[r][t] = load(sums + t * 64 + r * W);
   for (int k = 0; k < cols; k++, panel += 64) {
     VF w[R];
-QK_UNROLL(4)
+    QK_UNROLL(4)
     for (int r = 0; r < R; r++) w[r] = load(panel + r * W);
-QK_UNROLL(8)
+    QK_UNROLL(8)
     for (int t = 0; t < T; t++) {
       const VF one = splat(x[t * x_stride + k]);
-QK_UNROLL(4)
+      QK_UNROLL(4)
       for (int r = 0; r < R; r++) acc[r][t] = fma(w[r], one, acc[r][t]);
     }
   }
-QK_UNROLL(4)
-  for (int r = 0; r < R; r++)
-QK_UNROLL(8)
-    for (int t = 0; t < T; t++) store(sums + t * 64 + r * W, acc[r][t]);
+  QK_UNROLL(4)
+  for (int r = 0; r < R; r++) QK_UNROLL(8)
+  for (int t = 0; t < T; t++) store(sums + t * 64 + r * W, acc[r][t]);
 }
 
 template <int T>
-__attribute__((noinline)) void float_rows(const float* panel, int cols, const float* x, int64_t x_stride, float* sums,
-                                          int first_row, int last_row) {
+__attribute__((noinline)) void float_rows(const float* panel, int cols, const float* x,
+                                          int64_t x_stride, float* sums, int first_row,
+                                          int last_row) {
   constexpr int R = float_vectors(T);
-  for (int row = first_row; row < last_row; row += R * W) float_tile<R, T>(panel + row, cols, x, x_stride, sums + row);
+  for (int row = first_row; row < last_row; row += R * W)
+    float_tile<R, T>(panel + row, cols, x, x_stride, sums + row);
 }
 
 template <int Bits, Zero Z>
-void float_block(const LinearArgs& a, const float* x, int64_t x_stride, int64_t block, int first, int last, float* panel,
-                 float* sums) {
+void float_block(const LinearArgs& a, const float* x, int64_t x_stride, int64_t block, int first,
+                 int last, float* panel, float* sums) {
   int row_of[64 / W];
   for (int r = 0; r < 64 / W; r++) row_of[r] = r * W;
   for (int64_t token = 0; token < a.m; token += kFloatTokenBlock) {
@@ -139,17 +146,21 @@ void float_block(const LinearArgs& a, const float* x, int64_t x_stride, int64_t 
       }
     }
     for (int64_t t = token; t < end; t++)
-      write_tile(a, sums + (t - token) * 64 + 32 * first, row_of, block * 64 + 32 * first, 32 * (last - first) / W, t, 1);
+      write_tile(a, sums + (t - token) * 64 + 32 * first, row_of, block * 64 + 32 * first,
+                 32 * (last - first) / W, t, 1);
   }
 }
 
 template <int Bits>
-void float_block(const LinearArgs& a, const float* x, int64_t x_stride, int64_t block, int first, int last, float* panel,
-                 float* sums) {
+void float_block(const LinearArgs& a, const float* x, int64_t x_stride, int64_t block, int first,
+                 int last, float* panel, float* sums) {
   switch (a.w.zero_kind) {
-    case Zero::symmetric: return float_block<Bits, Zero::symmetric>(a, x, x_stride, block, first, last, panel, sums);
-    case Zero::integer: return float_block<Bits, Zero::integer>(a, x, x_stride, block, first, last, panel, sums);
-    case Zero::minimum: return float_block<Bits, Zero::minimum>(a, x, x_stride, block, first, last, panel, sums);
+    case Zero::symmetric:
+      return float_block<Bits, Zero::symmetric>(a, x, x_stride, block, first, last, panel, sums);
+    case Zero::integer:
+      return float_block<Bits, Zero::integer>(a, x, x_stride, block, first, last, panel, sums);
+    case Zero::minimum:
+      return float_block<Bits, Zero::minimum>(a, x, x_stride, block, first, last, panel, sums);
   }
 }
 
@@ -169,7 +180,8 @@ void float_linear(const LinearArgs& a, void* scratch, Team& team) {
     const int64_t block = half / 2;
     const int first = int(half % 2), last = half + 1 < halves.end ? 2 : first + 1;
     half = block * 2 + last;
-    if (a.w.bits == 4) float_block<4>(a, x, x_stride, block, first, last, panel, panel + kPanelFloats);
+    if (a.w.bits == 4)
+      float_block<4>(a, x, x_stride, block, first, last, panel, panel + kPanelFloats);
     else float_block<8>(a, x, x_stride, block, first, last, panel, panel + kPanelFloats);
   }
 }

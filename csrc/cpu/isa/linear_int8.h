@@ -1,30 +1,33 @@
-// y = x @ w.T with activations quantized to int8: the driver that the instruction sets share. Theirs is dot_span.
+// y = x @ w.T with activations quantized to int8: the driver that the instruction sets share.
+// Theirs is dot_span.
 //
-// Columns are taken in spans of min(G, Ga): in a span both the weight and the activation have one scale, so its dot
-// products are summed in int32 and turned into float once:
-//   y += scale_w * scale_x * dot - zero part,   the zero part being, with sum = the activations' codes added up,
-//   symmetric  scale_w * scale_x * 2^(bits - 1) * sum   (the int32 sum starts from -2^(bits - 1) * sum)
-//   integer    scale_w * scale_x * zero * sum
-//   minimum    minimum * scale_x * sum
+// Columns are taken in spans of min(G, Ga): in a span both the weight and the activation have one
+// scale, so its dot products are summed in int32 and turned into float once:
+//   y += scale_w * scale_x * dot - zero part,   the zero part being, with sum = the activations'
+//   codes added up, symmetric  scale_w * scale_x * 2^(bits - 1) * sum   (the int32 sum starts from
+//   -2^(bits - 1) * sum) integer    scale_w * scale_x * zero * sum minimum    minimum * scale_x *
+//   sum
 #pragma once
 #include "linear_tile.h"
 
 namespace qk::QK_ISA {
 namespace {
 
-// Bytes between a load and its prefetch into L2 for M <= 2, where memory is the bound. On a Zen 3 core that reads
-// 16 GB/s, 4 KB give 15.6 (4-bit codes) and 14.1 GB/s (8-bit), 16 KB give 15.4 and 10.9.
+// Bytes between a load and its prefetch into L2 for M <= 2, where memory is the bound. On a Zen 3
+// core that reads 16 GB/s, 4 KB give 15.6 (4-bit codes) and 14.1 GB/s (8-bit), 16 KB give 15.4
+// and 10.9.
 constexpr int64_t kPrefetchBytes = 4096;
 
 // Asks for what P pieces of `Units` units will need later.
 template <int Bits, int P, int Units>
 QK_INLINE void prefetch_units(const uint8_t* w) {
-QK_UNROLL(32)
-  for (int i = 0; i < 4 * Units; i++)
-QK_UNROLL(8)
-    for (int z = 0; z < P; z++)
-      if (z == 0 || piece_byte<Bits>(z) / 64 != piece_byte<Bits>(z - 1) / 64)
-        __builtin_prefetch(w + kPrefetchBytes + i / 4 * layout::unit_bytes(Bits) + i % 4 * 64 + piece_byte<Bits>(z), 0, 2);
+  QK_UNROLL(32)
+  for (int i = 0; i < 4 * Units; i++) QK_UNROLL(8)
+  for (int z = 0; z < P; z++)
+    if (z == 0 || piece_byte<Bits>(z) / 64 != piece_byte<Bits>(z - 1) / 64)
+      __builtin_prefetch(
+          w + kPrefetchBytes + i / 4 * layout::unit_bytes(Bits) + i % 4 * 64 + piece_byte<Bits>(z),
+          0, 2);
 }
 
 // The scales, `bytes` each, of R row vectors some groups later.
@@ -46,8 +49,8 @@ QK_INLINE void prefetch_group(const void* scales, int64_t at, int bytes) {
 namespace qk::QK_ISA {
 namespace {
 
-// The next block of rows, brought into L2 while many tokens keep the cores busy with this one. Every span of every tile
-// asks for its share.
+// The next block of rows, brought into L2 while many tokens keep the cores busy with this one.
+// Every span of every tile asks for its share.
 struct Ahead {
   const uint8_t* at;
   const uint8_t* end;
@@ -69,20 +72,25 @@ struct SpanTerm {
 
 struct Int8Problem {
   const LinearArgs& args;
-  const SpanTerm* terms;   // [M, spans]
-  int64_t spans, groups;   // spans of all columns; groups of a row of the weight
+  const SpanTerm* terms;  // [M, spans]
+  int64_t spans, groups;  // spans of all columns; groups of a row of the weight
   int span, spans_per_group;
 };
 
-// Tokens whose activations a thread goes through with one block of weights before it turns to the next block.
+// Tokens whose activations a thread goes through with one block of weights before it turns to the
+// next block.
 constexpr int64_t kTokenBlock = 240;
-// Up to this many terms each thread prepares its own copy, which saves a barrier. The threads' places do not depend
-// on the shapes, so that kernels that follow each other without a barrier may share the scratch.
+// Up to this many terms each thread prepares its own copy, which saves a barrier. The threads'
+// places do not depend on the shapes, so that kernels that follow each other without a barrier may
+// share the scratch.
 constexpr int64_t kPrivateTerms = 4096;
 
 int span_columns(const LinearArgs& a) { return a.w.group < a.act.group ? a.w.group : a.act.group; }
-// Both lengths are whole groups, so whole spans. Beyond the shorter one there are only padded, zero codes.
-int64_t span_count(const LinearArgs& a) { return (a.w.kp < a.act.kx ? a.w.kp : a.act.kx) / span_columns(a); }
+// Both lengths are whole groups, so whole spans. Beyond the shorter one there are only padded, zero
+// codes.
+int64_t span_count(const LinearArgs& a) {
+  return (a.w.kp < a.act.kx ? a.w.kp : a.act.kx) / span_columns(a);
+}
 bool terms_are_private(const LinearArgs& a) { return a.m * span_count(a) <= kPrivateTerms; }
 
 int64_t int8_scratch(const LinearArgs& a, int team) {
@@ -115,23 +123,23 @@ void prepare_terms(const LinearArgs& a, SpanTerm* terms, int64_t begin, int64_t 
 // Pieces first .. first + P - 1 of a block of 64 rows, T tokens, all columns.
 // Units: as for dot_span.
 template <int Bits, Zero Z, int Units, int P, int T>
-__attribute__((noinline)) void int8_tile(const Int8Problem& p, int64_t block, int first, int64_t token,
-                                         Ahead& ahead) {
+__attribute__((noinline)) void int8_tile(const Int8Problem& p, int64_t block, int first,
+                                         int64_t token, Ahead& ahead) {
   constexpr int V = kVectors<Bits>, R = P * V;
   const LinearArgs& a = p.args;
   const int units = Units > 0 ? Units : p.span / 16;
   const int64_t span_bytes = units * layout::unit_bytes(Bits), kx = a.act.kx;
-  const uint8_t* w = a.w.codes + layout::unit_offset(block * 64, 0, a.w.kp, Bits) + piece_byte<Bits>(first);
+  const uint8_t* w =
+      a.w.codes + layout::unit_offset(block * 64, 0, a.w.kp, Bits) + piece_byte<Bits>(first);
   const int8_t* x = a.act.codes + token * kx;
   const SpanTerm* terms = p.terms + token * p.spans;
   const int row = piece_row<Bits>(first, 0);
   const int64_t block_groups = layout::kBlockGroup / a.w.group;  // used with two-level scales only
   const int scale_bytes = a.w.scale_kind == Scale::f32 ? 4 : a.w.block_scale ? 1 : 2;
   VF acc[R][T];
-QK_UNROLL(16)
-  for (int r = 0; r < R; r++)
-QK_UNROLL(8)
-    for (int t = 0; t < T; t++) acc[r][t] = splat(0.f);
+  QK_UNROLL(16)
+  for (int r = 0; r < R; r++) QK_UNROLL(8)
+  for (int t = 0; t < T; t++) acc[r][t] = splat(0.f);
 
   int64_t at = block * p.groups * 64 + row;  // of the group's scales
   int64_t block_at = a.w.block_scale ? block * (a.w.kp / layout::kBlockGroup) * 64 + row : 0;
@@ -140,10 +148,10 @@ QK_UNROLL(8)
 #pragma GCC unroll 1
   for (int64_t s = 0; s < p.spans; s++, w += span_bytes, x += p.span) {
     VI d[R][T];
-QK_UNROLL(16)
-    for (int r = 0; r < R; r++)
-QK_UNROLL(8)
-      for (int t = 0; t < T; t++) d[r][t] = splat_i(Z == Zero::symmetric ? terms[t * p.spans + s].start : 0);
+    QK_UNROLL(16)
+    for (int r = 0; r < R; r++) QK_UNROLL(8)
+    for (int t = 0; t < T; t++)
+      d[r][t] = splat_i(Z == Zero::symmetric ? terms[t * p.spans + s].start : 0);
     dot_span<Bits, P, T, Units>(w, x, kx, units, d);
     if constexpr (T <= 2) {
       prefetch_group<R>(a.w.scale, at, scale_bytes);
@@ -151,11 +159,11 @@ QK_UNROLL(8)
     } else {
       ahead.step();
     }
-QK_UNROLL(16)
+    QK_UNROLL(16)
     for (int r = 0; r < R; r++) {
       const int offset = piece_row<Bits>(r / V, r % V);
       const GroupScale group = load_group<Z>(a.w, at + offset, block_at + offset);
-QK_UNROLL(8)
+      QK_UNROLL(8)
       for (int t = 0; t < T; t++) {
         const SpanTerm& term = terms[t * p.spans + s];
         VF dot = to_float(d[r][t]);
@@ -176,13 +184,15 @@ QK_UNROLL(8)
 
 // Halves first .. last - 1 (0, 1: 32 rows each) of a block, T tokens.
 template <int Bits, Zero Z, int Units, int T>
-void int8_rows(const Int8Problem& p, int64_t block, int first, int last, int64_t token, Ahead& ahead) {
+void int8_rows(const Int8Problem& p, int64_t block, int first, int last, int64_t token,
+               Ahead& ahead) {
   constexpr int half = kHalfPieces<Bits>, P = tile_pieces<Bits>(T);
   if constexpr (P > half) {
     if (last - first == 2) int8_tile<Bits, Z, Units, P, T>(p, block, 0, token, ahead);
     else int8_tile<Bits, Z, Units, half, T>(p, block, first * half, token, ahead);
   } else {
-    for (int piece = first * half; piece < last * half; piece += P) int8_tile<Bits, Z, Units, P, T>(p, block, piece, token, ahead);
+    for (int piece = first * half; piece < last * half; piece += P)
+      int8_tile<Bits, Z, Units, P, T>(p, block, piece, token, ahead);
   }
 }
 
@@ -198,8 +208,10 @@ void int8_linear(const Int8Problem& p, Team& team) {
       half = block * 2 + last;
       const int64_t block_bytes = a.w.kp / 16 * layout::unit_bytes(Bits);
       const uint8_t* next = a.w.codes + (block + 1) * block_bytes;
-      const int64_t tiles = (end - token + 3) / 4 * ((last - first) * kHalfPieces<Bits>);  // or somewhat fewer
-      const int64_t lines = tiles > 64 ? 0 : (block_bytes / 64 + tiles * p.spans - 1) / (tiles * p.spans);
+      const int64_t tiles =
+          (end - token + 3) / 4 * ((last - first) * kHalfPieces<Bits>);  // or somewhat fewer
+      const int64_t lines =
+          tiles > 64 ? 0 : (block_bytes / 64 + tiles * p.spans - 1) / (tiles * p.spans);
       Ahead ahead{next, half < halves.end ? next + block_bytes : next, int(lines)};
       for (int64_t t = token; t < end;) {
         const int tile = next_tile(end - t);
@@ -223,7 +235,8 @@ void int8_linear(const Int8Problem& p, Team& team) {
 
 template <int Bits, Zero Z>
 void int8_linear(const Int8Problem& p, Team& team) {
-  // Groups of 32 are what most checkpoints have: their sums need no loop, and never leave the registers.
+  // Groups of 32 are what most checkpoints have: their sums need no loop, and never leave the
+  // registers.
   if (p.span == 32) int8_linear<Bits, Z, 2>(p, team);
   else int8_linear<Bits, Z, 0>(p, team);
 }

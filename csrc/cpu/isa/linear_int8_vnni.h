@@ -1,12 +1,13 @@
-// Integer dot products on AVX-512 VNNI: vpdpbusd adds four u8 x s8 products to an int32 lane, so that codes of 4 and
-// 8 bits are used as they are, one row per lane.
+// Integer dot products on AVX-512 VNNI: vpdpbusd adds four u8 x s8 products to an int32 lane, so
+// that codes of 4 and 8 bits are used as they are, one row per lane.
 #pragma once
 #include "linear_tile.h"
 
 namespace qk::QK_ISA {
 namespace {
 
-// Long runs of tokens go by 6 (32 rows x 6 tokens: the accumulators, the sums and their operands fill 32 registers).
+// Long runs of tokens go by 6 (32 rows x 6 tokens: the accumulators, the sums and their operands
+// fill 32 registers).
 constexpr int next_tile(int64_t remaining) {
   if (remaining > 16) return 6;
   if (remaining >= 8) return 8;
@@ -14,7 +15,9 @@ constexpr int next_tile(int64_t remaining) {
 }
 // Up to 3 tokens take the 64 rows of a block, more take 32.
 template <int Bits>
-constexpr int tile_pieces(int tokens) { return (tokens <= 3 ? 2 : 1) * kHalfPieces<Bits>; }
+constexpr int tile_pieces(int tokens) {
+  return (tokens <= 3 ? 2 : 1) * kHalfPieces<Bits>;
+}
 
 // acc + four products per lane, without saturation.
 QK_HOT VI dot_four(VI acc, VC codes, VI x) {
@@ -26,8 +29,10 @@ QK_HOT VI dot_four(VI acc, VC codes, VI x) {
   const VS parts[4] = {(VS)((VW)codes & 255), (VS)x << 8 >> 8, (VS)((VW)codes >> 8), (VS)x >> 8};
   const __m256i* half = (const __m256i*)parts;
   for (int i = 0; i < 2; i++) {
-    const __m256i even = _mm256_madd_epi16(_mm256_loadu_si256(half + i), _mm256_loadu_si256(half + 2 + i));
-    const __m256i odd = _mm256_madd_epi16(_mm256_loadu_si256(half + 4 + i), _mm256_loadu_si256(half + 6 + i));
+    const __m256i even =
+        _mm256_madd_epi16(_mm256_loadu_si256(half + i), _mm256_loadu_si256(half + 2 + i));
+    const __m256i odd =
+        _mm256_madd_epi16(_mm256_loadu_si256(half + 4 + i), _mm256_loadu_si256(half + 6 + i));
     __m256i* to = (__m256i*)&acc + i;
     _mm256_storeu_si256(to, _mm256_add_epi32(_mm256_loadu_si256(to), _mm256_add_epi32(even, odd)));
   }
@@ -35,28 +40,28 @@ QK_HOT VI dot_four(VI acc, VC codes, VI x) {
 #endif
 }
 
-// d[r][t] += sum over 16 * units columns of codes * activations, for P pieces (R row vectors) x T tokens.
-// w: the first piece in its unit; x [T, kx]: activations of those columns.
-// Units: the 16 columns of a span, if known, else 0 and `units` says it.
+// d[r][t] += sum over 16 * units columns of codes * activations, for P pieces (R row vectors) x T
+// tokens. w: the first piece in its unit; x [T, kx]: activations of those columns. Units: the 16
+// columns of a span, if known, else 0 and `units` says it.
 template <int Bits, int P, int T, int Units, int R>
 QK_HOT void dot_span(const uint8_t* w, const int8_t* x, int64_t kx, int units, VI (&d)[R][T]) {
   if (Units > 0) units = Units;
-QK_UNROLL(2)
+  QK_UNROLL(2)
   for (; units > 0; units--, w += layout::unit_bytes(Bits), x += 16) {
     if (T <= 2) prefetch_units<Bits, P, 1>(w);
-QK_UNROLL(4)
+    QK_UNROLL(4)
     for (int i = 0; i < 4; i++) {
       VC codes[R];
-QK_UNROLL(4)
+      QK_UNROLL(4)
       for (int z = 0; z < P; z++) {
         const VC v = load_raw<VC>(w + 64 * i + piece_byte<Bits>(z));
         if constexpr (Bits == 4) codes[2 * z] = v & 15, codes[2 * z + 1] = (VC)((VW)v >> 4) & 15;
         else codes[z] = v;
       }
-QK_UNROLL(8)
+      QK_UNROLL(8)
       for (int t = 0; t < T; t++) {
         const VI four = splat_four(x + t * kx + 4 * i);
-QK_UNROLL(4)
+        QK_UNROLL(4)
         for (int r = 0; r < R; r++) d[r][t] = dot_four(d[r][t], codes[r], four);
       }
     }

@@ -1,10 +1,11 @@
-// What every linear kernel shares: how vectors of codes map to rows, scales of a group as floats, and the epilogue.
+// What every linear kernel shares: how vectors of codes map to rows, scales of a group as floats,
+// and the epilogue.
 //
-// A piece is one vector of 4 W bytes of the packed layout: W rows x 4 columns. A piece of nibbles holds two row
-// vectors (rows r .. r + W - 1 in the low nibbles, r + 16 .. in the high ones), a piece of bytes holds one. Pieces
-// are numbered so that half a block (32 rows, the unit in which threads share a matrix) is a contiguous range of
-// them, and so that the offsets of pieces first .. first + P - 1 do not depend on `first` when P (a power of two)
-// divides it.
+// A piece is one vector of 4 W bytes of the packed layout: W rows x 4 columns. A piece of nibbles
+// holds two row vectors (rows r .. r + W - 1 in the low nibbles, r + 16 .. in the high ones), a
+// piece of bytes holds one. Pieces are numbered so that half a block (32 rows, the unit in which
+// threads share a matrix) is a contiguous range of them, and so that the offsets of pieces first ..
+// first + P - 1 do not depend on `first` when P (a power of two) divides it.
 #pragma once
 #include "simd.h"
 
@@ -31,7 +32,8 @@ constexpr int kVectors = Bits == 4 ? 2 : 1;  // row vectors in a piece
 template <int Bits>
 constexpr int kHalfPieces = 32 / (W * kVectors<Bits>);  // pieces in 32 rows
 
-// Offset of a piece in its unit, for columns 0 .. 3; those of columns 4 t .. 4 t + 3 are 64 t further.
+// Offset of a piece in its unit, for columns 0 .. 3; those of columns 4 t .. 4 t + 3 are 64 t
+// further.
 template <int Bits>
 constexpr int piece_byte(int piece) {
   constexpr int run = 16 / W;  // pieces in 64 contiguous bytes
@@ -54,14 +56,18 @@ constexpr bool pieces_match_layout() {
       for (int lane = 0; lane < W; lane++)
         for (int col = 0; col < 16; col++) {
           const layout::Position at = layout::position(Bits, piece_row<Bits>(piece, v) + lane, col);
-          if (at.byte != piece_byte<Bits>(piece) + 64 * (col / 4) + 4 * lane + col % 4 || at.shift != 4 * v) return false;
+          if (at.byte != piece_byte<Bits>(piece) + 64 * (col / 4) + 4 * lane + col % 4 ||
+              at.shift != 4 * v)
+            return false;
         }
   return true;
 }
-static_assert(pieces_match_layout<4>() && pieces_match_layout<8>(), "pieces do not follow the packed layout");
+static_assert(pieces_match_layout<4>() && pieces_match_layout<8>(),
+              "pieces do not follow the packed layout");
 
-// Keeps v in a register here. GCC otherwise delays sums and spills the products that they wait for; it also stops a
-// multiplication from being fused with the addition that follows where both roundings are wanted.
+// Keeps v in a register here. GCC otherwise delays sums and spills the products that they wait for;
+// it also stops a multiplication from being fused with the addition that follows where both
+// roundings are wanted.
 template <class V>
 QK_INLINE void keep(V& v) {
 #if defined(__x86_64__) && defined(QK_ISA_AVX512) && !defined(QK_NATIVE_AVX512)
@@ -91,7 +97,8 @@ QK_INLINE VI load_u8(const uint8_t* p) {
 #endif
 }
 
-// Scales and zeros of rows at .. at + W - 1 of one group; `at` and `block_at` index scale and block_scale.
+// Scales and zeros of rows at .. at + W - 1 of one group; `at` and `block_at` index scale and
+// block_scale.
 struct GroupScale {
   VF scale, zero;
 };
@@ -114,7 +121,8 @@ QK_HOT GroupScale load_group(const Weight& w, int64_t at, int64_t block_at) {
       break;
     case Scale::two_level:
       out.scale = load_half(w.block_scale + block_at) * load_i8((const int8_t*)w.scale + at);
-      if (minimum) out.zero = load_half(w.block_zero + block_at) * load_i8((const int8_t*)w.zero + at);
+      if (minimum)
+        out.zero = load_half(w.block_zero + block_at) * load_i8((const int8_t*)w.zero + at);
       break;
     case Scale::two_nibble: {
       const VI pair = load_u8((const uint8_t*)w.scale + at);  // 16 * minimum + scale
@@ -128,10 +136,10 @@ QK_HOT GroupScale load_group(const Weight& w, int64_t at, int64_t block_at) {
   return out;
 }
 
-// y[token + t][row_of(r) + lane] = acc + bias for `rows` vectors and `tokens` tokens; rows from N on are not written.
-// acc [rows][tokens][W].
-__attribute__((noinline)) void write_tile(const LinearArgs& a, const float* acc, const int* row_of, int64_t first_row,
-                                          int rows, int64_t token, int tokens) {
+// y[token + t][row_of(r) + lane] = acc + bias for `rows` vectors and `tokens` tokens; rows from N
+// on are not written. acc [rows][tokens][W].
+__attribute__((noinline)) void write_tile(const LinearArgs& a, const float* acc, const int* row_of,
+                                          int64_t first_row, int rows, int64_t token, int tokens) {
   const float* bias = (const float*)a.bias;
   with_type(a.y_type, [&](auto io) {
     using Y = decltype(io);
@@ -147,7 +155,8 @@ __attribute__((noinline)) void write_tile(const LinearArgs& a, const float* acc,
       } else {
         for (int t = 0; t < tokens; t++)
           for (int64_t n = row; n < a.w.n; n++)
-            Y::put(y + t * a.y_stride + n, acc[(r * tokens + t) * W + (n - row)] + (bias ? bias[n] : 0.f));
+            Y::put(y + t * a.y_stride + n,
+                   acc[(r * tokens + t) * W + (n - row)] + (bias ? bias[n] : 0.f));
       }
     }
   });

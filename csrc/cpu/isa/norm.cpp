@@ -1,5 +1,5 @@
-// RMSNorm and LayerNorm, with an optional residual added first and an optional int8 output. One thread per row: the
-// statistics of a row are never split, so they do not depend on the team.
+// RMSNorm and LayerNorm, with an optional residual added first and an optional int8 output. One
+// thread per row: the statistics of a row are never split, so they do not depend on the team.
 #include "quantize.h"
 
 namespace qk::QK_ISA {
@@ -26,12 +26,14 @@ QK_INLINE float sum_row(int64_t k, F f) {
   return reduce_add((sum[0] + sum[1]) + (sum[2] + sum[3]));
 }
 
-// y may be x, and sum may be the residual: a column is read before it is written, and no later one depends on it.
+// y may be x, and sum may be the residual: a column is read before it is written, and no later one
+// depends on it.
 template <class T>
 QK_INLINE void norm_row(const NormArgs& a, int64_t row) {
   using type = typename T::type;
   const auto* x = static_cast<const type*>(a.x) + row * a.x_stride;
-  const auto* residual = a.residual ? static_cast<const type*>(a.residual) + row * a.residual_stride : nullptr;
+  const auto* residual =
+      a.residual ? static_cast<const type*>(a.residual) + row * a.residual_stride : nullptr;
   auto* sum = a.sum ? static_cast<type*>(a.sum) + row * a.k : nullptr;
   const int64_t k = a.k;
 
@@ -76,9 +78,11 @@ QK_INLINE void norm_row(const NormArgs& a, int64_t row) {
     for (int64_t i = 0; i < k; i += W) store_upto<T>(y, i, k, output(i));
     return;
   }
-  const auto padded = [&](int64_t i) __attribute__((always_inline)) { return i < k ? output(i) : VF{}; };
+  const auto padded = [&](int64_t i)
+                          __attribute__((always_inline)) { return i < k ? output(i) : VF{}; };
   const RowOut out = row_out(a.act, row);
-  for (int64_t g = 0; g < a.act.kx / a.act.group; g++) quantize_group<true>(out, g, a.act.group, padded);
+  for (int64_t g = 0; g < a.act.kx / a.act.group; g++)
+    quantize_group<true>(out, g, a.act.group, padded);
 }
 
 }  // namespace

@@ -1,10 +1,10 @@
-// int8 quantization of one group of activations: the one definition behind quantize_act, norm_quant and gate_quant, so
-// that a fused op gives bitwise what quantize_act makes of the float32 result.
+// int8 quantization of one group of activations: the one definition behind quantize_act, norm_quant
+// and gate_quant, so that a fused op gives bitwise what quantize_act makes of the float32 result.
 //
 //   amax = max |x|,  scale = amax / 127,  code = round half to even (x * (127 / amax)),  in float32
 //
-// Two kinds of groups get codes of 0. amax < kTiny, where 127 / amax could overflow: scale 0. A value that is infinite
-// or NaN: scale NaN, so that it reaches the result as NaN * 0.
+// Two kinds of groups get codes of 0. amax < kTiny, where 127 / amax could overflow: scale 0. A
+// value that is infinite or NaN: scale NaN, so that it reaches the result as NaN * 0.
 #pragma once
 #include "simd.h"
 
@@ -22,7 +22,8 @@ struct RowOut {
   int16_t* sums;
 };
 QK_INLINE RowOut row_out(const QuantActOut& out, int64_t row) {
-  return {out.codes + row * out.kx, out.scale + row * (out.kx / out.group), out.sums + row * (out.kx / 16)};
+  return {out.codes + row * out.kx, out.scale + row * (out.kx / out.group),
+          out.sums + row * (out.kx / 16)};
 }
 
 // The first n < W values of p, then zeros.
@@ -44,8 +45,8 @@ QK_INLINE void store_upto(typename T::type* p, int64_t i, int64_t k, VF v) {
   for (int64_t j = 0; i + j < k; j++) T::put(p + i + j, v[j]);
 }
 
-// Bits of |v|: as integers they order like the values, with infinity above the finite and NaN above infinity, so an
-// integer maximum keeps a NaN that a float maximum could lose.
+// Bits of |v|: as integers they order like the values, with infinity above the finite and NaN above
+// infinity, so an integer maximum keeps a NaN that a float maximum could lose.
 QK_INLINE VI magnitude(VF v) { return (VI)v & splat_i(0x7fffffff); }
 QK_INLINE VI max_i(VI a, VI b) { return a > b ? a : b; }
 QK_INLINE float max_magnitude(VI v) {
@@ -90,9 +91,10 @@ QK_INLINE int16_t quantize16(const VF* v, float inverse, int8_t* codes) {
 #endif
 }
 
-// Quantizes columns [g * group, (g + 1) * group) of a row. `value(i)` gives the W values from column i on, zero from
-// the row's logical end on; it is called at multiples of W, and once per column if the group is not longer than
-// kGroupBuffer and keep is set, else twice (it must give the same again).
+// Quantizes columns [g * group, (g + 1) * group) of a row. `value(i)` gives the W values from
+// column i on, zero from the row's logical end on; it is called at multiples of W, and once per
+// column if the group is not longer than kGroupBuffer and keep is set, else twice (it must give the
+// same again).
 template <bool keep, class F>
 QK_INLINE void quantize_group(const RowOut& out, int64_t g, int group, F value) {
   const int64_t begin = g * group;
@@ -100,7 +102,8 @@ QK_INLINE void quantize_group(const RowOut& out, int64_t g, int group, F value) 
   int16_t* sums = out.sums + begin / 16;
   alignas(64) float kept[keep ? kGroupBuffer : 1];
   const bool buffered = keep && group <= kGroupBuffer;
-  VI top[2] = {};  // a group is an even number of vectors where W < 16; with W = 16 both see every vector in turn
+  VI top[2] = {};  // a group is an even number of vectors where W < 16; with W = 16 both see every
+                   // vector in turn
   for (int i = 0; i < group; i += W) {
     const VF v = value(begin + i);
     if (buffered) store(kept + i, v);
@@ -118,7 +121,8 @@ QK_INLINE void quantize_group(const RowOut& out, int64_t g, int group, F value) 
   out.scale[g] = amax / 127.f;
   for (int i = 0; i < group; i += 16) {
     VF v[16 / W];
-    for (int j = 0; j < 16 / W; j++) v[j] = buffered ? load(kept + i + W * j) : value(begin + i + W * j);
+    for (int j = 0; j < 16 / W; j++)
+      v[j] = buffered ? load(kept + i + W * j) : value(begin + i + W * j);
     sums[i / 16] = quantize16(v, inverse, codes + i);
   }
 }

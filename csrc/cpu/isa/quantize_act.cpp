@@ -10,7 +10,8 @@ void quantize_act(const QuantizeActArgs& a, Team& team) {
     for (int64_t item = share.begin; item < share.end; item++) {
       const auto* x = static_cast<const typename T::type*>(a.x) + item / groups * a.x_stride;
       quantize_group<false>(row_out(a.out, item / groups), item % groups, a.out.group,
-                            [&](int64_t i) __attribute__((always_inline)) { return load_upto<T>(x, i, a.k); });
+                            [&](int64_t i)
+                                __attribute__((always_inline)) { return load_upto<T>(x, i, a.k); });
     }
   });
 }

@@ -1,11 +1,12 @@
 // One token per row of logits: temperature, then top-k, top-p and min-p, then one categorical draw.
 //
-// The result is the same bit for bit on every instruction set, team size and device that follows these rules:
+// The result is the same bit for bit on every instruction set, team size and device that follows
+// these rules:
 //   d_i = (l_i - max) / temperature, and 0 where l_i = max
-//   e_i = exp(d_i) by the float32 operations of `weight_exp`, none of them fused, and 0 below kLowest
-//   w_i = round half to even (e_i * 2^40), an integer, so that sums do not depend on their order
-//   top-k: kept if fewer than k logits are greater (so ties with the k-th stay)
-//   top-p: kept if the weight of the greater logits that top-k kept, `above`, is 0 or < p * total, in float64
+//   e_i = exp(d_i) by the float32 operations of `weight_exp`, none of them fused, and 0 below
+//   kLowest w_i = round half to even (e_i * 2^40), an integer, so that sums do not depend on their
+//   order top-k: kept if fewer than k logits are greater (so ties with the k-th stay) top-p: kept
+//   if the weight of the greater logits that top-k kept, `above`, is 0 or < p * total, in float64
 //   min-p: kept if e_i >= min_p (the largest e is 1)
 //   u = r1 * 2^32 + r0 of Philox4x32-10, key (seed low, high), counter (offset low, high, 0, 0)
 //   the token is the first whose cumulative weight of kept tokens exceeds floor(u * total / 2^64)
@@ -18,8 +19,9 @@ typedef double VD __attribute__((vector_size(8 * W)));
 typedef int64_t VL __attribute__((vector_size(8 * W)));
 
 constexpr float kLowest = -29.f;  // exp(-29) < 2^-41: its weight rounds to 0
-constexpr int kChunks = 256;      // of a row: partial sums for the draw, maxima that bound top-k from below
-constexpr int kBins = 2048;       // 11 bits of a key per level
+constexpr int kChunks =
+    256;  // of a row: partial sums for the draw, maxima that bound top-k from below
+constexpr int kBins = 2048;  // 11 bits of a key per level
 
 struct Row {
   const float* logits;  // [V]
@@ -27,7 +29,8 @@ struct Row {
   float max, temperature;
 };
 
-// The W logits from column i on; columns beyond the end are -inf, which no filter and no draw ever picks.
+// The W logits from column i on; columns beyond the end are -inf, which no filter and no draw ever
+// picks.
 QK_INLINE VF logits_at(const Row& row, int64_t i) {
   if (i + W <= row.vocab) return load(row.logits + i);
   VF v = splat(-__builtin_inff());
@@ -68,7 +71,8 @@ QK_INLINE VF weight_exp(const Row& row, VF l) {
   return d < splat(kLowest) ? splat(0.f) : e;
 }
 
-// round(e * 2^40): the unit in the last place of [4096, 8192) is 2^-40 in float64, so the sum's mantissa is the weight.
+// round(e * 2^40): the unit in the last place of [4096, 8192) is 2^-40 in float64, so the sum's
+// mantissa is the weight.
 QK_INLINE VL weight_of(VF e) {
   const VD anchor = VD{} + 4096.0;
   return (VL)(__builtin_convertvector(e, VD) + anchor) - (VL)anchor;
@@ -80,12 +84,13 @@ QK_INLINE int64_t reduce_add_i64(VL v) {
   return sum;
 }
 
-// Threshold of a filter that keeps a logit while the mass above it is below a limit: the smallest key kept, or `floor`
-// if all from there on are. `mass(logits)` gives what each of W logits weighs, `limit(total)` the limit, at least 0.5.
-// A radix search, 11 bits a level: the histogram of a level has the mass of the logits that share the bits found so
-// far.
+// Threshold of a filter that keeps a logit while the mass above it is below a limit: the smallest
+// key kept, or `floor` if all from there on are. `mass(logits)` gives what each of W logits weighs,
+// `limit(total)` the limit, at least 0.5. A radix search, 11 bits a level: the histogram of a level
+// has the mass of the logits that share the bits found so far.
 template <class Mass, class Limit>
-__attribute__((noinline)) uint32_t threshold(const Row& row, uint32_t floor, Mass mass, Limit limit_of) {
+__attribute__((noinline)) uint32_t threshold(const Row& row, uint32_t floor, Mass mass,
+                                             Limit limit_of) {
   int64_t bins[kBins], above = 0;
   double limit = 0;
   uint32_t prefix = 0, mask = 0;
@@ -113,7 +118,8 @@ __attribute__((noinline)) uint32_t threshold(const Row& row, uint32_t floor, Mas
     }
     int b = (1 << bits) - 1;
     while (b >= 0 && double(above + bins[b]) < limit) above += bins[b--];
-    if (b < 0) return floor;  // only on the first level: later ones hold the mass that reaches the limit
+    if (b < 0)
+      return floor;  // only on the first level: later ones hold the mass that reaches the limit
     prefix |= uint32_t(b) << shift, mask |= uint32_t((1 << bits) - 1) << shift;
   }
   return prefix > floor ? prefix : floor;
@@ -125,8 +131,8 @@ QK_INLINE uint64_t philox(int64_t seed, int64_t offset) {
   uint32_t c[4] = {uint32_t(offset), uint32_t(uint64_t(offset) >> 32), 0, 0};
   for (int round = 0; round < 10; round++) {
     const uint64_t a = uint64_t(c[0]) * 0xd2511f53u, b = uint64_t(c[2]) * 0xcd9e8d57u;
-    const uint32_t next[4] = {uint32_t(b >> 32) ^ c[1] ^ key[0], uint32_t(b), uint32_t(a >> 32) ^ c[3] ^ key[1],
-                              uint32_t(a)};
+    const uint32_t next[4] = {uint32_t(b >> 32) ^ c[1] ^ key[0], uint32_t(b),
+                              uint32_t(a >> 32) ^ c[3] ^ key[1], uint32_t(a)};
     std::memcpy(c, next, sizeof c);
     key[0] += 0x9e3779b9u, key[1] += 0xbb67ae85u;
   }
@@ -172,13 +178,15 @@ QK_INLINE int64_t sample_row(const SampleArgs& a, int64_t b) {
   if (row.temperature == 0.f) return first_equal(row, row.max);
 
   const auto one = [](VF) __attribute__((always_inline)) { return VL{} + 1; };
-  const auto weight = [&row](VF l) __attribute__((always_inline)) { return weight_of(weight_exp(row, l)); };
+  const auto weight = [&row](VF l)
+                          __attribute__((always_inline)) { return weight_of(weight_exp(row, l)); };
   uint32_t floor = 0;
   const int32_t k = a.top_k[b];
   if (k > 0 && k < row.vocab) {
     const double limit = k;
     const auto count = [limit](int64_t) { return limit; };
-    // k chunks whose maxima reach a bound are k logits that do: almost all others are passed over at once.
+    // k chunks whose maxima reach a bound are k logits that do: almost all others are passed over
+    // at once.
     if (k <= chunks) floor = threshold(Row{maxima, chunks, 0.f, 1.f}, 0, one, count);
     floor = threshold(row, floor, one, count);
   }

@@ -1,6 +1,7 @@
-// Float and int32 vectors of the instruction set at hand, on GCC's vector extensions: one source for every set, and
-// no x86 header in the scalar path. W lanes: 16 (AVX-512), 8 (AVX2), 4 (the baseline of any machine).
-// With QK_EMULATE_AVX512 the 16-lane version is lowered to AVX2, so that its code runs where AVX-512 is missing.
+// Float and int32 vectors of the instruction set at hand, on GCC's vector extensions: one source
+// for every set, and no x86 header in the scalar path. W lanes: 16 (AVX-512), 8 (AVX2), 4 (the
+// baseline of any machine). With QK_EMULATE_AVX512 the 16-lane version is lowered to AVX2, so that
+// its code runs where AVX-512 is missing.
 #pragma once
 #include <cstring>
 
@@ -55,7 +56,8 @@ QK_INLINE VF fma(VF a, VF b, VF c) {
   typedef float Half __attribute__((vector_size(32)));
   VF out;
   for (int i = 0; i < 2; i++) {
-    const Half r = (Half)_mm256_fmadd_ps(_mm256_loadu_ps((const float*)&a + 8 * i), _mm256_loadu_ps((const float*)&b + 8 * i),
+    const Half r = (Half)_mm256_fmadd_ps(_mm256_loadu_ps((const float*)&a + 8 * i),
+                                         _mm256_loadu_ps((const float*)&b + 8 * i),
                                          _mm256_loadu_ps((const float*)&c + 8 * i));
     std::memcpy((char*)&out + 32 * i, &r, 32);
   }
@@ -91,7 +93,8 @@ QK_INLINE float reduce_max(VF v) {
   return lane[0];
 }
 
-// exp to 2 ulp: 2^round(x / ln 2) times a degree-6 polynomial of the rest; 0 below -87.3, +inf above 88.7; NaN stays.
+// exp to 2 ulp: 2^round(x / ln 2) times a degree-6 polynomial of the rest; 0 below -87.3, +inf
+// above 88.7; NaN stays.
 QK_INLINE VF vexp(VF x) {
   const VF clipped = vmin(vmax(x, splat(-87.3f)), splat(88.7f));
   const VI n = round_int(clipped * splat(1.44269504f));
@@ -140,7 +143,7 @@ QK_INLINE uint16_t float_to_half(float f) {
   const uint32_t sign = u >> 16 & 0x8000, rest = u & 0x7fffffff;
   if (rest > 0x7f800000) return uint16_t(sign | 0x7e00 | (rest >> 13 & 0x1ff));  // quiet NaN
   if (rest >= 0x477ff000) return uint16_t(sign | 0x7c00);  // rounds to 2^16: infinity
-  if (rest < 0x38800000) {                                 // subnormal: let a float addition round at 2^-24
+  if (rest < 0x38800000) {  // subnormal: let a float addition round at 2^-24
     float g;
     std::memcpy(&g, &rest, 4);
     g += 0.5f;  // the ulp of [0.5, 1) is 2^-24
@@ -170,7 +173,8 @@ QK_INLINE VF load_half(const uint16_t* p) {
   return (VF)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
 #elif defined(QK_ISA_AVX512)
   VF out;
-  const __m256 lo = _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)), hi = _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p + 1));
+  const __m256 lo = _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)),
+               hi = _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p + 1));
   std::memcpy(&out, &lo, 32);
   std::memcpy((char*)&out + 32, &hi, 32);
   return out;
@@ -244,7 +248,8 @@ struct Io<Dtype::bf16> {
   static QK_INLINE void put(uint16_t* p, float v) { *p = float_to_bf16(v); }
 };
 
-// Calls f with an Io of the type at hand: `with_type(args.type, [&](auto io) { ... decltype(io)::type ... })`.
+// Calls f with an Io of the type at hand: `with_type(args.type, [&](auto io) { ...
+// decltype(io)::type ... })`.
 template <class F>
 QK_INLINE void with_type(Dtype type, F f) {
   switch (type) {

@@ -6,9 +6,21 @@
 namespace qk::QK_ISA {
 
 extern const Kernels table = {
-    QK_NAME(QK_ISA), linear,    linear_scratch,    quantize_act,    pack,
-    unpack,          dequantize, embedding,        norm,            gate,
-    kv_append,       attention, attention_scratch, attention_dense, attention_dense_scratch,
+    QK_NAME(QK_ISA),
+    linear,
+    linear_scratch,
+    quantize_act,
+    pack,
+    unpack,
+    dequantize,
+    embedding,
+    norm,
+    gate,
+    kv_append,
+    attention,
+    attention_scratch,
+    attention_dense,
+    attention_dense_scratch,
     sample,
 };
 
