@@ -34,7 +34,8 @@ try:
     from setuptools.command.bdist_wheel import bdist_wheel
 except ImportError:
     raise SystemExit(
-        "qkernels: building needs setuptools >= 77. Type\n    pip install 'setuptools>=77' ninja 'torch>=2.11'\n"
+        "qkernels: building needs setuptools >= 77. Type\n"
+        "    pip install 'setuptools>=77' ninja 'torch>=2.11'\n"
     ) from None
 
 ROOT = Path(__file__).resolve().parent
@@ -146,8 +147,9 @@ def build_cpu(
     x86 = platform.machine() in ("x86_64", "AMD64")
     isas = {name: isa for name, isa in X86_ISAS.items() if x86 or name == "scalar"}
     flags = [flag for flags in common_flags(torch, directory) for flag in flags]
-    # Left alone, compilers fuse a * b + c where they like: decoding would not be bitwise, and a fused op
-    # could differ from its parts. Kernels ask for a fused multiply-add with fma(). (nvcc: -fmad=false)
+    # Left alone, compilers fuse a * b + c where they like: decoding would not be bitwise, and a
+    # fused op could differ from its parts. Kernels ask for a fused multiply-add with fma(). (nvcc:
+    # -fmad=false)
     flags += ["-g0", "-ffp-contract=off", "-fno-math-errno"]
     flags += ["-Wall", "-Wextra", "-Wno-unused-parameter", "-Wno-psabi"]
     flags += ["-Wno-maybe-uninitialized"]  # GCC 12 warns of its own AVX-512 header

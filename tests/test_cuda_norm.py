@@ -1,4 +1,6 @@
-"""The norm ops on a GPU against the reference: every kernel that launch_norm picks, by type, length and alignment."""
+"""The norm ops on a GPU against the reference: every kernel that launch_norm picks, by type, length
+and alignment.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,8 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
 ]
 EPS = 1e-5
-# A warp per row with 1, 2 and 4 pieces, a block with 1, 2, 4 (and 8), 512 threads, the loop; 577 is not aligned.
+# A warp per row with 1, 2 and 4 pieces, a block with 1, 2, 4 (and 8), 512 threads, the loop; 577 is
+# not aligned.
 COLUMNS = [64, 256, 576, 1024, 2048, 4096, 8192, 16384, 20000, 577]
 
 

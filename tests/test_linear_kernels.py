@@ -1,4 +1,6 @@
-"""linear and linear_quant on the CPU: every instruction set against the reference, over weights, shapes and dtypes."""
+"""linear and linear_quant on the CPU: every instruction set against the reference, over weights,
+shapes and dtypes.
+"""
 
 from __future__ import annotations
 
@@ -93,8 +95,8 @@ def random_weight(spec: QuantSpec, n: int, k: int, seed: int = 0) -> PackedWeigh
 def prepared(spec: QuantSpec, n: int, k: int) -> tuple[PackedWeight, Tensor, Tensor]:
     """A random weight; W [N, K] float64; the magnitude of its terms.
 
-    The kernels sum scale * dot and the zero part separately, so the terms are those of w = scale * code - shift, and
-    what their float32 roundings are relative to is |scale * code| + |shift|.
+    The kernels sum scale * dot and the zero part separately, so the terms are those of w = scale *
+    code - shift, and what their float32 roundings are relative to is |scale * code| + |shift|.
     """
     weight = random_weight(spec, n, k)
     w = torch.ops.qkernels_reference.dequantize(*weight.op_args(), torch.float32).double()
@@ -130,7 +132,9 @@ def quantized(x: Tensor, group: int) -> tuple[tuple[Tensor, Tensor, Tensor], Ten
 
 
 def assert_close(y: Tensor, want: Tensor, magnitude: Tensor, terms: int) -> None:
-    """|y - want| within the roundings of `terms` float32 additions of that magnitude, and one to y's dtype."""
+    """|y - want| within the roundings of `terms` float32 additions of that magnitude, and one to
+    y's dtype.
+    """
     eps32, eps = torch.finfo(torch.float32).eps, torch.finfo(y.dtype).eps
     bound = (terms + 4) * eps32 * magnitude + eps * want.abs() + torch.finfo(y.dtype).tiny
     worst = ((y.double() - want).abs() / bound).max().item() if y.numel() else 0.0
@@ -157,19 +161,30 @@ FLAT = [
     QuantSpec(bits, group, scale, zero)
     for bits in (4, 8)
     for group, scale, zero in (
-        (32, "float16", "symmetric"), (32, "float16", "minimum"), (32, "float16", "integer"), (16, "float32", "minimum"),
-        (64, "bfloat16", "minimum"), (128, "bfloat16", "symmetric"), (48, "float16", "integer"), (-1, "float32", "symmetric"),
-        (-1, "float16", "integer"), (256, "float32", "integer"),
+        (32, "float16", "symmetric"),
+        (32, "float16", "minimum"),
+        (32, "float16", "integer"),
+        (16, "float32", "minimum"),
+        (64, "bfloat16", "minimum"),
+        (128, "bfloat16", "symmetric"),
+        (48, "float16", "integer"),
+        (-1, "float32", "symmetric"),
+        (-1, "float16", "integer"),
+        (256, "float32", "integer"),
     )
-]  # fmt: skip
+]
 TWO_LEVEL = [
     QuantSpec(bits, group, scale, zero)
     for bits in (4, 8)
     for group, scale, zero in (
-        (16, "int8", "symmetric"), (32, "int8", "minimum"), (64, "int8", "minimum"), (256, "int8", "symmetric"),
-        (16, "uint4", "minimum"), (128, "uint4", "minimum"),
+        (16, "int8", "symmetric"),
+        (32, "int8", "minimum"),
+        (64, "int8", "minimum"),
+        (256, "int8", "symmetric"),
+        (16, "uint4", "minimum"),
+        (128, "uint4", "minimum"),
     )
-]  # fmt: skip
+]
 SPECS = [pytest.param(spec, id=str(spec).replace(" ", "-")) for spec in FLAT + TWO_LEVEL]
 
 
@@ -220,7 +235,9 @@ def test_int8_many_tokens(ops) -> None:
 
 @pytest.mark.parametrize("bits", [4, 8])
 def test_int8_extreme_codes(ops, bits: int) -> None:
-    """Every weight code at its top against +-127: 16-bit sums must not saturate, int32 sums of a long group not wrap."""
+    """Every weight code at its top against +-127: 16-bit sums must not saturate, int32 sums of a
+    long group not wrap.
+    """
     k = 32768
     spec = QuantSpec(bits, -1, "float32", "symmetric")
     weight = random_weight(spec, 64, k)

@@ -1,4 +1,5 @@
-"""Runs a lowered program: step by step through the torch ops, or as one native call per batch of tokens.
+"""Runs a lowered program: step by step through the torch ops, or as one native call per batch of
+tokens.
 
 Both take the same inputs and, on the CPU, give bitwise the same logits.
 """

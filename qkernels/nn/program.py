@@ -1,9 +1,10 @@
 """A model as a program: a tuple of steps over named registers.
 
-A register is a float tensor `[T, width]`, one row per token of the ragged batch. A model family writes its steps once,
-in `qkernels/models/`; `lower` decides where activations are quantized; and the lowered steps are what both executors
-run: the composed one (`qkernels/nn/executor.py`, one torch op per step) and the native one (`decoder_step`, one call
-for all of them). A test holds the two bitwise equal.
+A register is a float tensor `[T, width]`, one row per token of the ragged batch. A model family
+writes its steps once, in `qkernels/models/`; `lower` decides where activations are quantized; and
+the lowered steps are what both executors run: the composed one (`qkernels/nn/executor.py`, one
+torch op per step) and the native one (`decoder_step`, one call for all of them). A test holds the
+two bitwise equal.
 
 Weights are named; a name stands for a `PackedWeight`, a dense matrix `[N, K]`, or a float32 vector.
 """
@@ -25,10 +26,12 @@ class Embed:
 
 @dataclass(frozen=True)
 class Norm:
-    """dst = norm(src) * weight + bias; with `add`, src is first added to that register, which keeps the sum.
+    """dst = norm(src) * weight + bias; with `add`, src is first added to that register, which keeps
+    the sum.
 
-    center: LayerNorm, otherwise RMSNorm. heads > 0: each of `heads` equal slices of a row is normalised by itself.
-    act_group is set by `lower`: 0 for float output, else dst is quantized in groups of that many columns.
+    center: LayerNorm, otherwise RMSNorm. heads > 0: each of `heads` equal slices of a row is
+    normalised by itself. act_group is set by `lower`: 0 for float output, else dst is quantized in
+    groups of that many columns.
     """
 
     dst: str
@@ -44,7 +47,9 @@ class Norm:
 
 @dataclass(frozen=True)
 class Linear:
-    """dst = src @ weight.T + bias. act_group, set by `lower`: 0 when src is float, else src is quantized."""
+    """dst = src @ weight.T + bias. act_group, set by `lower`: 0 when src is float, else src is
+    quantized.
+    """
 
     dst: str
     src: str
@@ -55,7 +60,8 @@ class Linear:
 
 @dataclass(frozen=True)
 class KvAppend:
-    """Rotates q and k by the table `rope` (None: no rotation), writes k and v to layer `layer` of the cache.
+    """Rotates q and k by the table `rope` (None: no rotation), writes k and v to layer `layer` of
+    the cache.
 
     The rotated queries go to `dst`.
     """
@@ -73,7 +79,9 @@ class KvAppend:
 
 @dataclass(frozen=True)
 class Attention:
-    """dst = causal attention of q over layer `layer` of the cache; window 0 and softcap 0 mean none."""
+    """dst = causal attention of q over layer `layer` of the cache; window 0 and softcap 0 mean
+    none.
+    """
 
     dst: str
     q: str
@@ -155,10 +163,11 @@ def _next_uses(steps: Sequence[Step], start: int, register: str) -> list[Step]:
 def lower(steps: Sequence[Step], act_group_of: Callable[[str], int]) -> tuple[Step, ...]:
     """Decides where activations are quantized.
 
-    act_group_of(weight name) is the group of int8 activations that a linear on this weight takes, 0 for float ones.
-    A norm or gate whose result goes only to quantized linears of one group emits it quantized, so that the values are
-    quantized once, where they are hot. Elsewhere a `Quantize` step is put before the first linear that needs it.
-    Quantized registers are called `<name>:<group>`.
+    act_group_of(weight name) is the group of int8 activations that a linear on this weight takes, 0
+    for float ones. A norm or gate whose result goes only to quantized linears of one group emits it
+    quantized, so that the values are quantized once, where they are hot. Elsewhere a `Quantize`
+    step is put before the first linear that needs it. Quantized registers are called
+    `<name>:<group>`.
     """
     wanted = [
         replace(s, act_group=act_group_of(s.weight)) if isinstance(s, Linear) else s for s in steps

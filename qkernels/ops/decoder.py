@@ -1,4 +1,6 @@
-"""A whole decode step as one op: see `qkernels/nn/executor.py`, which builds plans, and csrc/cpu/decoder_step.cpp."""
+"""A whole decode step as one op: see `qkernels/nn/executor.py`, which builds plans, and
+csrc/cpu/decoder_step.cpp.
+"""
 
 from __future__ import annotations
 
@@ -26,8 +28,9 @@ def _step_fake(
     return ids.new_empty((select.shape[0], vocab), dtype=torch.float32)
 
 
-# tensors: six entries per packed weight (codes, scale, zero, block_scale, block_zero, table), one per vector.
-# registers: width and activation group of each. Returns a handle that keeps the tensors alive until it is freed.
+# tensors: six entries per packed weight (codes, scale, zero, block_scale, block_zero, table), one
+# per vector. registers: width and activation group of each. Returns a handle that keeps the tensors
+# alive until it is freed.
 define(
     "decoder_plan",
     "(Tensor?[] tensors, int[] registers, int[] code, float[] numbers) -> int",
@@ -36,7 +39,8 @@ define(
 define("decoder_plan_free", "(int plan) -> ()", fake=None)
 define(
     "decoder_step",
-    "(int plan, Tensor ids, Tensor query_start, Tensor kv_len, Tensor page_table, Tensor select, int vocab, "
-    "Tensor(a!) k_pages, Tensor(b!) v_pages, Tensor(c!)? k_scale, Tensor(d!)? v_scale) -> Tensor",
+    "(int plan, Tensor ids, Tensor query_start, Tensor kv_len, Tensor page_table, Tensor select, "
+    "int vocab, Tensor(a!) k_pages, Tensor(b!) v_pages, Tensor(c!)? k_scale, "
+    "Tensor(d!)? v_scale) -> Tensor",
     fake=_step_fake,
 )

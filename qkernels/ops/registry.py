@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 
-# Tensors and numbers of one packed weight, in the order every schema lists them (see docs/design.md).
+# Tensors and numbers of one packed weight, in the order every schema lists them (see
+# docs/design.md).
 WEIGHT = (
-    "Tensor codes, Tensor scale, Tensor? zero, Tensor? block_scale, Tensor? block_zero, Tensor? table, "
-    "int bits, int group_size, int n, int k"
+    "Tensor codes, Tensor scale, Tensor? zero, Tensor? block_scale, Tensor? block_zero, "
+    "Tensor? table, int bits, int group_size, int n, int k"
 )
 # A ragged batch over a paged cache.
 RAGGED = "Tensor query_start, Tensor kv_len, Tensor page_table"
@@ -48,7 +49,8 @@ def _add(op: OpDef, namespace: str) -> None:
             qualified, op.backward, setup_context=op.setup_context, lib=library
         )
     elif op.fake is not None:
-        # Results never ask for a gradient. Without this, torch 2.15 says that float results do, and then only warns.
+        # Results never ask for a gradient. Without this, torch 2.15 says that float results do, and
+        # then only warns.
         library.impl(op.name, torch.library.fallthrough_kernel, "Autograd")
 
 
@@ -72,8 +74,9 @@ def define(
 ) -> None:
     """Defines an op in every open namespace.
 
-    schema: "(Tensor x, ...) -> Tensor", without the name. fake: computes output shapes and raises on bad metadata, the
-    same way as the kernels do. reference: the float32 definition, registered in `qkernels_reference`.
+    schema: "(Tensor x, ...) -> Tensor", without the name. fake: computes output shapes and raises
+    on bad metadata, the same way as the kernels do. reference: the float32 definition, registered
+    in `qkernels_reference`.
     """
     op = OpDef(name, schema, fake, backward, setup_context)
     _defs[name] = op
@@ -84,7 +87,9 @@ def define(
 
 
 def no_backward(name: str) -> Callable[..., Any]:
-    """A backward for ops that have none: it says so, where torch would only warn and give no gradient."""
+    """A backward for ops that have none: it says so, where torch would only warn and give no
+    gradient.
+    """
 
     def backward(ctx: Any, *grads: Any) -> Any:
         raise RuntimeError(f"qkernels::{name}: has no backward; call it under torch.no_grad()")
