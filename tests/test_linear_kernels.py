@@ -316,7 +316,7 @@ def test_rows_of_a_wider_tensor(ops, act: str) -> None:
 @pytest.mark.parametrize("act", ["int8", "float"])
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_threads_and_company_change_no_bit(ops, act: str, dtype: torch.dtype) -> None:
-    """Neither the size of the team nor the other tokens of the batch may show in a token's result."""
+    """Neither the size of the team nor the other tokens of a batch show in a token's result."""
     before = torch.get_num_threads()
     try:
         for spec in (

@@ -30,7 +30,9 @@ class Commands(TyperGroup):
             output.drop_stdout()
             raise typer.Exit(READER_GONE) from None
 
-    def main(self, args: Any = None, standalone_mode: bool = True, **extra: Any) -> Any:
+    def main(  # type: ignore[override]
+        self, args: Any = None, standalone_mode: bool = True, **extra: Any
+    ) -> Any:
         words = list(sys.argv[1:] if args is None else args)
         code = 0
         try:
@@ -39,9 +41,7 @@ class Commands(TyperGroup):
         except Exception as error:
             if "--debug" in words:
                 raise
-            if hasattr(
-                error, "format_message"
-            ):  # a usage error of typer's: a bad option or a missing argument
+            if hasattr(error, "format_message"):  # typer's: a bad option, a missing argument
                 message = " ".join(error.format_message().split())
                 if not message:
                     raise

@@ -177,7 +177,8 @@ def _layers(decoder: Any) -> list[list[str]]:
         )
         if isinstance(weight, PackedWeight):
             if isinstance(step, Embed):
-                op, act, case = "embedding", "-", {"weight": weight.kind}
+                op, act = "embedding", "-"
+                case: dict[str, Any] = {"weight": weight.kind}
             else:
                 group = decoder._act_group(name)
                 act = f"int8 g{group}" if group else "float"

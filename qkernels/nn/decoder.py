@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -331,9 +331,7 @@ class QuantDecoder(nn.Module):
     def _eos_of_tokenizer(self) -> tuple[int, ...]:
         try:
             return self.text.eos_ids
-        except (
-            LookupError
-        ):  # a model without a tokenizer generates from ids, and has no end of sequence
+        except LookupError:  # without a tokenizer there are ids only, and no end of sequence
             return ()
 
     def encode(self, prompt: Prompt, which: str = "prompt") -> list[int]:
@@ -350,12 +348,12 @@ class QuantDecoder(nn.Module):
                     f"{list(prompt.shape)}"
                 )
             ids = prompt.tolist()
-        elif isinstance(prompt, Sequence):
-            ids = prompt
-        else:
+        elif not isinstance(prompt, Sequence):
             raise TypeError(
                 f"{which}: expected a text or a list of token ids, got {type(prompt).__name__}"
             )
+        else:
+            ids = cast(Sequence[int], prompt)
         return check_prompt(ids, self.config.vocab, self.max_seq_len, which)
 
     def _request(self, index: int, ids: list[int], settings: GenerationSettings) -> Request:

@@ -161,21 +161,19 @@ class ComposedExecutor:
                 x.shape
             )
             return
-        settings = {"eps": step.eps, "center": step.center}
+        eps, center, group = step.eps, step.center, step.act_group
         if step.add is None:
-            if step.act_group:
-                acts[step.dst] = ops.norm_quant(
-                    x, weight, bias, act_group=step.act_group, **settings
-                )
+            if group:
+                acts[step.dst] = ops.norm_quant(x, weight, bias, eps, center, act_group=group)
             else:
-                floats[step.dst] = ops.norm(x, weight, bias, **settings)
-        elif step.act_group:
+                floats[step.dst] = ops.norm(x, weight, bias, eps, center)
+        elif group:
             acts[step.dst], floats[step.add] = ops.add_norm_quant(
-                x, floats[step.add], weight, bias, act_group=step.act_group, **settings
+                x, floats[step.add], weight, bias, eps, center, act_group=group
             )
         else:
             floats[step.dst], floats[step.add] = ops.add_norm(
-                x, floats[step.add], weight, bias, **settings
+                x, floats[step.add], weight, bias, eps, center
             )
 
 

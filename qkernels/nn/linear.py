@@ -28,7 +28,8 @@ class QuantLinear(HoldsPacked, nn.Linear):
         self.in_features, self.out_features = packed.k, packed.n
         self.act = act
         self._hold(packed)
-        self.bias = None if bias is None else nn.Parameter(bias.float(), requires_grad=False)
+        fixed = None if bias is None else nn.Parameter(bias.float(), requires_grad=False)
+        self.bias = fixed  # type: ignore[assignment]  # nn.Linear does not say that it may be None
 
     def reset_parameters(self) -> None:
         raise RuntimeError(
@@ -56,7 +57,8 @@ class DenseLinear(KeepsTypes):
         super().__init__()
         self.out_features, self.in_features = weight.shape
         self.weight = nn.Parameter(weight, requires_grad=False)
-        self.bias = None if bias is None else nn.Parameter(bias.float(), requires_grad=False)
+        fixed = None if bias is None else nn.Parameter(bias.float(), requires_grad=False)
+        self.bias = fixed  # type: ignore[assignment]  # nn.Linear does not say that it may be None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = nn.functional.linear(x.to(self.weight.dtype), self.weight).float()

@@ -55,7 +55,7 @@ def _add(op: OpDef, namespace: str) -> None:
 
 
 def define_namespace(namespace: str) -> torch.library.Library:
-    """Opens a namespace that has every op defined so far and every later one; returns its library."""
+    """Opens a namespace that has every op, those defined later too; returns its library."""
     if namespace not in _libraries:
         _libraries[namespace] = torch.library.Library(namespace, "DEF")
         for op in _defs.values():
