@@ -29,7 +29,7 @@ class QuantLinear(HoldsPacked, nn.Linear):
         self.act = act
         self._hold(packed)
         fixed = None if bias is None else nn.Parameter(bias.float(), requires_grad=False)
-        self.bias = fixed  # type: ignore[assignment]  # nn.Linear does not say that it may be None
+        self.bias = fixed  # type: ignore[assignment]
 
     def reset_parameters(self) -> None:
         raise RuntimeError(
@@ -58,7 +58,7 @@ class DenseLinear(KeepsTypes):
         self.out_features, self.in_features = weight.shape
         self.weight = nn.Parameter(weight, requires_grad=False)
         fixed = None if bias is None else nn.Parameter(bias.float(), requires_grad=False)
-        self.bias = fixed  # type: ignore[assignment]  # nn.Linear does not say that it may be None
+        self.bias = fixed
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = nn.functional.linear(x.to(self.weight.dtype), self.weight).float()
