@@ -144,6 +144,10 @@ class PlainWeight:
 
         first_row: added to the row named in the message, for blocks of a larger weight.
         """
+        self._check_codes(first_row)
+        self._check_groups(first_row)
+
+    def _check_codes(self, first_row: int) -> None:
         top = (1 << self.spec.bits) - 1
         if self.spec.bits < 8 and int(self.codes.max()) > top:
             row, col = (self.codes > top).nonzero()[0].tolist()
@@ -151,14 +155,16 @@ class PlainWeight:
                 f"code {int(self.codes[row, col])} at row {row + first_row}, column {col} "
                 f"is beyond {self.spec.bits} bits (0 to {top})"
             )
+
+    def _check_groups(self, first_row: int) -> None:
         for name in ("scale", "zero", "block_scale", "block_zero"):
             tensor = getattr(self, name)
             if tensor is None or tensor.dtype in (torch.int8, torch.uint8):
                 continue
-            values = tensor.float()
-            bad = ~torch.isfinite(values)
-            if bad.any():
-                row, group = bad.nonzero()[0].tolist()
+            # The extremes tell at a fifth of the cost: NaN is both, and infinity one of them.
+            values = tensor if tensor.dtype.itemsize > 1 else tensor.float()
+            if not torch.isfinite(torch.stack(values.aminmax())).all():
+                row, group = (~torch.isfinite(values)).nonzero()[0].tolist()
                 what = "block" if name.startswith("block") else "group"
                 raise ValueError(
                     f"{name} of row {row + first_row}, {what} {group} is "
@@ -278,7 +284,7 @@ class PackedWeight:
                 f"write_rows: rows {start} to {stop} of {self.n} do not fall on whole blocks "
                 f"of {UNIT_ROWS}"
             )
-        plain.validate(start)
+        plain._check_groups(start)
         codes = plain.codes
         if self.perm is not None and plain.g_idx is not None:
             perm = torch.argsort(plain.g_idx.to(self.perm.device), stable=True)
@@ -291,9 +297,12 @@ class PackedWeight:
                 )
             codes = codes[:, perm.to(codes.device)]
         np = layout.padded_n(plain.n)
-        self.codes[start : start + np] = pack_codes(
-            codes.contiguous(), self.spec.bits, self.group, self.spec.two_level
-        )
+        try:  # packing looks at every code anyway, and refuses those beyond the bits
+            packed = pack_codes(codes.contiguous(), self.spec.bits, self.group, self.spec.two_level)
+        except RuntimeError:
+            plain._check_codes(start)  # names the row and the column
+            raise
+        self.codes[start : start + np] = packed
         first, last = start // UNIT_ROWS, (start + np) // UNIT_ROWS
         for name in ("scale", "zero", "block_scale", "block_zero"):
             values, room = getattr(plain, name), getattr(self, name)
