@@ -5,61 +5,23 @@ shapes and dtypes.
 from __future__ import annotations
 
 import functools
-import importlib.util
-import sys
-from collections.abc import Iterator
-from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from conftest import Isa
 from torch import Tensor
 
 import qkernels  # noqa: F401  (defines the ops and loads the native library)
-from qkernels.ops.registry import define_namespace
 from qkernels.quant import PackedWeight, PlainWeight, QuantSpec
 
-EMULATED = "qkernels_avx512emu"
-ROOT = Path(__file__).resolve().parents[1]
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
-def native_isas() -> list[str]:
-    return torch.ops.qkernels.cpu_isas().split(", ")
-
-
-def build_emulation() -> None:
-    """The library whose AVX-512 kernels run on AVX2, and its namespace."""
-    spec = importlib.util.spec_from_file_location("qkernels_setup", ROOT / "setup.py")
-    assert spec and spec.loader
-    setup = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = setup  # its dataclasses look themselves up
-    spec.loader.exec_module(setup)
-    build = ROOT / "build" / "avx512emu"
-    library = build / "_C_cpu_avx512emu.so"
-    setup.build_cpu(library, build, emulate_avx512=True)
-    define_namespace(EMULATED)
-    torch.ops.load_library(str(library))
-
-
-def cases() -> list[tuple[str, str]]:
-    sets = [("qkernels", isa) for isa in native_isas()]
-    if "avx512" not in native_isas() and "avx2" in native_isas():
-        sets.append((EMULATED, "avx512"))
-    return sets
-
-
-@pytest.fixture(
-    params=cases(), ids=lambda c: c[1] if c[0] == "qkernels" else f"{c[1]}-emulated", scope="module"
-)
-def ops(request: pytest.FixtureRequest) -> Iterator[torch._ops._OpNamespace]:
-    namespace, isa = request.param
-    if namespace == EMULATED and not hasattr(torch.ops.qkernels_avx512emu, "cpu_isa"):
-        build_emulation()
-    ops = getattr(torch.ops, namespace)
-    before = ops.cpu_isa()
-    ops.set_cpu_isa(isa)
-    yield ops
-    ops.set_cpu_isa(before)
+@pytest.fixture
+def ops(isa: Isa) -> Any:
+    """The ops of one instruction set, which is in use."""
+    return isa.ops
 
 
 def random_weight(spec: QuantSpec, n: int, k: int, seed: int = 0) -> PackedWeight:

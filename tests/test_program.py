@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from qkernels import backends
 from qkernels.cache import PagedKVCache, rope_table
 from qkernels.nn.executor import ComposedExecutor, NativeExecutor
 from qkernels.nn.program import (
@@ -56,7 +57,7 @@ def model(specs: tuple[QuantSpec, QuantSpec], qk_norm: bool = True, bias: bool =
     torch.manual_seed(1)
 
     def packed(n: int, k: int, spec: QuantSpec) -> PackedWeight:
-        return PackedWeight.from_plain(quantize(torch.randn(n, k) / k**0.5, spec))
+        return quantize(torch.randn(n, k) / k**0.5, spec).pack()
 
     steps: list[Step] = [Embed("h", "embed", multiplier=1.5)]
     weights: dict[str, PackedWeight | torch.Tensor] = {"embed": packed(VOCAB, HIDDEN, specs[1])}
@@ -98,10 +99,19 @@ SPECS = {
 @pytest.mark.parametrize("kv", ["float32", "float16", "int8", "int4"])
 @pytest.mark.parametrize("act", ["int8", "float"])
 @pytest.mark.parametrize("spec", SPECS)
-def test_native_step_is_bitwise_the_composed_ops(spec: str, act: str, kv: str, isa) -> None:
+def test_native_step_is_bitwise_the_composed_ops(
+    spec: str, act: str, kv: str, isa, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The composed ops are to run on the same instruction set.
+    rows = [backends.Row("*", "isa", isa.namespace, "cpu"), *backends._generic]
+    monkeypatch.setattr(backends, "_generic", rows)
+    backends.set_backend("isa")
     steps, weights = model(SPECS[spec])
     lowered = lower(steps, act_group(weights, act))
-    executors = [ComposedExecutor(lowered, weights), NativeExecutor(lowered, weights)]
+    executors = [
+        ComposedExecutor(lowered, weights),
+        NativeExecutor(lowered, weights, namespace=isa.namespace),
+    ]
     results: list[list[torch.Tensor]] = []
     for execute in executors:
         torch.manual_seed(2)
@@ -206,17 +216,26 @@ class TestBadInput:
                 f"token id {VOCAB} at position 1 is outside the vocabulary",
             ),
             ({"ids": torch.tensor([1, -1, 3])}, "token id -1"),
-            ({"ids": torch.tensor([1, 2, 3], dtype=torch.int32)}, "ids must be Long, got Int"),
+            ({"ids": torch.tensor([1, 2, 3], dtype=torch.int32)}, "ids must be int64, got int32"),
             ({"select": torch.tensor([3])}, r"select\[0\] = 3 is not a row of the 3 tokens"),
             ({"vocab": 7}, f"vocab must be {VOCAB}, got 7"),
-            ({"kv_len": torch.tensor([2], dtype=torch.int32)}, "less than the 3 tokens"),
+            (
+                {"kv_len": torch.tensor([2], dtype=torch.int32)},
+                r"kv_len\[0\] must count the 3 new tokens too, got 2",
+            ),
             ({"kv_len": torch.tensor([2**30], dtype=torch.int32)}, "pages"),
-            ({"page_table": torch.tensor([[99]], dtype=torch.int32)}, r"page_table\[0, 0\] = 99"),
+            (
+                {"page_table": torch.tensor([[99]], dtype=torch.int32)},
+                r"page_table\[0, 0\] must be a page in .*, got 99",
+            ),
             (
                 {"query_start": torch.tensor([0, 4], dtype=torch.int32)},
-                "query_start must run from 0 to the 3 tokens",
+                "query_start must run from 0 to 3, got 0 to 4",
             ),
-            ({"k_pages": torch.zeros(2, 4, KV_HEADS, 16, DIM)}, "v_pages must be Float"),
+            (
+                {"k_pages": torch.zeros(2, 4, KV_HEADS, 16, DIM)},
+                "v_pages must be float32, got uint8",
+            ),
             ({"k_scale": None}, "k_scale and v_scale go together"),
             (
                 {"k_pages": torch.zeros(1, 4, KV_HEADS, 16, DIM, dtype=torch.uint8)},
