@@ -256,7 +256,7 @@ def test_errors(namespace: str, generator: torch.Generator) -> None:
     for args, said in (
         (
             (codes[:, :288].contiguous(), scale, sums, *weight, None, torch.float32),
-            "act_codes must .* k = 300",
+            "act_codes must have k = 300 columns",
         ),
         (
             (codes.float(), scale, sums, *weight, None, torch.float32),
@@ -264,7 +264,7 @@ def test_errors(namespace: str, generator: torch.Generator) -> None:
         ),
         (
             (codes, scale[:, :7].contiguous(), sums, *weight, None, torch.float32),
-            "act_codes must have k = 300 columns rounded up to whole groups of act_scale",
+            "rounded up to whole groups of act_scale",
         ),
         (
             (codes, scale[:1].contiguous(), sums, *weight, None, torch.float32),

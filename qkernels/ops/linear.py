@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .. import reference
 from ..backends import select
+from ..quant.spec import round_up
 from ..quant.weight import PackedWeight
 from . import checks
 from .act import QuantAct
@@ -57,24 +58,19 @@ def check_linear_quant(act_codes: Tensor, act_scale: Tensor, act_sums: Tensor, *
     n, k = weight[-2:]
     checks.expect(op, "act_codes", act_codes, torch.int8, [-1, -1])
     m, kx = act_codes.shape
-    if kx < k or kx % 16:
-        checks.fail(
-            op,
-            f"act_codes must be [M, Kx] with Kx a multiple of 16 and at least k = {k}, got "
-            f"{list(act_codes.shape)}",
-        )
     checks.expect(op, "act_scale", act_scale, torch.float32, [m, -1])
     groups = act_scale.shape[1]
-    if groups == 0 or kx % groups:
+    group = kx // groups if groups else 0
+    if group < 16 or group % 16 or kx != groups * group or kx != round_up(k, group):
         checks.fail(
             op,
-            f"act_scale must have a column for each group of the {kx} columns of act_codes, "
-            f"got {list(act_scale.shape)}",
+            f"act_codes must have k = {k} columns rounded up to whole groups of act_scale, got "
+            f"{list(act_codes.shape)} and {list(act_scale.shape)}",
         )
     checks.expect(op, "act_sums", act_sums, torch.int16, [m, kx // 16])
     if bias is not None:
         checks.expect(op, "bias", bias, torch.float32, [n])
-    check_groups(op, weight[-3], kx // groups)
+    check_groups(op, weight[-3], group)
     checks.same_device(
         op,
         "act_codes",
