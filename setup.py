@@ -42,6 +42,7 @@ ROOT = Path(__file__).resolve().parent
 CSRC = ROOT / "csrc"
 BUILD = ROOT / "build"
 
+X86 = platform.machine() in ("x86_64", "AMD64")
 OLDEST_TORCH = (2, 11)
 # The same version, as the stable headers want it: nothing younger may be called.
 TORCH_TARGET = "-DTORCH_TARGET_VERSION=0x020b000000000000"
@@ -144,8 +145,7 @@ def build_cpu(
     if sys.platform != "linux":
         raise stop(f"the libraries build on Linux only so far, not on {sys.platform}")
     torch = Torch.find()
-    x86 = platform.machine() in ("x86_64", "AMD64")
-    isas = {name: isa for name, isa in X86_ISAS.items() if x86 or name == "scalar"}
+    isas = {name: isa for name, isa in X86_ISAS.items() if X86 or name == "scalar"}
     flags = [flag for flags in common_flags(torch, directory) for flag in flags]
     # Left alone, compilers fuse a * b + c where they like: decoding would not be bitwise, and a
     # fused op could differ from its parts. Kernels ask for a fused multiply-add with fma(). (nvcc:
@@ -161,7 +161,7 @@ def build_cpu(
         link += f" {checks}"
     if emulate_avx512:
         flags += ["-DQK_EMULATE_AVX512", "-DQK_OPS=qkernels_avx512emu"]
-        isas = {**isas, "avx512": f"-DQK_ISA_AVX512 {AVX2}"} if x86 else isas
+        isas = {"avx512": f"-DQK_ISA_AVX512 {AVX2}"}
     compile = f"{with_ccache(cxx())} {shlex.join(flags)} $more -MMD -MF $out.d -c $in -o $out"
     rules = rule("cc", compile, depfile=True)
     rules += rule("link", f"{shlex.join(cxx())} $in -o $out {link}")
@@ -276,7 +276,9 @@ def native(arguments: list[str]) -> None:
     for name in ("avx512emu", "sanitize", "cuda"):
         kind.add_argument(f"--{name}", action="store_true")
     chosen = parser.parse_args(arguments)
-    if chosen.avx512emu:
+    if chosen.avx512emu and not X86:
+        print(f"qkernels: AVX-512 is emulated on x86 only, not on {platform.machine()}")
+    elif chosen.avx512emu:
         out = BUILD / "avx512emu"
         build_cpu(out / "_C_cpu_avx512emu.so", out, emulate_avx512=True)
     elif chosen.sanitize:
@@ -288,7 +290,8 @@ def native(arguments: list[str]) -> None:
         build_cpu(tree / "qkernels" / "_C_cpu.so", tree / "objects", sanitize=True)
         emulated = tree / "build" / "avx512emu"
         library = emulated / "_C_cpu_avx512emu.so"
-        build_cpu(library, emulated, emulate_avx512=True, sanitize=True)
+        if X86:
+            build_cpu(library, emulated, emulate_avx512=True, sanitize=True)
     elif chosen.cuda:
         build_cuda(BUILD / "cuda" / "_C_cuda.so", BUILD / "cuda")
     else:

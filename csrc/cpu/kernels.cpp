@@ -21,18 +21,21 @@ const Isa* all(int* count) {
 #if defined(__x86_64__)
   __builtin_cpu_init();
 #if defined(QK_EMULATE_AVX512)
-  static const bool avx512 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  // This build has no other set: it is there to run one where the CPU lacks it.
+  static const bool avx512 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                             __builtin_cpu_supports("f16c");
+  static const Isa sets[] = {{"avx512", &avx512::table, avx512}};
 #else
   static const bool avx512 =
       __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
       __builtin_cpu_supports("avx512vnni");
-#endif
   static const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
                            __builtin_cpu_supports("f16c");
   static const Isa sets[] = {{"avx512", &avx512::table, avx512},
                              {"avx2", &avx2::table, avx2},
                              {"scalar", &scalar::table, true}};
+#endif
 #else
   static const Isa sets[] = {{"scalar", &scalar::table, true}};
 #endif
