@@ -56,6 +56,8 @@ def child(path: str) -> None:
     start = time.perf_counter()
     decoder = QuantDecoder.from_pretrained(path)
     seconds = time.perf_counter() - start
+    print(DONE, flush=True)  # what follows is not loading
+    sys.stdin.readline()
     packed = sum(t.nbytes for t in (*decoder.parameters(), *decoder.buffers()))
     blocks = [0]
     for weight in decoder._weights().values():
@@ -65,7 +67,7 @@ def child(path: str) -> None:
             # two bytes each.
             blocks.append(rows * weight.k + rows * weight.k // weight.spec.group(weight.k) * 4)
     facts = {"packed": packed, "block": max(blocks), "seconds": seconds}
-    print(DONE, json.dumps(facts), flush=True)
+    print(json.dumps(facts), flush=True)
     sys.stdin.readline()
 
 
@@ -111,11 +113,12 @@ def measure(path: Path, python: str = sys.executable) -> dict[str, Any]:
             time.sleep(0.0005)
         waiter.join()
         after = status(process.pid)
-        word, _, rest = line.partition(" ")
-        if word != DONE:
+        if line.strip() != DONE:
             raise RuntimeError(f"loading {path} failed")
+        process.stdin.write("\n")
+        process.stdin.flush()
         return {
-            **json.loads(rest),
+            **json.loads(process.stdout.readline()),
             "baseline": before["RssAnon"],
             "peak": max(peak, after["RssAnon"]) - before["RssAnon"],
             "settled": after["RssAnon"] - before["RssAnon"],

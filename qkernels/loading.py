@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import mmap
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
@@ -144,13 +145,16 @@ def load_gguf(path: str | Path, progress: Progress | None = None) -> Checkpoint:
         check_names(defs, shapes, lambda d: d.gguf, family.ignored, str(path))
         total, done = sum(file.tensors[d.gguf].nbytes for d in defs), 0
         weights: dict[str, Weight] = {}
+        # One buffer for the codes of all blocks, mapped so that nothing of it stays in the heap.
+        room = max(rows_per_block(d.shape[-1]) * d.shape[-1] for d in defs if d.is_matrix)
+        buffer = np.frombuffer(mmap.mmap(-1, room), np.uint8)
         for d in defs:
             order = (
                 rotary_row_order(d.rotary_heads, config.head_dim, config.rope.dim)
                 if d.rotary_heads
                 else None
             )
-            weights[d.name] = _gguf_weight(file, d, order)
+            weights[d.name] = _gguf_weight(file, d, order, buffer)
             done += file.tensors[d.gguf].nbytes
             if progress is not None:
                 progress(done, total, d.gguf)
@@ -160,7 +164,9 @@ def load_gguf(path: str | Path, progress: Progress | None = None) -> Checkpoint:
         raise
 
 
-def _gguf_weight(file: GGUFFile, d: WeightDef, order: np.ndarray | None) -> Weight:
+def _gguf_weight(
+    file: GGUFFile, d: WeightDef, order: np.ndarray | None, buffer: np.ndarray
+) -> Weight:
     info = file.tensors[d.gguf]
     if info.type in ("F32", "F16", "BF16"):
         # A matrix in the order of the file stays a mapping of it; a copy would be as large as the
@@ -176,7 +182,7 @@ def _gguf_weight(file: GGUFFile, d: WeightDef, order: np.ndarray | None) -> Weig
             f"{file.path}: tensor {d.gguf} must be of a float type, got {info.type}"
         )
     n, k = d.shape
-    blocks = iter(file.plain_blocks(d.gguf, rows_per_block(k), order))
+    blocks = iter(file.plain_blocks(d.gguf, rows_per_block(k), order, buffer))
     start, first = next(blocks)
     packed = PackedWeight.empty(first.spec, n, k)
     packed.write_rows(start, first)

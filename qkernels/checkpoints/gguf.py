@@ -26,6 +26,8 @@ __all__ = ["GGUFFile", "Metadata", "StringArray", "TensorInfo", "llama_row_order
 
 # Dense tensors smaller than this are copied: a mapping of their own would cost more.
 COPY_BELOW = 1 << 16
+# Stored bytes that are decoded at a time: what decoding needs beside its result stays this small.
+_DECODE_BYTES = 1 << 18
 
 
 def llama_row_order(heads: int, head_dim: int) -> np.ndarray:
@@ -157,7 +159,11 @@ class GGUFFile:
         )
 
     def plain_blocks(
-        self, name: str, rows: int, row_order: np.ndarray | torch.Tensor | None = None
+        self,
+        name: str,
+        rows: int,
+        row_order: np.ndarray | torch.Tensor | None = None,
+        buffer: np.ndarray | None = None,
     ) -> Iterator[tuple[int, PlainWeight]]:
         """The quantized tensor `name`, exactly, as (start row, `PlainWeight` of up to `rows` rows),
         in order.
@@ -166,7 +172,9 @@ class GGUFFile:
         row_order[i] of the file (default: all rows as they are); indices may repeat. Tensors of
         more than two dimensions (experts) count as their rows one after the other. A block needs
         its own size plus a few percent while it is decoded (with row_order plus the size of its
-        rows in the file); the file's pages are given back to the system after it.
+        rows in the file); the file's pages are given back to the system after it. buffer: uint8
+        [at least rows * columns], in which the codes of each block replace those of the one before;
+        without it every block has memory of its own.
 
         Raises `CheckpointError` for an unknown name, types that cannot be read, scales that are not
         finite; `ValueError` for bad rows or row_order; all but the scales before the first block.
@@ -195,10 +203,22 @@ class GGUFFile:
                     f"plain_blocks({name!r}): expected row_order in [0, {n}), got {order.min()} "
                     f"to {order.max()}"
                 )
-        return self._decode_blocks(info, block, rows, order)
+        if buffer is not None:
+            needed = min(rows, n if order is None else order.size) * info.shape[-1]
+            if buffer.dtype != np.uint8 or buffer.ndim != 1 or buffer.size < needed:
+                raise ValueError(
+                    f"plain_blocks({name!r}): expected a buffer of uint8 [{needed} or more], got "
+                    f"{buffer.dtype} {list(buffer.shape)}"
+                )
+        return self._decode_blocks(info, block, rows, order, buffer)
 
     def _decode_blocks(
-        self, info: TensorInfo, block: BlockType, rows: int, order: np.ndarray | None
+        self,
+        info: TensorInfo,
+        block: BlockType,
+        rows: int,
+        order: np.ndarray | None,
+        buffer: np.ndarray | None,
     ) -> Iterator[tuple[int, PlainWeight]]:
         assert block.spec is not None and block.decode is not None
         groups = info.shape[-1] // block.elements
@@ -210,15 +230,27 @@ class GGUFFile:
             stored = np.frombuffer(self._map, np.uint8, info.nbytes, info.offset).reshape(
                 n, groups, block.nbytes
             )
-            raw = stored[start:stop] if order is None else stored[order[start:stop]]
-            if (bad := nonfinite_group(block, raw)) is not None:
-                row = start + bad[0] if order is None else int(order[start + bad[0]])
-                raise CheckpointError(
-                    f"{self.path}: tensor {shorten(info.name)} ({info.type}): row {row}, "
-                    f"group {bad[1]}: expected finite scales, got infinity or NaN"
-                )
-            codes = np.empty((stop - start, groups, block.elements), np.uint8)
-            scale, zero = block.decode(raw, codes)
+            shape = (stop - start, groups, block.elements)
+            codes = (
+                np.empty(shape, np.uint8)
+                if buffer is None
+                else buffer[: prod(shape)].reshape(shape)
+            )
+            parts: list[tuple[np.ndarray, np.ndarray | None]] = []
+            step = max(1, _DECODE_BYTES // (groups * block.nbytes))
+            for first in range(start, stop, step):
+                last = min(first + step, stop)
+                raw = stored[first:last] if order is None else stored[order[first:last]]
+                if (bad := nonfinite_group(block, raw)) is not None:
+                    row = first + bad[0] if order is None else int(order[first + bad[0]])
+                    raise CheckpointError(
+                        f"{self.path}: tensor {shorten(info.name)} ({info.type}): row {row}, "
+                        f"group {bad[1]}: expected finite scales, got infinity or NaN"
+                    )
+                parts.append(block.decode(raw, codes[first - start : last - start]))
+            scale = np.concatenate([part[0] for part in parts])
+            zeros = [zero for _, zero in parts if zero is not None]
+            zero = np.concatenate(zeros) if zeros else None
             touched = (
                 (start, stop)
                 if order is None
@@ -233,7 +265,7 @@ class GGUFFile:
                 scale=torch.from_numpy(scale),
                 zero=None if zero is None else torch.from_numpy(zero),
             )
-            del codes, scale, zero
+            del codes, scale, zero, zeros, parts
             yield start, weight
             del weight
 

@@ -40,8 +40,7 @@ class BlockType:
 
 def _field(raw: np.ndarray, offset: int, size: int) -> np.ndarray:
     """[rows, G] view of `size` opaque bytes per block. Copying whole fields, instead of slicing
-    bytes, saves numpy an inner loop of 16 elements per block: 8 ns a block against 50 (one core of
-    a 2.x GHz Xeon), hence the detour."""
+    bytes, saves numpy an inner loop of 16 elements per block."""
     block = np.dtype(
         {"names": ["f"], "formats": [f"V{size}"], "offsets": [offset], "itemsize": raw.shape[-1]}
     )

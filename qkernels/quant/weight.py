@@ -14,6 +14,8 @@ from . import layout
 from .spec import BLOCK, QuantSpec
 
 UNIT_ROWS, UNIT_COLS = layout.UNIT_ROWS, layout.UNIT_COLS
+# Codes packed at a time: their packed form stays in the cache until it is copied to its place.
+_PACK_CODES = 1 << 20
 
 
 class WeightKind(NamedTuple):
@@ -296,23 +298,24 @@ class PackedWeight:
                     "rows before"
                 )
             codes = codes[:, perm.to(codes.device)]
-        np = layout.padded_n(plain.n)
-        try:  # packing looks at every code anyway, and refuses those beyond the bits
-            packed = pack_codes(codes.contiguous(), self.spec.bits, self.group, self.spec.two_level)
-        except RuntimeError:
-            plain._check_codes(start)  # names the row and the column
-            raise
-        self.codes[start : start + np] = packed
-        first, last = start // UNIT_ROWS, (start + np) // UNIT_ROWS
-        for name in ("scale", "zero", "block_scale", "block_zero"):
-            values, room = getattr(plain, name), getattr(self, name)
-            if values is not None:
-                raw = (
-                    torch.uint8 if values.dtype.itemsize == 1 else values.dtype
-                )  # torch copies no float8
-                room[first:last].view(raw).copy_(
-                    layout.pack_groups(values, room.shape[1]).view(raw)
-                )
+        step = max(UNIT_ROWS, _PACK_CODES // self.k // UNIT_ROWS * UNIT_ROWS)
+        for row in range(0, plain.n, step):
+            part = codes[row : row + step].contiguous()
+            try:  # packing looks at every code anyway, and refuses those beyond the bits
+                packed = pack_codes(part, self.spec.bits, self.group, self.spec.two_level)
+            except RuntimeError:
+                plain._check_codes(start)  # names the row and the column
+                raise
+            rows = slice(start + row, start + row + packed.shape[0])
+            self.codes[rows] = packed
+            blocks = slice(rows.start // UNIT_ROWS, rows.stop // UNIT_ROWS)
+            for name in ("scale", "zero", "block_scale", "block_zero"):
+                values, room = getattr(plain, name), getattr(self, name)
+                if values is None:
+                    continue
+                groups = layout.pack_groups(values[row : row + step], room.shape[1])
+                raw = torch.uint8 if values.dtype.itemsize == 1 else values.dtype
+                room[blocks].view(raw).copy_(groups.view(raw))  # torch copies no float8
 
     def op_args(self) -> tuple[Any, ...]:
         """The arguments that every schema lists for a weight, in order (`W` in docs/design.md)."""
