@@ -378,7 +378,7 @@ void decoder_plan_free(int64_t handle) {
 // (bytes for k and v, elements for scales).
 struct LayeredPages {
   KvPages first;
-  int64_t k_bytes, v_bytes, scale_elements;
+  int64_t k_bytes, v_bytes, k_scale_elements, v_scale_elements;
 };
 LayeredPages make_layered_pages(const char* op, const Tensor& k, const Tensor& v,
                                 const std::optional<Tensor>& k_scale,
@@ -396,10 +396,8 @@ LayeredPages make_layered_pages(const char* op, const Tensor& k, const Tensor& v
   if (k_scale && v_scale) {
     check_layers("k_scale", *k_scale, "P, Hkv, 2, page");
     check_layers("v_scale", *v_scale, "P, Hkv, 2, page");
-    check(k_scale->stride(0) == v_scale->stride(0), op,
-          "layers of k_scale and v_scale must be the same distance apart");
     ks = first(*k_scale), vs = first(*v_scale);
-    p.scale_elements = k_scale->stride(0);
+    p.k_scale_elements = k_scale->stride(0), p.v_scale_elements = v_scale->stride(0);
   }
   check(k_scale.has_value() == v_scale.has_value(), op, "k_scale and v_scale go together");
   p.first = make_pages(op, dim, first(k), first(v), ks, vs);
@@ -495,8 +493,10 @@ class Runner {
     KvPages p = in_.pages.first;
     p.k = static_cast<char*>(p.k) + layer * in_.pages.k_bytes;
     p.v = static_cast<char*>(p.v) + layer * in_.pages.v_bytes;
-    if (p.k_scale)
-      p.k_scale += layer * in_.pages.scale_elements, p.v_scale += layer * in_.pages.scale_elements;
+    if (p.k_scale) {
+      p.k_scale += layer * in_.pages.k_scale_elements;
+      p.v_scale += layer * in_.pages.v_scale_elements;
+    }
     return p;
   }
   LinearArgs linear_args(const Step& s) const {
