@@ -237,6 +237,8 @@ class TestBadInput:
                 "v_pages must be float32, got uint8",
             ),
             ({"k_scale": None}, "k_scale and v_scale go together"),
+            # A tensor on meta takes the call to the fake, whose empty logits must not come back.
+            ({"query_start": torch.zeros(2, dtype=torch.int32, device="meta")}, "is on meta"),
             (
                 {"k_pages": torch.zeros(1, 4, KV_HEADS, 16, DIM, dtype=torch.uint8)},
                 "k_pages must be .layers >= 2",
