@@ -163,7 +163,8 @@ inline Weight make_weight(const char* op, const Tensor& codes, const Tensor& sca
                           const std::optional<Tensor>& table, int64_t bits, int64_t group,
                           int64_t n, int64_t k) {
   Weight w{};
-  check(bits >= 2 && bits <= 8 && layout::planes(int(bits)).count > 0, op, "bits must be 2, 3, 4, 5, 6 or 8, got ", bits);
+  check(bits >= 2 && bits <= 8 && layout::planes(int(bits)).count > 0, op,
+        "bits must be 2, 3, 4, 5, 6 or 8, got ", bits);
   check_sizes(op, n, k);
   check_group(op, "group_size", group);
   const bool two_level = block_scale.has_value();

@@ -576,7 +576,7 @@ def test_bad_scales() -> None:
     for change, message in (
         ({}, "uint8 pages need k_scale and v_scale"),
         ({"k_scale": scale}, "uint8 pages need k_scale and v_scale"),
-        ({"k_scale": scale.float(), "v_scale": scale}, "k_scale must be"),
+        ({"k_scale": scale.float(), "v_scale": scale}, "k_scale must be float16, got float32"),
         (
             {"k_scale": scale, "v_scale": scale[:, :, :1]},
             r"v_scale must be \[6, 2, 2, 16\], got \[6, 2, 1, 16\]",

@@ -42,7 +42,8 @@ Tensor attention(const Tensor& q, const Tensor& query_start, const Tensor& kv_le
   check_heads(op, a.q_heads, a.pages.kv_heads);
   check_options(op, scale, window, softcap);
   a.batch = make_ragged(op, q.size(0), a.pages, query_start, kv_len, page_table);
-  a.scale = float(scale), a.causal = causal, a.window = std::min(window, kMaxWindow), a.softcap = float(softcap);
+  a.scale = float(scale), a.causal = causal, a.window = std::min(window, kMaxWindow),
+  a.softcap = float(softcap);
   Tensor out = torch::stable::new_empty(q, {q.size(0), a.q_heads, dim});
   if (out.numel() == 0) return out;
   a.q = data(q), a.out = mutable_data(out);
@@ -75,7 +76,8 @@ Tensor attention_dense(const Tensor& q, const Tensor& k, const Tensor& v, const 
   a.batch = query_start.size(0) - 1;
   check(kv_start.size(0) == a.batch + 1, op, "kv_start must be [", a.batch + 1,
         "] like query_start, got ", shape_of(kv_start));
-  a.scale = float(scale), a.causal = causal, a.window = std::min(window, kMaxWindow), a.softcap = float(softcap);
+  a.scale = float(scale), a.causal = causal, a.window = std::min(window, kMaxWindow),
+  a.softcap = float(softcap);
   Tensor out = torch::stable::new_empty(q, {a.tokens, a.q_heads, a.dim});
   if (out.numel() == 0) return out;
   a.q = data(q), a.k = data(k), a.v = data(v), a.out = mutable_data(out);

@@ -318,8 +318,8 @@ class Decoder {
   }
 
   // A barrier stands before a step that touches what another step since the last barrier wrote, or
-  // writes what it read. The cache counts as one register more, and attention as a writer of it: two
-  // attentions must not share the counter that hands out their work.
+  // writes what it read. The cache counts as one register more, and attention as a writer of it:
+  // two attentions must not share the counter that hands out their work.
   void place_barriers() {
     const int cache = int(plan_.registers.size());
     std::set<int> read, written;
