@@ -249,6 +249,14 @@ class TestBadInput:
         with pytest.raises(RuntimeError, match=message):
             step(**change)
 
+    def test_tensors_of_a_plan_survive_a_change_of_data(self) -> None:
+        from qkernels.nn.executor import _Encoder
+
+        encoder = _Encoder({"norm": torch.ones(32)})
+        at = encoder._tensor("norm")
+        encoder.weights["norm"].data = torch.zeros(32)
+        assert torch.equal(encoder.tensors[at], torch.ones(32))
+
     @pytest.mark.parametrize("act", ["int8", "float"])
     def test_no_rows_selected_give_no_logits(self, act: str) -> None:
         steps, weights = model(SPECS["w4-min"])
