@@ -9,8 +9,7 @@ namespace qk {
 using QuantActTensors = std::tuple<Tensor, Tensor, Tensor>;  // codes, scale, sums
 
 inline int64_t act_columns(const char* op, const char* name, int64_t k, int64_t group) {
-  check(group >= 16 && group % 16 == 0 && group <= 1 << 30, op, name,
-        " must be a positive multiple of 16, got ", group);
+  check_group(op, name, group);
   return layout::round_up(k, group);
 }
 

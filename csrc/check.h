@@ -124,6 +124,22 @@ inline int64_t row_stride(const char* op, const char* name, const Tensor& t) {
   return t.stride(0);
 }
 
+// Upper bounds of what is multiplied before a tensor's shape is there to bound it. Groups and sizes
+// below these make no product overflow.
+constexpr int64_t kMaxGroup = 1 << 30;
+constexpr int64_t kMaxSize = INT32_MAX;
+
+inline void check_group(const char* op, const char* name, int64_t group) {
+  check(group >= 16 && group % 16 == 0, op, name, " must be a positive multiple of 16, got ",
+        group);
+  check(group <= kMaxGroup, op, name, " must be at most ", kMaxGroup, ", got ", group);
+}
+inline void check_sizes(const char* op, int64_t n, int64_t k) {
+  check(n > 0 && k > 0, op, "a weight needs n > 0 and k > 0, got n = ", n, ", k = ", k);
+  check(n <= kMaxSize && k <= kMaxSize, op, "a weight has at most ", kMaxSize,
+        " rows and columns, got n = ", n, ", k = ", k);
+}
+
 template <class T = void>
 const T* data(const Tensor& t) {
   return static_cast<const T*>(t.const_data_ptr());
@@ -147,10 +163,10 @@ inline Weight make_weight(const char* op, const Tensor& codes, const Tensor& sca
                           const std::optional<Tensor>& table, int64_t bits, int64_t group,
                           int64_t n, int64_t k) {
   Weight w{};
-  check(layout::planes(int(bits)).count > 0, op, "bits must be 2, 3, 4, 5, 6 or 8, got ", bits);
-  check(n > 0 && k > 0, op, "a weight needs n > 0 and k > 0, got n = ", n, ", k = ", k);
-  check(group >= 16 && group % 16 == 0, op, "group_size must be a positive multiple of 16, got ",
-        group);
+  check(bits >= 2 && bits <= 8 && layout::planes(int(bits)).count > 0, op,
+        "bits must be 2, 3, 4, 5, 6 or 8, got ", bits);
+  check_sizes(op, n, k);
+  check_group(op, "group_size", group);
   const bool two_level = block_scale.has_value();
   check(!two_level || layout::kBlockGroup % group == 0, op,
         "two-level scales need a group_size that divides 256, got ", group);

@@ -283,7 +283,7 @@ def _from_environment() -> None:
 
 # What the CPU kernels of linear take; the other ops take every weight.
 _LINEAR_BITS = (4, 8)
-_LINEAR_MAX_SPAN = 32768  # csrc/cpu/linear.cpp
+_LINEAR_MAX_SPAN = 32768  # kMaxSpan of csrc/cpu/linear.h
 _LINEAR_SCALES = ("float32", "float16", "bfloat16", "int8", "uint4")
 
 

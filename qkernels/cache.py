@@ -67,6 +67,11 @@ class PagedKVCache:
     arguments outside these ranges.
     """
 
+    k_pages: Tensor
+    v_pages: Tensor
+    k_scale: Tensor | None
+    v_scale: Tensor | None
+
     def __init__(
         self,
         layers: int,
@@ -128,13 +133,22 @@ class PagedKVCache:
             return tensor
 
         # One tensor after the other, so that at most one of them exists twice.
-        self.k_pages = grown("k_pages", rows, kind.torch_dtype)
-        self.v_pages = grown("v_pages", rows, kind.torch_dtype)
-        self.k_scale = grown("k_scale", planes, torch.float16) if kind.scaled else None
-        self.v_scale = grown("v_scale", planes, torch.float16) if kind.scaled else None
-        self._count = (
-            pages  # last, so that running out of memory on the way leaves the cache as it was
-        )
+        done: list[str] = []
+        try:
+            for name, shape, dtype in (
+                ("k_pages", rows, kind.torch_dtype),
+                ("v_pages", rows, kind.torch_dtype),
+                ("k_scale", planes, torch.float16),
+                ("v_scale", planes, torch.float16),
+            ):
+                there = kind.scaled or shape is rows
+                setattr(self, name, grown(name, shape, dtype) if there else None)
+                done.append(name)
+        except BaseException:  # out of memory: all four say again what they said before
+            for name in done:
+                setattr(self, name, getattr(self, name)[:, :old])
+            raise
+        self._count = pages
         for page in range(old, pages):
             heapq.heappush(self._free, page)
 

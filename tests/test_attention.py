@@ -399,6 +399,16 @@ def test_dense_masks_and_cross_attention(isa: Any, mask: dict[str, Any]) -> None
     assert (out[95] == 0).all()  # no keys at all
 
 
+def test_a_window_beyond_every_key_changes_nothing(isa: Any) -> None:
+    q, k = torch.randn(6, 2, 32), torch.randn(3, 1, 32)  # the first queries stand before all keys
+    starts = torch.tensor([0, 6], dtype=torch.int32), torch.tensor([0, 3], dtype=torch.int32)
+    without, with_one = (
+        isa.ops.attention_dense(q, k, k, *starts, 0.2, False, window, 0.0)
+        for window in (0, 2**63 - 1)
+    )
+    assert torch.equal(without, with_one)
+
+
 def test_dense_strided(isa: Any) -> None:
     q, k, v, *starts = dense_case([50, 70], [50, 70], (3, 3), 64, torch.float16)
     fused = torch.cat((q, k, v), dim=1)
@@ -566,7 +576,7 @@ def test_bad_scales() -> None:
     for change, message in (
         ({}, "uint8 pages need k_scale and v_scale"),
         ({"k_scale": scale}, "uint8 pages need k_scale and v_scale"),
-        ({"k_scale": scale.float(), "v_scale": scale}, "k_scale must be"),
+        ({"k_scale": scale.float(), "v_scale": scale}, "k_scale must be float16, got float32"),
         (
             {"k_scale": scale, "v_scale": scale[:, :, :1]},
             r"v_scale must be \[6, 2, 2, 16\], got \[6, 2, 1, 16\]",

@@ -87,6 +87,34 @@ def test_growth_keeps_what_is_there(dtype: str) -> None:
     assert all((tensor[:, 0] == 7 + i).all() for i, tensor in enumerate(kinds))
 
 
+@pytest.mark.parametrize("allocations", [0, 1, 2, 3])
+def test_out_of_memory_leaves_the_cache_as_it_was(
+    allocations: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = cache_of(dtype="int8")
+    seq = cache.add()
+    cache.reserve([seq], [16])
+    cache.k_pages.fill_(7)
+    left, empty = allocations, torch.empty
+
+    def failing(*args: Any, **kwargs: Any) -> Tensor:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise RuntimeError("out of memory")
+        return empty(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "empty", failing)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            cache.reserve([seq], [16])
+    assert cache.capacity == 16 and cache.lengths == {seq: 16}
+    assert [t.shape[1] for t in (cache.k_pages, cache.v_pages)] == [1, 1]
+    assert [t.shape[1] for t in (cache.k_scale, cache.v_scale) if t is not None] == [1, 1]
+    cache.reserve([seq], [16])
+    assert cache.k_pages[:, 0].eq(7).all() and cache.v_pages.shape[1] == 2
+
+
 def test_limit() -> None:
     cache = cache_of(max_tokens=100)
     a, b = cache.add(), cache.add()

@@ -247,6 +247,7 @@ def test_errors(namespace: str, generator: torch.Generator) -> None:
         ((x, *weight, bias, "int4", 32), 'act must be "int8" or "float", got "int4"'),
         ((x, *weight, bias, "int8", 0), "act_group must be a positive multiple of 16, got 0"),
         ((x, *weight, bias, "int8", 40), "act_group must be a positive multiple of 16, got 40"),
+        ((x, *weight, bias, "int8", 2**62), "act_group must be at most 1073741824"),
         ((x, *weight, bias, "int8", 48), "must divide the other, got 32 and 48"),
         ((x, weight[0][:64], *weight[1:], bias, "int8", 32), r"codes must be \[128, 160\]"),
     ):

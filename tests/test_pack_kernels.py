@@ -176,7 +176,13 @@ def test_bad_arguments_raise_alike():
         ("pack", (codes[:0], 4, 32, False), "n > 0 and k > 0"),
         ("pack", (codes, 7, 32, False), "bits must be 2, 3, 4, 5, 6 or 8, got 7"),
         ("pack", (codes, 4, 24, False), "group_size must be a positive multiple of 16, got 24"),
+        ("pack", (codes, 4, 2**31, False), "group_size must be at most 1073741824"),
         ("pack", (codes, 4, 48, True), "divides 256, got 48"),
+        # Products that pass 2^63 must not come out as the small numbers they leave over.
+        ("unpack", but(n=2**63 - 1), "a weight has at most 2147483647 rows and columns"),
+        ("unpack", but(k=2**61 + 16), "a weight has at most 2147483647 rows and columns"),
+        ("unpack", but(group=2**61 + 16), "group_size must be at most 1073741824"),
+        ("unpack", but(bits=2**32 + 4), "bits must be 2, 3, 4, 5, 6 or 8, got 4294967300"),
         ("unpack", but(n=65), "codes must be"),
         ("unpack", but(scale=weight[1][:, :1].contiguous()), "scale must be"),
         ("dequantize", (*but(table=table, zero=zero), torch.float32), "a table has its own zero"),

@@ -237,6 +237,8 @@ class TestBadInput:
                 "v_pages must be float32, got uint8",
             ),
             ({"k_scale": None}, "k_scale and v_scale go together"),
+            # A tensor on meta takes the call to the fake, whose empty logits must not come back.
+            ({"query_start": torch.zeros(2, dtype=torch.int32, device="meta")}, "is on meta"),
             (
                 {"k_pages": torch.zeros(1, 4, KV_HEADS, 16, DIM, dtype=torch.uint8)},
                 "k_pages must be .layers >= 2",
@@ -247,8 +249,77 @@ class TestBadInput:
         with pytest.raises(RuntimeError, match=message):
             step(**change)
 
+    def test_tensors_of_a_plan_survive_a_change_of_data(self) -> None:
+        from qkernels.nn.executor import _Encoder
+
+        encoder = _Encoder({"norm": torch.ones(32)})
+        at = encoder._tensor("norm")
+        encoder.weights["norm"].data = torch.zeros(32)
+        assert torch.equal(encoder.tensors[at], torch.ones(32))
+
+    @pytest.mark.parametrize("act", ["int8", "float"])
+    def test_no_rows_selected_give_no_logits(self, act: str) -> None:
+        steps, weights = model(SPECS["w4-min"])
+        execute = NativeExecutor(lower(steps, act_group(weights, act)), weights)
+        cache = PagedKVCache(2, KV_HEADS, DIM, dtype="float32", page_size=16, max_tokens=64)
+        batch = cache.reserve([cache.add()], [3])
+        none = torch.empty(0, dtype=torch.int64)
+        assert execute(torch.tensor([1, 2, 3]), batch, none, cache).shape == (0, VOCAB)
+
+    # Registers 0 .. 3 of width 32 and 4 of width 64; tensors: the table, the head, the norm's
+    # weight.
+    EMBED, HEAD = (1, 0, 0, 4, 32, 64, 32, 0), (6, 4, 32, 64, 32, -1)
+    NORM = (12, -1, -1, 1, 0, 0)  # without residual, bias and heads
+
+    def plan(self, *steps: tuple[int, ...], registers: tuple[int, ...] = ()) -> int:
+        torch.manual_seed(3)
+        weight = [*quantize(torch.randn(64, 32), QuantSpec(4, 32)).pack().op_args()[:6]]
+        return torch.ops.qkernels.decoder_plan(
+            [*weight, *weight, torch.ones(32)],
+            list(registers) or [32, 0] * 4 + [64, 0],
+            [n for step in steps for n in step],
+            [1.0, 1e-5],
+        )
+
+    def test_a_small_program_is_accepted(self) -> None:
+        plan = self.plan(self.EMBED, (2, 1, 0, *self.NORM), (7, 2, 1), (3, 4, 2, *self.HEAD))
+        torch.ops.qkernels.decoder_plan_free(plan)
+
+    @pytest.mark.parametrize(
+        ("steps", "message"),
+        [
+            ([EMBED, (3, 4, 0, *HEAD)], "the head must read what select wrote"),
+            (
+                [EMBED, (2, 1, 0, *NORM), (7, 2, 1), (2, 1, 2, *NORM), (3, 4, 1, *HEAD)],
+                "register 1 is written before and after select",
+            ),
+            ([(1, 0, 2**63 - 2, 4, 32, 64, 32, 0)], "needs six of the 13 given"),
+            ([(1, 0, 0, 4, 32, 64, 2**61 + 32, 0)], "at most 2147483647 rows and columns"),
+            ([EMBED, (4, 1, 0, 2, 3, 2**63 - 1, 1, 1, 32, -1)], "layer must be from 0"),
+            ([EMBED, (4, 1, 0, 2, 3, 0, 2**60 + 1, 1, 32, -1)], "q_heads must be from 1"),
+            ([EMBED, (4, 1, 0, 2, 3, 0, 1, 1, 2048, -1)], "head_dim must be from 16 to 512"),
+            ([EMBED, (4, 1, 0, 2, 3, 0, 1, 1, 24, -1)], "head_dim must be a multiple of 16"),
+            (
+                [EMBED, (2, 1, 0, *NORM), (4, 1, 0, 1, 0, 0, 1, 1, 32, -1)],
+                "kv_append needs a register of its own",
+            ),
+            (
+                [EMBED, (4, 1, 0, 0, 0, 0, 1, 1, 32, -1), (5, 1, 1, 0, 1, 1, 32, 0, 0, 0)],
+                "attention needs a register of its own",
+            ),
+        ],
+    )
+    def test_a_program_that_would_leave_its_registers_is_refused(self, steps, message) -> None:
+        with pytest.raises(RuntimeError, match=f"qkernels::decoder_plan: .*{message}"):
+            self.plan(*steps)
+
+    @pytest.mark.parametrize(("width", "group"), [(2**61, 0), (32, 2**32), (32, 2**32 - 32)])
+    def test_a_register_beyond_all_memory_is_refused(self, width: int, group: int) -> None:
+        with pytest.raises(RuntimeError, match="register 1 needs a width from 1 to"):
+            self.plan(self.EMBED, registers=(32, 0, width, group))
+
     @pytest.mark.parametrize("seed", range(4))
-    def test_a_damaged_program_is_refused_or_runs_but_never_crashes(self, seed: int) -> None:
+    def test_a_damaged_program_is_refused_or_runs_but_never_crashes(self, step, seed: int) -> None:
         from qkernels.nn.executor import _Encoder
 
         steps, weights = model(SPECS["w4-min"])
@@ -263,12 +334,16 @@ class TestBadInput:
             at = int(torch.randint(len(code), (1,), generator=generator))
             code[at] = int(torch.randint(-2, 200, (1,), generator=generator))
             try:
-                torch.ops.qkernels.decoder_plan_free(
-                    torch.ops.qkernels.decoder_plan(
-                        encoder.tensors, registers, code, encoder.numbers
-                    )
+                plan = torch.ops.qkernels.decoder_plan(
+                    encoder.tensors, registers, code, encoder.numbers
                 )
             except RuntimeError as error:
                 assert str(error).startswith("qkernels::decoder_plan: ")
                 refused += 1
+                continue
+            try:
+                step(plan=plan, ids=torch.tensor([1, 2, 3]))
+            except RuntimeError as error:
+                assert str(error).startswith("qkernels::decoder_step: ")
+            torch.ops.qkernels.decoder_plan_free(plan)
         assert refused > 75

@@ -1,10 +1,14 @@
 // Boundary of attention over a paged cache and over dense keys.
 #include "attention.h"
 
+#include <algorithm>
+
 #include "run.h"
 
 namespace qk {
 namespace {
+
+constexpr int64_t kMaxWindow = INT32_MAX;  // no sequence is longer; a position minus it is in range
 
 void check_options(const char* op, double scale, int64_t window, double softcap) {
   check(scale == scale, op, "scale must be a number, got ", scale);
@@ -38,7 +42,8 @@ Tensor attention(const Tensor& q, const Tensor& query_start, const Tensor& kv_le
   check_heads(op, a.q_heads, a.pages.kv_heads);
   check_options(op, scale, window, softcap);
   a.batch = make_ragged(op, q.size(0), a.pages, query_start, kv_len, page_table);
-  a.scale = float(scale), a.causal = causal, a.window = window, a.softcap = float(softcap);
+  a.scale = float(scale), a.causal = causal, a.window = std::min(window, kMaxWindow),
+  a.softcap = float(softcap);
   Tensor out = torch::stable::new_empty(q, {q.size(0), a.q_heads, dim});
   if (out.numel() == 0) return out;
   a.q = data(q), a.out = mutable_data(out);
@@ -71,7 +76,8 @@ Tensor attention_dense(const Tensor& q, const Tensor& k, const Tensor& v, const 
   a.batch = query_start.size(0) - 1;
   check(kv_start.size(0) == a.batch + 1, op, "kv_start must be [", a.batch + 1,
         "] like query_start, got ", shape_of(kv_start));
-  a.scale = float(scale), a.causal = causal, a.window = window, a.softcap = float(softcap);
+  a.scale = float(scale), a.causal = causal, a.window = std::min(window, kMaxWindow),
+  a.softcap = float(softcap);
   Tensor out = torch::stable::new_empty(q, {a.tokens, a.q_heads, a.dim});
   if (out.numel() == 0) return out;
   a.q = data(q), a.k = data(k), a.v = data(v), a.out = mutable_data(out);

@@ -83,7 +83,7 @@ inline KvPages make_pages(const char* op, int64_t dim, const Tensor& k, const Te
   check(k_scale && v_scale, op, "uint8 pages need k_scale and v_scale");
   for (const auto& [name, t] :
        {std::pair<const char*, const Tensor&>{"k_scale", *k_scale}, {"v_scale", *v_scale}}) {
-    check(t.scalar_type() == ScalarType::Half, op, name, " must be Half, got ",
+    check(t.scalar_type() == ScalarType::Half, op, name, " must be float16, got ",
           type_name(t.scalar_type()));
     check(t.dim() == 4 && t.size(0) == p.pages && t.size(1) == p.kv_heads && t.size(2) == 2 &&
               t.size(3) == p.page,

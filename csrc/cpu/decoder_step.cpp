@@ -57,7 +57,10 @@ struct Register {
   std::vector<int16_t> sums;
 
   int64_t kx() const { return layout::round_up(width, group); }
-  void reserve(int64_t rows) {  // grows only, so that a decode step allocates nothing
+  // Grows only, so that a decode step allocates nothing. At least one row: to a kernel, null means
+  // an argument that is not there.
+  void reserve(int64_t rows) {
+    rows = std::max<int64_t>(rows, 1);
     if (group == 0) {
       if (int64_t(values.size()) < rows * width) values.resize(size_t(rows * width));
       return;
@@ -106,6 +109,8 @@ class Decoder {
     while (at_ < code_.size()) plan_.steps.push_back(step());
     check(!plan_.steps.empty() && plan_.steps.back().op == kLinear, kPlan,
           "the last step must be a linear (the head)");
+    check(plan_.registers[size_t(plan_.steps.back().src)].selected, kPlan,
+          "the head must read what select wrote: logits have a row per selected token");
     plan_.vocab = plan_.steps.back().weight.n;
     place_barriers();
   }
@@ -115,9 +120,11 @@ class Decoder {
     check(at_ < code_.size(), kPlan, "the program ends in the middle of a step");
     return code_[at_++];
   }
-  int64_t positive(const char* what) {
+  // Numbers that are multiplied with others must not overflow.
+  int64_t at_most(int64_t most, int64_t least, const char* what) {
     const int64_t value = next();
-    check(value > 0, kPlan, what, " must be positive, got ", value);
+    check(value >= least && value <= most, kPlan, what, " must be from ", least, " to ", most,
+          ", got ", value);
     return value;
   }
   float number() {
@@ -148,7 +155,7 @@ class Decoder {
   }
   Weight weight() {
     const int64_t base = next(), bits = next(), group = next(), n = next(), k = next();
-    check(base >= 0 && base + 6 <= int64_t(plan_.tensors.size()), kPlan, "a weight at tensor ",
+    check(base >= 0 && base <= int64_t(plan_.tensors.size()) - 6, kPlan, "a weight at tensor ",
           base, " needs six of the ", plan_.tensors.size(), " given");
     const auto* t = &plan_.tensors[size_t(base)];
     check(t[0] && t[1], kPlan, "a weight needs codes and scale");
@@ -165,8 +172,19 @@ class Decoder {
   // The rows of dst are those of src.
   void follow(int dst, int src) {
     check(written_.count(src), kPlan, "register ", src, " is read before it is written");
-    plan_.registers[size_t(dst)].selected = plan_.registers[size_t(src)].selected;
+    write(dst, plan_.registers[size_t(src)].selected);
+  }
+  // A register keeps its kind of rows: it is allocated once for all steps.
+  void write(int dst, bool selected) {
+    Register& r = plan_.registers[size_t(dst)];
+    check(!written_.count(dst) || r.selected == selected, kPlan, "register ", dst,
+          " is written before and after select");
+    r.selected = selected;
     written_.insert(dst);
+  }
+  // Threads that are ahead write dst while others still read src.
+  void differs(int dst, int src, const char* what) {
+    check(dst != src, kPlan, what, " needs a register of its own, not that of its input");
   }
   void unselected(int r, const char* what) {
     check(!plan_.registers[size_t(r)].selected, kPlan, what, " must come before select");
@@ -182,7 +200,7 @@ class Decoder {
         is_float(s.dst, "the embedding"), width_is(s.dst, s.weight.k, "the embedding");
         check(plan_.vocab_in == 0, kPlan, "a program has one embedding");
         plan_.vocab_in = s.weight.n;
-        written_.insert(s.dst);
+        write(s.dst, false);
         break;
       case kNorm: {
         s.dst = reg(), s.src = reg();
@@ -214,6 +232,7 @@ class Decoder {
         const int group = plan_.registers[size_t(s.src)].group;
         check_linear_weight(kPlan, s.weight);
         if (group) check_linear_groups(kPlan, s.weight.group, group);
+        differs(s.dst, s.src, "a linear");
         follow(s.dst, s.src);
         break;
       }
@@ -233,8 +252,7 @@ class Decoder {
         width_is(s.second, s.kv_heads * s.dim, "k"), width_is(s.third, s.kv_heads * s.dim, "v");
         follow(s.dst, s.src), same_rows(s.second, s.src), same_rows(s.third, s.src),
             unselected(s.src, "kv_append");
-        check(s.dst != s.src, kPlan,
-              "kv_append needs a register of its own for the rotated queries");
+        for (int r : {s.src, s.second, s.third}) differs(s.dst, r, "kv_append");
         break;
       }
       case kAttention:
@@ -245,6 +263,7 @@ class Decoder {
         is_float(s.dst, "attention's output"), is_float(s.src, "q");
         width_is(s.dst, s.heads * s.dim, "attention's output"),
             width_is(s.src, s.heads * s.dim, "q");
+        differs(s.dst, s.src, "attention");
         follow(s.dst, s.src), unselected(s.src, "attention");
         break;
       case kGate: {
@@ -263,9 +282,8 @@ class Decoder {
         s.dst = reg(), s.src = reg();
         is_float(s.dst, "select"), is_float(s.src, "select"),
             width_is(s.dst, plan_.registers[size_t(s.src)].width, "select");
-        unselected(s.src, "select"), follow(s.dst, s.src);
-        check(s.dst != s.src, kPlan, "select needs a register of its own");
-        plan_.registers[size_t(s.dst)].selected = true;
+        check(written_.count(s.src), kPlan, "register ", s.src, " is read before it is written");
+        unselected(s.src, "select"), differs(s.dst, s.src, "select"), write(s.dst, true);
         break;
       case kQuantize:
         s.dst = reg(), s.src = reg();
@@ -287,9 +305,10 @@ class Decoder {
   }
 
   void cache_shape(Step& s) {
-    s.layer = next(), s.heads = positive("q_heads"), s.kv_heads = positive("kv_heads"),
-    s.dim = positive("head_dim");
-    check(s.layer >= 0, kPlan, "layer must not be negative, got ", s.layer);
+    constexpr int64_t most = 1 << 20;  // far beyond any model
+    s.layer = at_most(most, 0, "layer"), s.heads = at_most(most, 1, "q_heads"),
+    s.kv_heads = at_most(most, 1, "kv_heads"), s.dim = at_most(kMaxHeadDim, 16, "head_dim");
+    check(s.dim % 16 == 0, kPlan, "head_dim must be a multiple of 16, got ", s.dim);
     check(s.heads % s.kv_heads == 0, kPlan, "q_heads must be a multiple of kv_heads, got ", s.heads,
           " and ", s.kv_heads);
     if (plan_.dim == 0) plan_.kv_heads = s.kv_heads, plan_.dim = s.dim;
@@ -299,14 +318,17 @@ class Decoder {
   }
 
   // A barrier stands before a step that touches what another step since the last barrier wrote, or
-  // writes what it read.
+  // writes what it read. The cache counts as one register more, and attention as a writer of it:
+  // two attentions must not share the counter that hands out their work.
   void place_barriers() {
+    const int cache = int(plan_.registers.size());
     std::set<int> read, written;
     for (Step& s : plan_.steps) {
       std::set<int> in, out{s.dst};
       for (int r : {s.src, s.second, s.third})
         if (r >= 0) in.insert(r);
       if (s.op == kNorm && s.second >= 0) out.insert(s.second);
+      if (s.op == kKvAppend || s.op == kAttention) out.insert(cache);
       const auto meets = [](const std::set<int>& a, const std::set<int>& b) {
         return std::any_of(a.begin(), a.end(), [&](int r) { return b.count(r) > 0; });
       };
@@ -333,9 +355,11 @@ int64_t decoder_plan(const std::vector<std::optional<Tensor>>& tensors,
   check(registers.size() % 2 == 0, kPlan, "registers must be pairs of width and group");
   for (const auto& t : tensors) check(!t || t->is_cpu(), kPlan, "tensors must be on the CPU");
   for (size_t i = 0; i < registers.size(); i += 2) {
-    check(registers[i] > 0 && registers[i + 1] >= 0 && registers[i + 1] % 16 == 0, kPlan,
-          "register ", i / 2, " needs a positive width and a group of 0 or a multiple of 16, got ",
-          registers[i], " and ", registers[i + 1]);
+    check(registers[i] > 0 && registers[i] <= kMaxSize && registers[i + 1] >= 0 &&
+              registers[i + 1] <= kMaxGroup && registers[i + 1] % 16 == 0,
+          kPlan, "register ", i / 2, " needs a width from 1 to ", kMaxSize,
+          " and a group of 0 or a multiple of 16 up to ", kMaxGroup, ", got ", registers[i],
+          " and ", registers[i + 1]);
     plan->registers.push_back(Register{registers[i], int(registers[i + 1]), false, {}, {}, {}, {}});
   }
   Decoder(*plan, code, numbers).run();
@@ -354,7 +378,7 @@ void decoder_plan_free(int64_t handle) {
 // (bytes for k and v, elements for scales).
 struct LayeredPages {
   KvPages first;
-  int64_t k_bytes, v_bytes, scale_elements;
+  int64_t k_bytes, v_bytes, k_scale_elements, v_scale_elements;
 };
 LayeredPages make_layered_pages(const char* op, const Tensor& k, const Tensor& v,
                                 const std::optional<Tensor>& k_scale,
@@ -372,10 +396,8 @@ LayeredPages make_layered_pages(const char* op, const Tensor& k, const Tensor& v
   if (k_scale && v_scale) {
     check_layers("k_scale", *k_scale, "P, Hkv, 2, page");
     check_layers("v_scale", *v_scale, "P, Hkv, 2, page");
-    check(k_scale->stride(0) == v_scale->stride(0), op,
-          "layers of k_scale and v_scale must be the same distance apart");
     ks = first(*k_scale), vs = first(*v_scale);
-    p.scale_elements = k_scale->stride(0);
+    p.k_scale_elements = k_scale->stride(0), p.v_scale_elements = v_scale->stride(0);
   }
   check(k_scale.has_value() == v_scale.has_value(), op, "k_scale and v_scale go together");
   p.first = make_pages(op, dim, first(k), first(v), ks, vs);
@@ -471,8 +493,10 @@ class Runner {
     KvPages p = in_.pages.first;
     p.k = static_cast<char*>(p.k) + layer * in_.pages.k_bytes;
     p.v = static_cast<char*>(p.v) + layer * in_.pages.v_bytes;
-    if (p.k_scale)
-      p.k_scale += layer * in_.pages.scale_elements, p.v_scale += layer * in_.pages.scale_elements;
+    if (p.k_scale) {
+      p.k_scale += layer * in_.pages.k_scale_elements;
+      p.v_scale += layer * in_.pages.v_scale_elements;
+    }
     return p;
   }
   LinearArgs linear_args(const Step& s) const {

@@ -58,7 +58,8 @@ Tensor kv_append(const Tensor& q, const Tensor& k, const Tensor& v,
   Tensor out = torch::stable::new_empty(q, {tokens, a.q_heads, dim});
   if (tokens == 0) return out;
   a.q = data(q), a.k = data(k), a.v = data(v), a.q_out = mutable_data(out);
-  run_team(team_size(), [&](Team& team) { kernels().kv_append(a, team); });
+  const Kernels& kernel = kernels();
+  run_team(team_size(), [&](Team& team) { kernel.kv_append(a, team); });
   return out;
 }
 

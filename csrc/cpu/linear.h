@@ -18,8 +18,7 @@ inline void check_linear_weight(const char* op, const Weight& w) {
 }
 
 inline void check_linear_groups(const char* op, int64_t group, int64_t act_group) {
-  check(act_group >= 16 && act_group % 16 == 0, op,
-        "act_group must be a positive multiple of 16, got ", act_group);
+  check_group(op, "act_group", act_group);
   check(group % act_group == 0 || act_group % group == 0, op,
         "one of group_size and act_group must divide the other, got ", group, " and ", act_group);
   const int64_t span = group < act_group ? group : act_group;

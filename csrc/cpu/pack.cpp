@@ -18,9 +18,8 @@ Tensor pack(const Tensor& codes, int64_t bits, int64_t group, bool two_level) {
   const int64_t n = codes.size(0), k = codes.size(1);
   check(bits == 2 || bits == 3 || bits == 4 || bits == 5 || bits == 6 || bits == 8, op,
         "bits must be 2, 3, 4, 5, 6 or 8, got ", bits);
-  check(n > 0 && k > 0, op, "a weight needs n > 0 and k > 0, got n = ", n, ", k = ", k);
-  check(group >= 16 && group % 16 == 0 && group <= INT32_MAX, op,
-        "group_size must be a positive multiple of 16, got ", group);
+  check_sizes(op, n, k);
+  check_group(op, "group_size", group);
   check(!two_level || layout::kBlockGroup % group == 0, op,
         "two-level scales need a group_size that divides 256, got ", group);
   const int64_t kp = layout::padded_k(k, group, two_level), np = layout::padded_n(n);

@@ -229,6 +229,7 @@ class _Encoder:
 
     def __init__(self, weights: Mapping[str, Weight]) -> None:
         self.weights = weights
+        # Aliases: a plan keeps pointers, which `tensor.data = other` would leave dangling.
         self.tensors: list[torch.Tensor | None] = []
         self.registers: list[tuple[int, int]] = []  # width, activation group
         self.code: list[int] = []
@@ -258,7 +259,7 @@ class _Encoder:
         assert name is not None
         if name not in self._base:
             self._base[name] = len(self.tensors)
-            self.tensors.append(vector)
+            self.tensors.append(vector.detach())
         return self._base[name]
 
     def _weight(self, name: str) -> tuple[PackedWeight, list[int]]:
@@ -266,7 +267,7 @@ class _Encoder:
         *tensors, bits, group, n, k = weight.op_args()
         if name not in self._base:
             self._base[name] = len(self.tensors)
-            self.tensors += tensors
+            self.tensors += [None if t is None else t.detach() for t in tensors]
         return weight, [self._base[name], bits, group, n, k]
 
     def add(self, step: Step) -> None:

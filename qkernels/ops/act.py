@@ -46,8 +46,7 @@ def check_quantize_act(x: Tensor, group: int) -> None:
     checks.rows("quantize_act", "x", x)
     if x.shape[1] < 1:
         checks.fail("quantize_act", f"x needs at least one column, got {list(x.shape)}")
-    if group < 16 or group % 16:
-        checks.fail("quantize_act", f"group must be a positive multiple of 16, got {group}")
+    checks.group_of("quantize_act", "group", group)
 
 
 def _fake(x: Tensor, group: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -12,6 +12,8 @@ from torch import Tensor
 from ..quant import layout
 from ..quant.spec import BITS, BLOCK, FLAT_SCALES
 
+MAX_GROUP = 1 << 30
+MAX_SIZE = 2**31 - 1  # of n and k
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -62,9 +64,22 @@ def rows(op: str, name: str, tensor: Tensor) -> None:
         fail(op, f"{name} must be dense in its last dimension")
 
 
-def act_group(op: str, group: int) -> None:
+def group_of(op: str, name: str, group: int) -> None:
     if group < 16 or group % 16:
-        fail(op, f"act_group must be a positive multiple of 16, got {group}")
+        fail(op, f"{name} must be a positive multiple of 16, got {group}")
+    if group > MAX_GROUP:
+        fail(op, f"{name} must be at most {MAX_GROUP}, got {group}")
+
+
+def act_group(op: str, group: int) -> None:
+    group_of(op, "act_group", group)
+
+
+def sizes(op: str, n: int, k: int) -> None:
+    if n <= 0 or k <= 0:
+        fail(op, f"a weight needs n > 0 and k > 0, got n = {n}, k = {k}")
+    if n > MAX_SIZE or k > MAX_SIZE:
+        fail(op, f"a weight has at most {MAX_SIZE} rows and columns, got n = {n}, k = {k}")
 
 
 def weight(
@@ -83,10 +98,8 @@ def weight(
     """The tensors and numbers of one packed weight; `make_weight` of csrc/check.h."""
     if bits not in BITS:
         fail(op, f"bits must be 2, 3, 4, 5, 6 or 8, got {bits}")
-    if n <= 0 or k <= 0:
-        fail(op, f"a weight needs n > 0 and k > 0, got n = {n}, k = {k}")
-    if group_size < 16 or group_size % 16:
-        fail(op, f"group_size must be a positive multiple of 16, got {group_size}")
+    sizes(op, n, k)
+    group_of(op, "group_size", group_size)
     two_level = block_scale is not None
     if two_level and BLOCK % group_size:
         fail(op, f"two-level scales need a group_size that divides 256, got {group_size}")

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import torch
 
+from qkernels.ops import checks
 from qkernels.ops.registry import define
 
 
@@ -22,8 +23,21 @@ def _step_fake(
     k_scale: torch.Tensor | None = None,
     v_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    torch._check(
-        select.dim() == 1, lambda: f"decoder_step: select must be [S], got {list(select.shape)}"
+    op = "decoder_step"
+    checks.expect(op, "ids", ids, torch.int64, [-1])
+    checks.expect(op, "select", select, torch.int64, [-1])
+    checks.same_device(
+        op,
+        "ids",
+        ids.device,
+        query_start=query_start,
+        kv_len=kv_len,
+        page_table=page_table,
+        select=select,
+        k_pages=k_pages,
+        v_pages=v_pages,
+        k_scale=k_scale,
+        v_scale=v_scale,
     )
     return ids.new_empty((select.shape[0], vocab), dtype=torch.float32)
 

@@ -21,10 +21,8 @@ def check_pack(codes: Tensor, bits: int, group_size: int, two_level: bool) -> No
     n, k = codes.shape
     if bits not in BITS:
         checks.fail("pack", f"bits must be 2, 3, 4, 5, 6 or 8, got {bits}")
-    if n <= 0 or k <= 0:
-        checks.fail("pack", f"a weight needs n > 0 and k > 0, got n = {n}, k = {k}")
-    if group_size < 16 or group_size % 16:
-        checks.fail("pack", f"group_size must be a positive multiple of 16, got {group_size}")
+    checks.sizes("pack", n, k)
+    checks.group_of("pack", "group_size", group_size)
     if two_level and BLOCK % group_size:
         checks.fail(
             "pack", f"two-level scales need a group_size that divides 256, got {group_size}"
