@@ -21,10 +21,10 @@ from .quant.quantize import quantize
 
 Weight = PackedWeight | torch.Tensor
 
-# Unpacked codes of one block of rows. Packing reads every byte a few times, so a block should stay
-# near the caches,
-# and the peak of loading is the packed size plus two blocks; much smaller ones cost calls.
-BLOCK_BYTES = 4 << 20
+# Unpacked codes of one block of rows. Blocks are decoded and packed in parts that fit the caches, so
+# their size decides only what loading needs beside the packed weights, at most two blocks: below
+# this, what the allocator keeps to itself (up to 15 MB, whatever the model) would be more than that.
+BLOCK_BYTES = 12 << 20
 _DENSE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
