@@ -41,7 +41,7 @@ bench: $(VENV)/bench.stamp $(VENV)/model.stamp qkernels/_C_cpu.so
 # preloads matter: without libstdc++ ASan misses the exceptions that the ops throw. Leaks are not
 # looked for: Python itself leaves memory behind at exit.
 SANITIZE_TESTS = $(wildcard $(foreach stem,pack linear embedding quantize_act act norm gate kv_append \
-  attention sample,tests/test_$(stem)*.py))
+  attention cache program sample,tests/test_$(stem)*.py))
 sanitize: $(VENV)/test.stamp
 	$(BIN)/python setup.py native --sanitize
 	cd build/sanitize && \
