@@ -188,6 +188,12 @@ def test_bad_input_is_one_line_and_exit_code_2(
     assert message in one_error_line(run(*given), 2)
 
 
+def test_without_arguments_the_help_is_shown(run: Run) -> None:
+    result = run()
+    assert result.exit_code == 2 and "generate" in result.output
+    assert result.stderr == "" and isinstance(result.exception, SystemExit)
+
+
 def test_a_bug_is_one_line_and_exit_code_1(run: Run, tmp_path: Path) -> None:
     path = tmp_path / "a.bug"
     path.write_text("")

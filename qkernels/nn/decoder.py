@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -26,8 +26,8 @@ from ..generate import (
 )
 from ..loading import Checkpoint, Progress, Weight, load_gguf, load_hf_directory, load_hf_model
 from ..models import ModelConfig, RopeConfig
-from ..ops.linear import default_act_group
-from ..quant import PackedWeight, QuantSpec
+from ..ops.linear import ACTS, default_act_group
+from ..quant import PackedWeight, QuantSpec, scheme_act
 from ..text import Text, text_of
 from .embedding import DenseEmbedding, QuantEmbedding
 from .executor import ComposedExecutor, Executor, NativeExecutor
@@ -40,7 +40,6 @@ from .program import Linear, Norm, lower
 # A context beyond this costs memory for positions few programs use; ask for it with max_seq_len.
 DEFAULT_CONTEXT = 32768
 KV_DTYPES = ("float32", "float16", "bfloat16", "int8", "int4")
-ACTS = ("int8", "float")
 
 Prompt = str | Sequence[int] | torch.Tensor
 
@@ -91,7 +90,9 @@ class QuantDecoder(nn.Module):
         self._executor: tuple[tuple[str, str], Executor] | None = None
         self._resolved: dict[str, Weight] | None = None
         self._text: Text | None = None
-        self._make_text: Callable[[], Text] = lambda: text_of(checkpoint, tokenizer)
+        # Without the weights: they would stay in memory beside those that `.to(device)` made.
+        source = replace(checkpoint, weights={})
+        self._make_text: Callable[[], Text] = lambda: text_of(source, tokenizer)
         self._defaults: GenerationSettings | None = None
         self._generation = checkpoint.generation
         self._eos_in_config = checkpoint.raw_config.get("eos_token_id")
@@ -121,10 +122,11 @@ class QuantDecoder(nn.Module):
         "W4A16"; None keeps
             them in its type. GGUF files are quantized already. embeddings: the same for the table
             of embeddings, and with tied weights for the head.
-        device: "auto" or "cpu". act: "int8" quantizes activations at run time ("auto" on a CPU),
-        "float" does not. kv_dtype: of the KV cache: float32, float16 ("auto"), bfloat16, int8 or
-        int4. max_seq_len: tokens of the longest sequence; None: what the model was made for, at
-        most 32768. tokenizer: a transformers tokenizer, where the model does not come with one.
+        device: "auto" or "cpu". act: "int8" quantizes activations at run time, "float" does not;
+        "auto" is what a scheme given as `spec` says, else "int8" on a CPU. kv_dtype: of the KV
+        cache: float32, float16 ("auto"), bfloat16, int8 or int4. max_seq_len: tokens of the longest
+        sequence; None: what the model was made for, at most 32768. tokenizer: a transformers
+        tokenizer, where the model does not come with one.
         progress: called as progress(done, total, name of the tensor).
 
         Raises CheckpointError (a ValueError) for a damaged or incomplete checkpoint,
@@ -136,6 +138,9 @@ class QuantDecoder(nn.Module):
         _check_device(device)
         _one_of("act", act, ACTS, auto="int8")  # before minutes of loading
         _one_of("kv_dtype", _dtype_name(kv_dtype), KV_DTYPES, auto="float16")
+        if act == "auto" and isinstance(spec, str):
+            # W4A16 asks for float activations, W4A8 for int8.
+            act = scheme_act(spec)
         checkpoint = _load(path_or_model, _spec(spec), _spec(embeddings), progress)
         return cls(
             checkpoint,
@@ -177,6 +182,10 @@ class QuantDecoder(nn.Module):
         super()._apply(fn, recurse)
         self._resolved = self._executor = self._chat = None  # they hold the tensors from before
         return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy makes these again: a native plan belongs to one executor and its tensors.
+        return {**self.__dict__, "_resolved": None, "_executor": None, "_chat": None}
 
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
         self._resolved = self._executor = self._chat = None
@@ -264,6 +273,7 @@ class QuantDecoder(nn.Module):
                 input_ids.dtype if isinstance(input_ids, torch.Tensor) else type(input_ids).__name__
             )
             raise TypeError(f"input_ids must be an int64 or int32 tensor, got {what}")
+        _check_values("input_ids", input_ids)
         if input_ids.dim() != 2 or input_ids.shape[1] == 0:
             raise ValueError(
                 f"input_ids must have shape [B, T] with T > 0, got {list(input_ids.shape)}"
@@ -342,6 +352,7 @@ class QuantDecoder(nn.Module):
                 raise ValueError(f"{which}: expected a text, got an empty one")
             ids = self.text.encode(prompt)
         elif isinstance(prompt, torch.Tensor):
+            _check_values(which, prompt)
             if prompt.dim() != 1 or prompt.is_floating_point():
                 raise ValueError(
                     f"{which}: expected integer ids of shape [T], got {prompt.dtype} "
@@ -470,6 +481,11 @@ def _module_of(
     )
 
 
+def _check_values(name: str, ids: torch.Tensor) -> None:
+    if ids.is_meta:
+        raise ValueError(f"{name}: expected token ids on the CPU, got a tensor on meta")
+
+
 def _prompt_list(prompts: Any) -> list[Any]:
     if isinstance(prompts, str):
         return [prompts]
@@ -485,7 +501,10 @@ def _prompt_list(prompts: Any) -> list[Any]:
 
 
 def _check_device(device: str | torch.device) -> None:
-    kind = "cpu" if device == "auto" else torch.device(device).type
+    try:
+        kind = "cpu" if device == "auto" else torch.device(device).type
+    except (RuntimeError, TypeError):  # torch knows no such device
+        kind = ""
     if kind != "cpu":
         raise ValueError(
             f"device {str(device)!r} is not supported: QuantDecoder runs on the CPU. On CUDA, this "
