@@ -416,6 +416,20 @@ def test_bad_context(length: Any) -> None:
         make(max_seq_len=length)
 
 
+def test_info_says_what_the_program_runs(decoder: QuantDecoder) -> None:
+    said = qk.info(decoder)
+    assert [layer.name for layer in said.layers[:3]] == ["embed", "layers.0.q", "layers.0.k"]
+    assert [layer.op for layer in said.layers[:2]] == ["embedding", "linear_quant"]
+    head = said.layers[-1]  # tied: the table once more
+    assert (head.name, head.op, head.act, head.row) == ("embed", "linear_quant", "int8", "cpu")
+    assert said.nbytes == decoder.nbytes and dict(said.facts)["runs as"].startswith("one native")
+    with qk.backend("reference"):
+        assert {layer.row for layer in qk.info(decoder).layers} == {"reference"}
+        assert "one op after the other" in str(qk.info(decoder))
+    dense = QuantDecoder(load_hf(RAW, Random(), None, None), act="float")
+    assert {(x.row, x.spec, x.act) for x in qk.info(dense).layers} == {("torch", "float32", "-")}
+
+
 def test_meta_input() -> None:
     with pytest.raises(ValueError, match=r"input_ids: expected token ids on the CPU, got .* meta"):
         make()(torch.zeros(1, 4, dtype=torch.int64, device="meta"))

@@ -35,13 +35,46 @@ from .keep import HoldsPacked
 from .linear import DenseLinear, QuantLinear
 from .norm import RMSNorm
 from .pool import ChatMemory, KvPool
-from .program import Linear, Norm, lower
+from .program import Embed, Linear, Norm, lower
 
 # A context beyond this costs memory for positions few programs use; ask for it with max_seq_len.
 DEFAULT_CONTEXT = 32768
+# Ops of a step whose rows decide by the device alone.
+_STEP_OPS = (
+    "norm",
+    "add_norm",
+    "norm_quant",
+    "add_norm_quant",
+    "gate",
+    "gate_quant",
+    "kv_append",
+    "attention",
+    "quantize_act",
+)
 KV_DTYPES = ("float32", "float16", "bfloat16", "int8", "int4")
 
 Prompt = str | Sequence[int] | torch.Tensor
+
+
+@dataclass(frozen=True)
+class WeightUse:
+    """One use of a matrix. op: embedding, linear, or linear_quant, which takes int8 activations in
+    groups of `act_group` columns."""
+
+    name: str
+    op: str
+    weight: Weight
+    act_group: int
+
+    @property
+    def case(self) -> dict[str, Any]:
+        """What rows of the op decide by; of packed weights only."""
+        assert isinstance(self.weight, PackedWeight)
+        if self.op == "embedding":
+            return {"weight": self.weight.kind}
+        act = "int8" if self.act_group else "float"
+        group = self.weight.group
+        return {"weight": self.weight.kind, "act": act, "group": group, "act_group": self.act_group}
 
 
 @dataclass
@@ -163,7 +196,7 @@ class QuantDecoder(nn.Module):
             parent = parent._modules[part]  # type: ignore[assignment]
         parent.add_module(last, module)
 
-    def _weights(self) -> dict[str, Weight]:
+    def weights(self) -> dict[str, Weight]:
         """The weights by the names of the program, on the modules' tensors."""
         if self._resolved is None:
             resolved: dict[str, Weight] = {}
@@ -199,7 +232,7 @@ class QuantDecoder(nn.Module):
         """What runs the program under the backend in force; made when first needed."""
         key = backends.current()
         if self._executor is None or self._executor[0] != key:
-            weights = self._weights()
+            weights = self.weights()
             steps = lower(self._steps, self._act_group)
             native = self.composed_because() is None
             self._executor = (
@@ -210,10 +243,24 @@ class QuantDecoder(nn.Module):
 
     def _act_group(self, name: str) -> int:
         """Columns per scale of the int8 activations that enter weight `name`; 0: float ones."""
-        weight = self._weights()[name]
+        weight = self.weights()[name]
         if self.act == "float" or not isinstance(weight, PackedWeight) or weight.perm is not None:
             return 0
         return default_act_group(weight)
+
+    def uses(self) -> list[WeightUse]:
+        """What the program does with its matrices, in its order."""
+        found = []
+        for step in self._steps:
+            if isinstance(step, Embed):
+                op, group = "embedding", 0
+            elif isinstance(step, Linear):
+                group = self._act_group(step.weight)
+                op = "linear_quant" if group else "linear"
+            else:
+                continue
+            found.append(WeightUse(step.weight, op, self.weights()[step.weight], group))
+        return found
 
     def composed_because(self) -> str | None:
         """Why the model runs op by op and not as one native call per step; None if it does run
@@ -224,21 +271,20 @@ class QuantDecoder(nn.Module):
         backend = backends.current()[0]
         if backend not in ("auto", "cpu"):
             return f"the backend in force is {backend!r}"
-        for step in self._steps:
-            if isinstance(step, Linear):
-                weight = self._weights()[step.weight]
-                if not isinstance(weight, PackedWeight):
-                    return f"{step.weight} is dense ({weight.dtype})"
-                if weight.perm is not None:
-                    return f"{step.weight} has its columns in act-order"
-                act_group = self._act_group(step.weight)
-                op, act = ("linear_quant", "int8") if act_group else ("linear", "float")
-                case = {"weight": weight.kind, "act": act, "group": weight.group}
-                choice = backends.choose(op, "cpu", {**case, "act_group": act_group})
-                if choice.row.name != "cpu":
-                    return f"{step.weight}: " + "; ".join(reason for _, reason in choice.reasons)
-        table = self._weights()["embed.weight"]
-        return None if isinstance(table, PackedWeight) else f"embed.weight is dense ({table.dtype})"
+        for use in self.uses():
+            if not isinstance(use.weight, PackedWeight):
+                return f"{use.name} is dense ({use.weight.dtype})"
+            if use.op != "embedding" and use.weight.perm is not None:
+                return f"{use.name} has its columns in act-order"
+            choice = backends.choose(use.op, "cpu", use.case)
+            if choice.row.name != "cpu":
+                why = "; ".join(reason for _, reason in choice.reasons)
+                return f"{use.name}: {why or f'the row {choice.row.name!r} computes it'}"
+        for op in _STEP_OPS:
+            row = backends.choose(op, "cpu", {}).row
+            if row.name != "cpu":
+                return f"the row {row.name!r} computes {op}"
+        return None
 
     @property
     def nbytes(self) -> int:
