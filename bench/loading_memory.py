@@ -60,7 +60,7 @@ def child(path: str) -> None:
     sys.stdin.readline()
     packed = sum(t.nbytes for t in (*decoder.parameters(), *decoder.buffers()))
     blocks = [0]
-    for weight in decoder._weights().values():
+    for weight in decoder.weights().values():
         if isinstance(weight, PackedWeight):
             rows = min(rows_per_block(weight.k), weight.n)
             # A PlainWeight: a byte per code, and of every group at most a scale and a minimum of

@@ -65,7 +65,6 @@ class Choice:
 
 
 _rows: dict[str, list[Row]] = {}
-_generic: list[Row] = []  # serve every op that has no row of that name
 _choices: dict[Any, Any] = {}  # (op, device, case, backend) -> the callable op
 _warned: set[Any] = set()
 _lock = threading.RLock()
@@ -83,7 +82,7 @@ def register_row(row: Row, *, before: str | None = None) -> None:
     arguments). Raises ValueError for a second row of the same op and name, or an unknown `before`.
     """
     with _lock:
-        rows = _rows.setdefault(row.op, [])
+        rows = _rows.setdefault(row.op, _device_rows(row.op))
         if any(other.name == row.name for other in rows):
             raise ValueError(f"qkernels: {row.op} has a row named {row.name!r} already")
         names = [other.name for other in rows]
@@ -94,11 +93,14 @@ def register_row(row: Row, *, before: str | None = None) -> None:
 
 
 def rows(op: str) -> list[Row]:
-    """The table of an op, in order: its own rows, then the ones that every op has."""
+    """The table of an op, in order; the reference, which takes everything, comes last."""
     _load_plugins()
-    own = _rows.get(op, [])
-    generic = [r for r in _generic if r.name not in {o.name for o in own}]
-    return [*own, *(Row(op, r.name, r.namespace, r.device, r.supports) for r in generic)]
+    return [*_rows.get(op, _device_rows(op)), Row(op, "reference", REFERENCE)]
+
+
+def _device_rows(op: str) -> list[Row]:
+    """Of an op that nobody has registered rows for."""
+    return [Row(op, device, NATIVE, device) for device in ("cuda", "cpu")]
 
 
 def choose(op: str, device: str, case: Case) -> Choice:
@@ -120,7 +122,7 @@ def choose(op: str, device: str, case: Case) -> Choice:
     reasons: list[tuple[str, str]] = []
     for row in candidates:
         reason = row.supports(case)
-        if reason is None and not _implemented(row, device):
+        if reason is None and not implemented(row, device):
             reason = f"{row.namespace} has no kernel of it for {device}"
         if reason is None:
             return Choice(row, tuple(reasons))
@@ -204,7 +206,8 @@ def describe(case: Case) -> str:
     )
 
 
-def _implemented(row: Row, device: str) -> bool:
+def implemented(row: Row, device: str) -> bool:
+    """Whether a kernel of the row's op is registered for this device type."""
     name = f"{row.namespace}::{row.op}"
     keys = ("CompositeExplicitAutograd", "CompositeImplicitAutograd", device.upper())
     return any(torch._C._dispatch_has_kernel_for_dispatch_key(name, key) for key in keys)
@@ -237,8 +240,8 @@ def set_backend(name: str = "auto", *, on_fallback: str | None = None) -> None:
 def names() -> list[str]:
     """What `set_backend` takes."""
     _load_plugins()
-    every = [row.name for table in _rows.values() for row in table] + [row.name for row in _generic]
-    return ["auto", *dict.fromkeys(every)]
+    every = [row.name for table in (_device_rows(""), *_rows.values()) for row in table]
+    return ["auto", *dict.fromkeys([*every, "reference"])]
 
 
 def current() -> tuple[str, str]:
@@ -301,12 +304,7 @@ def _cpu_linear(case: Case) -> str | None:
     return None
 
 
-_generic += [
-    Row("*", "cuda", NATIVE, "cuda"),
-    Row("*", "cpu", NATIVE, "cpu"),
-    Row("*", "reference", REFERENCE),
-]
 for _op in ("linear", "linear_quant"):
-    register_row(Row(_op, "cpu", NATIVE, "cpu", _cpu_linear))
+    _rows[_op] = [Row(_op, "cuda", NATIVE, "cuda"), Row(_op, "cpu", NATIVE, "cpu", _cpu_linear)]
 
 _from_environment()

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .ops.attention import MAX_HEAD_DIM, rope_table
 
-__all__ = ["KV_DTYPES", "Batch", "LayerCache", "PagedKVCache", "rope_table"]
+__all__ = ["KV_DTYPES", "Batch", "LayerCache", "PagedKVCache", "rope_table", "token_bytes"]
 
 
 class KvDtype(NamedTuple):
@@ -31,6 +31,12 @@ KV_DTYPES = {
     "int8": KvDtype(torch.uint8, 8, True),
     "int4": KvDtype(torch.uint8, 4, True),
 }
+
+
+def token_bytes(dtype: str, kv_heads: int, head_dim: int) -> int:
+    """Bytes that one token takes in one layer: keys, values, their scales and zero points."""
+    kind = KV_DTYPES[dtype]
+    return 2 * kv_heads * (head_dim * kind.bits // 8 + (4 if kind.scaled else 0))
 
 
 @dataclass(frozen=True)
@@ -164,13 +170,7 @@ class PagedKVCache:
     @property
     def bytes_per_token(self) -> int:
         """Bytes that one token takes in all layers: keys, values, their scales and zero points."""
-        kind = KV_DTYPES[self.dtype]
-        return (
-            2
-            * self.layers
-            * self.kv_heads
-            * (self.head_dim * kind.bits // 8 + (4 if kind.scaled else 0))
-        )
+        return self.layers * token_bytes(self.dtype, self.kv_heads, self.head_dim)
 
     @property
     def capacity(self) -> int:

@@ -6,7 +6,7 @@ import math
 import secrets
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Protocol
 
@@ -49,9 +49,11 @@ class GenerationSettings:
     def __post_init__(self) -> None:
         if isinstance(self.stop, str):
             object.__setattr__(self, "stop", (self.stop,))
-        else:
-            object.__setattr__(self, "stop", tuple(self.stop))
-        object.__setattr__(self, "eos_ids", tuple(self.eos_ids))
+        for name, what in (("stop", "a text or a list of texts"), ("eos_ids", "a list of ids")):
+            value = getattr(self, name)
+            if not isinstance(value, Iterable):
+                raise TypeError(f"{name} must be {what}, got {value!r}")
+            object.__setattr__(self, name, tuple(value))
         self._whole("max_new_tokens", 1, None)
         self._whole("top_k", 0, 2**31 - 1)
         if self.seed is not None:

@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+import platform
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from . import _library, backends
+from ._format import amount, columns, ranges
+from .cache import token_bytes
+from .nn.decoder import QuantDecoder, WeightUse
+from .ops import registry
 from .ops.linear import default_act_group, resolve_act
 from .quant import PackedWeight
 
 
 @dataclass(frozen=True)
 class BuildInfo:
-    """The installation. `str()` is a few lines of text.
+    """The installation. `str()` is a few lines of text and a table.
 
     isa: the CPU instruction set in use; isas: those that build and CPU have, best first; cuda:
-    "loaded", or why not.
+    "loaded", or why not. libraries: (name, how it was built, or why it was not). ops: per op, the
+    rows of its table on this machine, in order; those without a kernel say so.
     """
 
     version: str
@@ -30,21 +37,30 @@ class BuildInfo:
     cuda: str
     backend: str
     on_fallback: str
+    libraries: tuple[tuple[str, str], ...]
+    ops: tuple[tuple[str, tuple[str, ...]], ...]
 
     def __str__(self) -> str:
-        return _columns(
-            [
-                ("qkernels", f"{self.version}, torch {self.torch}"),
-                ("CPU", f"{self.isa} in use of {', '.join(self.isas)}; {self.threads} threads"),
-                ("CUDA", self.cuda),
-                ("backend", f"{self.backend}; when a row is passed over: {self.on_fallback}"),
-            ]
-        )
+        python = platform.python_version()
+        facts = [
+            ("qkernels", f"{self.version}, torch {self.torch}, Python {python}"),
+            ("CPU", f"{self.isa} in use of {', '.join(self.isas)}; {self.threads} threads"),
+            ("CUDA", self.cuda),
+            ("backend", f"{self.backend}; when a row is passed over: {self.on_fallback}"),
+            *self.libraries,
+        ]
+        rows = [("op", "rows, first that can serve wins")]
+        rows += [(op, ", ".join(names)) for op, names in self.ops]
+        return f"{columns(facts)}\n\n{columns(rows)}"
 
 
 @dataclass(frozen=True)
 class LayerInfo:
-    """One packed weight: which row computes its op, and why each row before it does not."""
+    """One use of a weight: which row computes its op, and why each row before it does not.
+
+    spec: the format of a packed weight, the dtype of a dense one, whose row is "torch". act: "int8"
+    or "float", "-" where there is no choice.
+    """
 
     name: str
     op: str
@@ -56,35 +72,44 @@ class LayerInfo:
     reasons: tuple[tuple[str, str], ...]
     nbytes: int
 
+    def said(self) -> tuple[str, ...]:
+        """op, [N, K], format, activations, row and reasons, as they stand in tables."""
+        why = "; ".join(f"{row}: {reason}" for row, reason in self.reasons)
+        return (self.op, f"[{self.n}, {self.k}]", self.spec, self.act, self.row, why)
+
+
+TABLE_HEAD = ("op", "[N, K]", "format", "act", "runs on", "because")  # of `LayerInfo.said`
+
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """The packed weights of a model, in its order. `str()` is a table."""
+    """The weights of a model, in its order. `str()` is a table.
+
+    facts: of a QuantDecoder, (name, text): its sizes, and how it runs. nbytes: of all weights, one
+    that is used twice counted once.
+    """
 
     layers: tuple[LayerInfo, ...]
-
-    @property
-    def nbytes(self) -> int:
-        return sum(layer.nbytes for layer in self.layers)
+    nbytes: int
+    facts: tuple[tuple[str, str], ...] = ()
 
     def __str__(self) -> str:
-        rows = [("layer", "op", "[N, K]", "weight", "act", "runs on", "because")]
-        for layer in self.layers:
-            why = "; ".join(f"{row}: {reason}" for row, reason in layer.reasons)
-            shape = f"[{layer.n}, {layer.k}]"
-            rows.append((layer.name, layer.op, shape, layer.spec, layer.act, layer.row, why))
-        return f"{_columns(rows)}\n{len(self.layers)} packed weights, {self.nbytes / 1e6:.1f} MB"
+        table = columns([("layer", *TABLE_HEAD), *((x.name, *x.said()) for x in self.layers)])
+        facts = f"{columns(self.facts)}\n\n" if self.facts else ""
+        return f"{facts}{table}\n{amount(self.nbytes)} of weights"
 
 
 def info(model: Any = None) -> BuildInfo | ModelInfo:
-    """What was built; with a model, what runs in each layer that holds a packed weight, and why.
+    """What was built; with a model, what runs in each layer that holds a weight, and why.
 
-    model: an nn.Module whose layers keep a PackedWeight in `.packed`, or a mapping of names to
-    PackedWeights.
-    Raises TypeError for anything else.
+    model: a QuantDecoder; another nn.Module whose layers keep a PackedWeight in `.packed`; or a
+    mapping of names to PackedWeights. Raises TypeError for anything else.
     """
     if model is None:
         return _build()
+    if isinstance(model, QuantDecoder):
+        layers = tuple(_use(use) for use in model.uses())
+        return ModelInfo(layers, model.nbytes, _facts(model))
     if isinstance(model, nn.Module):
         found = [
             (name, module, getattr(module, "packed", None))
@@ -96,13 +121,12 @@ def info(model: Any = None) -> BuildInfo | ModelInfo:
         raise TypeError(
             f"info takes a module or a dict of packed weights, got {type(model).__name__}"
         )
-    return ModelInfo(
-        tuple(
-            _layer(name, module, weight)
-            for name, module, weight in found
-            if isinstance(weight, PackedWeight)
-        )
+    layers = tuple(
+        _layer(name, module, weight)
+        for name, module, weight in found
+        if isinstance(weight, PackedWeight)
     )
+    return ModelInfo(layers, sum(layer.nbytes for layer in layers))
 
 
 def _build() -> BuildInfo:
@@ -119,36 +143,98 @@ def _build() -> BuildInfo:
         cuda=_library.cuda_status,
         backend=backend,
         on_fallback=policy,
+        libraries=_libraries(),
+        ops=tuple((op, tuple(map(_row, backends.rows(op)))) for op in registry.computing()),
     )
+
+
+def _libraries() -> tuple[tuple[str, str], ...]:
+    path = Path(_library.__file__).with_name("build_info.json")
+    facts = json.loads(path.read_text()) if path.exists() else {}
+    built = tuple(
+        (
+            "built",
+            f"{name}: {', '.join(how.get('targets', []))}; {how.get('compiler')}, "
+            f"torch {how.get('headers')}",
+        )
+        for name, how in facts.get("built", {}).items()
+    )
+    skipped = facts.get("skipped", {}).items()
+    return built + tuple(("not built", f"{name}: {why}") for name, why in skipped)
+
+
+def _row(row: backends.Row) -> str:
+    device = row.device or "cpu"
+    return row.name + ("" if backends.implemented(row, device) else f" (no kernel for {device})")
+
+
+def _use(use: WeightUse) -> LayerInfo:
+    name = use.name.removesuffix(".weight")
+    weight = use.weight
+    if isinstance(weight, PackedWeight):
+        return _packed(name, use.op, weight, use.case)
+    (n, k), dtype = weight.shape, str(weight.dtype).removeprefix("torch.")
+    return LayerInfo(name, use.op, n, k, dtype, "-", "torch", (), weight.nbytes)
 
 
 def _layer(name: str, module: nn.Module | None, weight: PackedWeight) -> LayerInfo:
-    case: dict[str, Any] = {"weight": weight.kind}
-    table = module is not None and hasattr(module, "num_embeddings")
-    act = "-"
-    if not table:
-        act = resolve_act(getattr(module, "act", "auto"), weight.device)
-        group = default_act_group(weight) if act == "int8" else 0
-        case |= {"act": act, "group": weight.group, "act_group": group}
-    op = "embedding" if table else "linear"
+    if module is not None and hasattr(module, "num_embeddings"):
+        return _packed(name, "embedding", weight, {"weight": weight.kind})
+    act = resolve_act(getattr(module, "act", "auto"), weight.device)
+    group = default_act_group(weight) if act == "int8" else 0
+    case = {"weight": weight.kind, "act": act, "group": weight.group, "act_group": group}
+    return _packed(name, "linear", weight, case)
+
+
+def _packed(name: str, op: str, weight: PackedWeight, case: dict[str, Any]) -> LayerInfo:
     choice = backends.choose(op, weight.device.type, case)
+    act, row, spec = case.get("act", "-"), choice.row.name, str(weight.spec)
     return LayerInfo(
-        name,
-        op,
-        weight.n,
-        weight.k,
-        str(weight.spec),
-        act,
-        choice.row.name,
-        choice.reasons,
-        weight.nbytes,
-    )
+        name, op, weight.n, weight.k, spec, act, row, choice.reasons, weight.nbytes
+    )  # fmt: skip
 
 
-def _columns(rows: Sequence[tuple[str, ...]]) -> str:
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = (
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))
-        for row in rows
+def _facts(decoder: QuantDecoder) -> tuple[tuple[str, str], ...]:
+    config = decoder.config
+    windows = ranges([*{w for w in config.windows if w}])
+    token = config.layers * token_bytes(decoder.kv_dtype, config.kv_heads, config.head_dim)
+    because = decoder.composed_because()
+    return (
+        ("source", str(decoder.source)),
+        (
+            "model",
+            f"{config.family}: {config.layers} layers, hidden {config.hidden}, "
+            f"FFN {config.ffn} ({config.activation}), "
+            f"vocabulary {config.vocab}" + (", tied head" if config.tied else ""),
+        ),
+        (
+            "attention",
+            f"{config.q_heads} heads on {config.kv_heads} of keys and values, "
+            f"head_dim {config.head_dim}"
+            + (f", window {windows}" if windows else "")
+            + (", qk-norm" if config.qk_norm else ""),
+        ),
+        (
+            "rope",
+            f"theta {config.rope.theta:g}, "
+            + (config.rope.scaling.get("rope_type") or "not scaled"),
+        ),
+        (
+            "context",
+            f"{decoder.max_seq_len} tokens here; the model was made for {config.max_position}",
+        ),
+        (
+            "weights",
+            f"{amount(decoder.nbytes)}; a decode step reads {amount(decoder.weight_bytes)}",
+        ),
+        (
+            "KV cache",
+            f"{decoder.kv_dtype}, {amount(token)} per token, "
+            f"{amount(token * decoder.max_seq_len)} for a full context",
+        ),
+        ("activations", decoder.act),
+        (
+            "runs as",
+            "one native call per step" if because is None else f"one op after the other: {because}",
+        ),
     )
-    return "\n".join(line.rstrip() for line in lines)

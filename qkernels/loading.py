@@ -15,7 +15,15 @@ import numpy as np
 import torch
 
 from .checkpoints import CheckpointError, GGUFFile
-from .models import Family, ModelConfig, WeightDef, family_of_gguf, family_of_hf
+from .models import (
+    Family,
+    ModelConfig,
+    UnsupportedModelError,
+    WeightDef,
+    family_of_gguf,
+    family_of_hf,
+)
+from .ops.attention import MAX_HEAD_DIM
 from .quant import PackedWeight, PlainWeight, QuantSpec
 from .quant.quantize import quantize
 
@@ -52,6 +60,15 @@ class Checkpoint:
     generation: dict[str, Any] = field(default_factory=dict)
     raw_config: dict[str, Any] = field(default_factory=dict)
     gguf: GGUFFile | None = None
+
+
+def check_head_dim(config: ModelConfig, where: str) -> None:
+    """Refuses, before minutes of loading, heads that no attention here takes."""
+    if config.head_dim % 16 or config.head_dim > MAX_HEAD_DIM:
+        raise UnsupportedModelError(
+            f"{where}: head_dim must be a multiple of 16 up to {MAX_HEAD_DIM}, got "
+            f"{config.head_dim}"
+        )
 
 
 def rows_per_block(columns: int) -> int:
@@ -141,6 +158,7 @@ def load_gguf(path: str | Path, progress: Progress | None = None) -> Checkpoint:
             )
         except ValueError as error:
             raise type(error)(f"{path}: {error}") from error
+        check_head_dim(config, str(path))
         defs = family.weights(config)
         check_names(defs, shapes, lambda d: d.gguf, family.ignored, str(path))
         total, done = sum(file.tensors[d.gguf].nbytes for d in defs), 0
@@ -273,10 +291,16 @@ class StateDict:
         self.shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
     def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
-        return self._tensors[name][start:stop].detach().cpu()
+        return self._real(name)[start:stop].detach().cpu()
 
     def whole(self, name: str) -> torch.Tensor:
-        return self._tensors[name].detach().cpu()
+        return self._real(name).detach().cpu()
+
+    def _real(self, name: str) -> torch.Tensor:
+        tensor = self._tensors[name]
+        if tensor.is_meta:
+            raise CheckpointError(f"{self.where}: tensor {name} is on meta: it has no values")
+        return tensor
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -346,6 +370,7 @@ def load_hf(
         config = family.from_hf(raw)
     except ValueError as error:
         raise type(error)(f"{source.where}: {error}") from error
+    check_head_dim(config, source.where)
     defs = family.weights(config)
     ignored = [*family.ignored]
     if config.tied:

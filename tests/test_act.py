@@ -105,6 +105,14 @@ def test_errors(namespace: str) -> None:
             op(x.to(device), group)
 
 
+def test_a_gradient_is_refused() -> None:
+    x = torch.randn(3, 32, requires_grad=True)
+    with pytest.raises(RuntimeError, match="qkernels::quantize_act: has no backward"):
+        ops.quantize_act(x, 32)
+    with torch.no_grad():
+        ops.quantize_act(x, 32)
+
+
 @pytest.mark.parametrize("namespace", ["qkernels", "qkernels_reference"])
 def test_opcheck(namespace: str) -> None:
     torch.library.opcheck(

@@ -625,3 +625,23 @@ def test_bad_dense(change: dict[str, Any], message: str, metadata: bool) -> None
     if metadata:
         with pytest.raises(RuntimeError, match="qkernels::attention_dense: " + message):
             torch.ops.qkernels.attention_dense(*map(meta, args))
+
+
+def test_a_gradient_is_refused() -> None:
+    """Also where only a residual beside it would have one: half a gradient is a wrong one."""
+    q, start = torch.randn(4, 2, 16), torch.tensor([0, 4], dtype=torch.int32)
+    for which in range(3):
+        qkv = [q.clone().requires_grad_(i == which) for i in range(3)]
+        with pytest.raises(RuntimeError, match="qkernels::attention_dense: has no backward"):
+            attention_dense(*qkv, start, start)
+        with torch.no_grad():
+            attention_dense(*qkv, start, start)
+
+
+@pytest.mark.parametrize("shape", [(), (4, 2, 0)])
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_queries_without_columns(shape: tuple[int, ...], device: str) -> None:
+    q = torch.zeros(shape, device=device)
+    start = torch.tensor([0, 4], dtype=torch.int32, device=device)
+    with pytest.raises(RuntimeError, match="qkernels::attention_dense: "):
+        attention_dense(q, q, q, start, start)

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from cases import random_plain
+from test_decoder import make
 from torch import Tensor, nn
 
 import qkernels as qk
@@ -138,7 +139,7 @@ def test_rows_of_others(table: None, four: PackedWeight) -> None:
     backends.register_row(
         Row("linear", "mine", "qkernels_reference", "cpu", lambda case: None), before="cpu"
     )
-    assert [row.name for row in backends.rows("linear")] == ["mine", "cpu", "cuda", "reference"]
+    assert [row.name for row in backends.rows("linear")] == ["cuda", "mine", "cpu", "reference"]
     assert backends.choose("linear", "cpu", {"weight": four.kind}).row.name == "mine"
     assert "mine" in backends.names()
     with pytest.raises(ValueError, match="named 'mine' already"):
@@ -146,14 +147,26 @@ def test_rows_of_others(table: None, four: PackedWeight) -> None:
     with pytest.raises(ValueError, match="no row named 'theirs'"):
         backends.register_row(Row("linear", "ours", "elsewhere"), before="theirs")
     backends.register_row(Row("linear", "late", "nowhere", "cpu", lambda case: "it rains"))
-    assert [row.name for row in backends.rows("linear")][:3] == ["mine", "cpu", "late"]
+    assert [row.name for row in backends.rows("linear")][1:4] == ["mine", "cpu", "late"]
+    backends.register_row(Row("norm", "mine", "qkernels_reference", "cpu"), before="cpu")
+    backends.register_row(Row("norm", "late", "nowhere", "cpu"))
+    order = [row.name for row in backends.rows("norm")]
+    assert order == ["cuda", "mine", "cpu", "late", "reference"]
+
+
+@pytest.mark.parametrize("op", ["linear", "linear_quant", "attention", "embedding"])
+def test_rows_of_others_run_in_a_decoder(table: None, op: str) -> None:
+    model = make(act="float" if op == "linear" else "int8")
+    assert model.composed_because() is None
+    backends.register_row(Row(op, "mine", "qkernels_reference", "cpu"), before="cpu")
+    assert "the row 'mine' computes" in (model.composed_because() or "")
 
 
 def test_plugins_come_through_their_entry_point(
     table: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def good() -> None:
-        backends.register_row(Row("norm", "plugin", "qkernels_reference", "cpu"))
+        backends.register_row(Row("norm", "plugin", "qkernels_reference", "cpu"), before="cpu")
 
     def broken() -> None:
         raise OSError("no such device")
@@ -245,6 +258,9 @@ def test_info(four: PackedWeight, six: PackedWeight) -> None:
         and build.threads == torch.get_num_threads()
     )
     assert torch.__version__ in str(build) and build.cuda in str(build)
+    served = dict(build.ops)
+    assert served["linear"][1:] == served["attention"][1:] == ("cpu", "reference")
+    assert "set_cpu_isa" not in served and "\nlinear_quant " in str(build)
 
     class Layer(nn.Module):
         def __init__(self, packed: PackedWeight, act: str = "auto") -> None:

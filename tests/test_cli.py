@@ -20,9 +20,11 @@ pytest.importorskip("typer", reason="the command line needs the extra [cli]")
 pytest.importorskip("rich", reason="the command line needs the extra [cli]")
 
 from fake_decoder import FakeDecoder
+from test_decoder import make
 from typer.testing import CliRunner, Result
 
 import qkernels
+from qkernels._format import amount
 from qkernels.cli import output
 from qkernels.cli.app import app
 from qkernels.cli.errors import BadInput, describe
@@ -188,6 +190,12 @@ def test_bad_input_is_one_line_and_exit_code_2(
     assert message in one_error_line(run(*given), 2)
 
 
+def test_without_arguments_the_help_is_shown(run: Run) -> None:
+    result = run()
+    assert result.exit_code == 2 and "generate" in result.output
+    assert result.stderr == "" and isinstance(result.exception, SystemExit)
+
+
 def test_a_bug_is_one_line_and_exit_code_1(run: Run, tmp_path: Path) -> None:
     path = tmp_path / "a.bug"
     path.write_text("")
@@ -270,6 +278,20 @@ def test_eval_prints_the_perplexity(run: Run, model: Path, tmp_path: Path) -> No
 # sources, text, numbers
 
 
+def test_info(run: Run, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    result = run("info")
+    assert result.exit_code == 0 and result.stdout == f"{qkernels.info()}\n"
+    tiny = make()
+    monkeypatch.setattr(FakeDecoder, "from_pretrained", lambda path, **options: tiny)
+    result = run("info", model)
+    assert result.exit_code == 0, result.output
+    lines = [line.split() for line in result.stdout.splitlines()]
+    assert ["activations", "int8"] in lines
+    down = ["layers.*.down", "0-1", "linear_quant", "[64,", "96]"]
+    assert [*down, "W4", "g32", "float16", "min", "int8", "cpu"] in lines
+    assert sum(line[:1] == ["embed"] for line in lines) == 2  # the lookup and the tied head
+
+
 def test_model_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "with:colon").mkdir()
     assert model_path(str(tmp_path / "with:colon")) == tmp_path / "with:colon"
@@ -296,7 +318,7 @@ def test_controls_do_not_reach_a_terminal() -> None:
 
 
 def test_amount() -> None:
-    assert [output.amount(n) for n in (7, 1500, 96_600_000, 25.4e9)] == [
+    assert [amount(n) for n in (7, 1500, 96_600_000, 25.4e9)] == [
         "7 B",
         "1.5 kB",
         "96.6 MB",

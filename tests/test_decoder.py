@@ -4,6 +4,8 @@ recorded truth.
 
 from __future__ import annotations
 
+import copy
+import gc
 import json
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,6 +17,7 @@ import torch
 import qkernels as qk
 from qkernels.generate import GenerationOutput, TextStream
 from qkernels.loading import check_names, load_hf, rows_per_block
+from qkernels.models import UnsupportedModelError
 from qkernels.models.llama import from_hf, weights
 from qkernels.nn import QuantDecoder, QuantLinear
 from qkernels.nn import decoder as decoder_module
@@ -191,6 +194,7 @@ def test_generation_fills_the_context_and_stops() -> None:
         (7, TypeError, "prompts: expected a text, token ids or a list of them, got int"),
         ([None], TypeError, "prompt: expected a text or a list of token ids, got NoneType"),
         (torch.zeros(4), ValueError, r"prompt: expected integer ids of shape \[T\]"),
+        (torch.zeros(4, device="meta").long(), ValueError, "prompt: .* got a tensor on meta"),
     ],
 )
 def test_bad_prompts(
@@ -320,6 +324,37 @@ def test_state_dict_round_trip() -> None:
     assert torch.equal(other(ids).logits, one(ids).logits)
 
 
+def test_scales_that_are_not_finite_are_not_loaded() -> None:
+    model = make()
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    state["layers.1.up.scale"][0, 1, 5] = float("nan")
+    with pytest.raises(ValueError, match=r"layers\.1\.up\.scale has values that are not finite"):
+        model.load_state_dict(state)
+
+
+def test_a_copy_runs_by_itself() -> None:
+    model, ids = make(), torch.tensor([[1, 2, 3, 4]])
+    before = model(ids).logits
+    model.generate([1, 2, 3], max_new_tokens=2)
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        for tensor in model.state_dict().values():
+            tensor.zero_()
+    assert not torch.equal(model(ids).logits, before)
+    del model
+    assert torch.equal(twin(ids).logits, before)
+    assert twin.generate("ab", max_new_tokens=2, stop_at_eos=False).texts[0]
+
+
+def test_moved_weights_are_not_kept_twice() -> None:
+    model = make()
+    before = model.get_submodule("layers.0.q").weight.data_ptr()
+    model.to("meta")
+    gc.collect()
+    tensors = [o for o in gc.get_objects() if type(o) in (torch.Tensor, torch.nn.Parameter)]
+    assert before not in {t.data_ptr() for t in tensors if not t.is_meta}
+
+
 def test_layers_compute_what_the_program_does(decoder: QuantDecoder) -> None:
     layer = decoder.get_submodule("layers.0.gate")
     x = torch.randn(2, 3, 64)
@@ -335,6 +370,13 @@ def test_layers_compute_what_the_program_does(decoder: QuantDecoder) -> None:
     )
     with pytest.raises(ValueError, match=r"expected a bias of shape \[96\], got \[4\]"):
         QuantLinear(layer.packed, torch.zeros(4))
+    with pytest.raises(ValueError, match="act must be auto, int8 or float, got 'int4'"):
+        QuantLinear(layer.packed, act="int4")
+    for bad in (torch.tensor(1.0), torch.zeros(2, 63), torch.tensor(1.0, device="meta")):
+        with pytest.raises(ValueError, match=r"RMSNorm: expected x of shape \[..., 64\]"):
+            norm(bad)
+        with pytest.raises(RuntimeError, match=r"qkernels::linear: x must be \[.*, 64\], got"):
+            QuantLinear(layer.packed)(bad)
 
 
 def test_backend_in_force_decides(decoder: QuantDecoder) -> None:
@@ -356,6 +398,7 @@ def test_backend_in_force_decides(decoder: QuantDecoder) -> None:
             ValueError,
             "device 'cuda' is not supported: QuantDecoder runs on the CPU",
         ),
+        ({"device": "gpu"}, ValueError, "device 'gpu' is not supported"),
         ({"act": "int4"}, ValueError, "act must be auto, int8 or float, got 'int4'"),
         ({"kv_dtype": "float64"}, ValueError, "kv_dtype must be auto, float32.*got 'float64'"),
         ({"spec": 4}, TypeError, "spec must be a QuantSpec"),
@@ -371,6 +414,31 @@ def test_bad_options(options: dict[str, Any], error: type[Exception], words: str
 def test_bad_context(length: Any) -> None:
     with pytest.raises(ValueError, match="max_seq_len"):
         make(max_seq_len=length)
+
+
+def test_info_says_what_the_program_runs(decoder: QuantDecoder) -> None:
+    said = qk.info(decoder)
+    assert [layer.name for layer in said.layers[:3]] == ["embed", "layers.0.q", "layers.0.k"]
+    assert [layer.op for layer in said.layers[:2]] == ["embedding", "linear_quant"]
+    head = said.layers[-1]  # tied: the table once more
+    assert (head.name, head.op, head.act, head.row) == ("embed", "linear_quant", "int8", "cpu")
+    assert said.nbytes == decoder.nbytes and dict(said.facts)["runs as"].startswith("one native")
+    with qk.backend("reference"):
+        assert {layer.row for layer in qk.info(decoder).layers} == {"reference"}
+        assert "one op after the other" in str(qk.info(decoder))
+    dense = QuantDecoder(load_hf(RAW, Random(), None, None), act="float")
+    assert {(x.row, x.spec, x.act) for x in qk.info(dense).layers} == {("torch", "float32", "-")}
+
+
+def test_meta_input() -> None:
+    with pytest.raises(ValueError, match=r"input_ids: expected token ids on the CPU, got .* meta"):
+        make()(torch.zeros(1, 4, dtype=torch.int64, device="meta"))
+
+
+def test_heads_that_no_attention_takes_are_refused_before_loading() -> None:
+    raw = {**RAW, "num_attention_heads": 8, "num_key_value_heads": 8}
+    with pytest.raises(UnsupportedModelError, match=r"head_dim must be a multiple of 16.*got 8"):
+        load_hf(raw, Random(), SPEC, None)
 
 
 def test_row_blocks_and_names() -> None:

@@ -24,9 +24,10 @@ from gguf_writer import (
     write_llama,
 )
 
-from qkernels.checkpoints import GGUFFile, llama_row_order
+from qkernels.checkpoints import GGUFFile
 from qkernels.checkpoints.gguf_blocks import BY_NAME, QUANTIZED
 from qkernels.checkpoints.gguf_blocks import TYPES as BLOCK_TYPES
+from qkernels.loading import rotary_row_order
 
 gguf = pytest.importorskip("gguf", reason="the gguf package is the oracle of these tests")
 
@@ -155,21 +156,11 @@ def test_specs():
     ]
 
 
-def test_llama_row_order_matches_the_definition():
-    heads, head_dim, k = 3, 8, 5
-    w = torch.arange(heads * head_dim * k).reshape(heads * head_dim, k)
-    want = w.reshape(heads, head_dim // 2, 2, k).swapaxes(1, 2).reshape(-1, k)
-    assert torch.equal(w[llama_row_order(heads, head_dim)], want)
-    for bad in ((0, 8), (2, 7), (2, 0)):
-        with pytest.raises(ValueError, match="llama_row_order"):
-            llama_row_order(*bad)
-
-
 @pytest.mark.parametrize("kind", QUANTIZED)
 def test_row_order_gathers(tmp_path, kind):
     file = GGUFFile(write_gguf(tmp_path / "x.gguf", {}, [Tensor("w", kind, (32, 64))]))
     plain = whole(file, "w")
-    for order in (llama_row_order(4, 8), np.array([3, 3, 31]), torch.arange(31, -1, -1)):
+    for order in (rotary_row_order(4, 8, 8), np.array([3, 3, 31]), torch.arange(31, -1, -1)):
         blocks = list(file.plain_blocks("w", 5, row_order=order))
         assert [start for start, _ in blocks] == list(range(0, len(order), 5))
         got = torch.cat([weight.dequantize() for _, weight in blocks])
@@ -316,7 +307,7 @@ def test_files_of_the_gguf_package_open(tmp_path):
 def test_decoding_needs_at_most_twice_the_block(tmp_path, kind, ordered):
     rows, k = 4096, 1024
     file = GGUFFile(write_gguf(tmp_path / "x.gguf", {}, [Tensor("w", kind, (rows, k))]))
-    order = llama_row_order(64, 64) if ordered else None
+    order = rotary_row_order(64, 64, 64) if ordered else None
     tracemalloc.start()  # numpy reports its buffers to it
     _, weight = next(file.plain_blocks("w", rows, row_order=order))
     _, peak = tracemalloc.get_traced_memory()

@@ -137,6 +137,18 @@ def test_w8_gives_the_logits_of_the_dequantized_model(
     check_logits(decoder, dequantized(model, decoder))
 
 
+def test_a_scheme_says_what_activations_are() -> None:
+    model = random_model("llama")
+    for scheme, act in (("W4A16", "float"), ("W4A8", "int8"), (W8, "int8"), (None, "int8")):
+        assert QuantDecoder.from_pretrained(model, scheme).act == act
+    assert QuantDecoder.from_pretrained(model, "W4A16", act="int8").act == "int8"
+
+
+def test_a_model_without_values_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"model\.embed_tokens\.weight is on meta"):
+        QuantDecoder.from_pretrained(random_model("llama").to("meta"), W8)
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_int8_activations_stay_near(case: str) -> None:
     model = random_model(case)

@@ -103,8 +103,13 @@ def test_native_step_is_bitwise_the_composed_ops(
     spec: str, act: str, kv: str, isa, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # The composed ops are to run on the same instruction set.
-    rows = [backends.Row("*", "isa", isa.namespace, "cpu"), *backends._generic]
-    monkeypatch.setattr(backends, "_generic", rows)
+    usual = backends._device_rows
+    monkeypatch.setattr(backends, "_rows", {})
+    monkeypatch.setattr(
+        backends,
+        "_device_rows",
+        lambda op: [backends.Row(op, "isa", isa.namespace, "cpu"), *usual(op)],
+    )
     backends.set_backend("isa")
     steps, weights = model(SPECS[spec])
     lowered = lower(steps, act_group(weights, act))

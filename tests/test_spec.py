@@ -67,6 +67,8 @@ def test_schemes() -> None:
     for unknown in ("W4", "W7A16", "W4A4", "int4", ""):
         with pytest.raises(ValueError, match="known are W2A16"):
             QuantSpec.from_scheme(unknown)
+    with pytest.raises(TypeError, match="a text like 'W4A16', got 4"):
+        QuantSpec.from_scheme(4)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

@@ -153,6 +153,12 @@ def test_tensors_make_the_weight_again(name: str, generator: torch.Generator) ->
     assert packed.to("cpu") is packed and packed.to("meta").device.type == "meta"
     with pytest.raises(ValueError, match="has the tensors"):
         PackedWeight.from_tensors(packed.spec, 70, 300, {**tensors, "extra": packed.codes})
+    for part, tensor in tensors.items():
+        if tensor.is_floating_point():
+            bad = tensor.clone()
+            bad.view(torch.uint8).fill_(0xFF)  # NaN in every float type
+            with pytest.raises(ValueError, match=f"{part} has values that are not finite"):
+                PackedWeight.from_tensors(packed.spec, 70, 300, {**tensors, part: bad})
     with pytest.raises(ValueError, match="codes of"):
         PackedWeight.from_tensors(packed.spec, 70, 300, {**tensors, "codes": packed.codes[:64]})
 

@@ -22,26 +22,12 @@ from .errors import CheckpointError
 from .gguf_blocks import BY_NAME, DENSE, QUANTIZED, BlockType, nonfinite_group
 from .gguf_header import Metadata, StringArray, TensorInfo, read_header, shorten
 
-__all__ = ["GGUFFile", "Metadata", "StringArray", "TensorInfo", "llama_row_order"]
+__all__ = ["GGUFFile", "Metadata", "StringArray", "TensorInfo"]
 
 # Dense tensors smaller than this are copied: a mapping of their own would cost more.
 COPY_BELOW = 1 << 16
 # Stored bytes that are decoded at a time: what decoding needs beside its result stays this small.
 _DECODE_BYTES = 1 << 18
-
-
-def llama_row_order(heads: int, head_dim: int) -> np.ndarray:
-    """[heads * head_dim] int64: the file row of each row of an `attn_q` or `attn_k` weight.
-
-    Files of the llama architecture store those rows so that the two halves of a rotary pair are
-    neighbours; row h * head_dim + half * head_dim/2 + i (rotate-half order) is in the file at h *
-    head_dim + 2 i + half.
-    """
-    if heads < 1 or head_dim < 2 or head_dim % 2:
-        raise ValueError(
-            f"llama_row_order: expected heads >= 1 and an even head_dim, got {heads} and {head_dim}"
-        )
-    return np.arange(heads * head_dim).reshape(heads, head_dim // 2, 2).swapaxes(1, 2).reshape(-1)
 
 
 class GGUFFile:

@@ -43,9 +43,8 @@ class Commands(TyperGroup):
                 raise
             if hasattr(error, "format_message"):  # typer's: a bad option, a missing argument
                 message = " ".join(error.format_message().split())
-                if not message:
-                    raise
-                output.fail(f"{message} (see qkernels --help)")
+                if message:  # without arguments the help was printed instead
+                    output.fail(f"{message} (see qkernels --help)")
                 code = int(getattr(error, "exit_code", 2))
             elif isinstance(error, BadInput):
                 output.fail(describe(error))

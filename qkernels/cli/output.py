@@ -96,12 +96,3 @@ def bar(description: str) -> Iterator[Bar]:
         redirect_stdout=False,  # rich would write what others print to stdout to stderr
     ) as progress:
         yield Bar(progress, progress.add_task(description, total=None))
-
-
-def amount(count: float) -> str:
-    """Bytes, in decimal units."""
-    for unit in ("B", "kB", "MB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.2f} GB"

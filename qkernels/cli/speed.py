@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from .._format import amount
 from .loading import Loaded
-from .output import amount
 from .traffic import bytes_per_step
 
 

@@ -5,9 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-_KV_BITS = {"float32": 32, "bfloat16": 16, "float16": 16, "int8": 8, "int4": 4}
-_KV_SCALE_BYTES = 4  # integer KV: float16 scale and zero point per token and head
-
 
 def kv_bytes(
     kv_dtype: str, kv_heads: int, head_dim: int, windows: Sequence[int], context: int
@@ -15,10 +12,10 @@ def kv_bytes(
     """Bytes of keys and values read at `context` tokens. windows: per layer, tokens a query sees;
     0: all.
     """
-    bits = _KV_BITS[kv_dtype]
-    per_head = head_dim * bits // 8 + (_KV_SCALE_BYTES if bits < 16 else 0)
+    from qkernels.cache import token_bytes  # here: it imports torch
+
     tokens = sum(min(context, window) if window else context for window in windows)
-    return 2 * kv_heads * per_head * tokens
+    return token_bytes(kv_dtype, kv_heads, head_dim) * tokens
 
 
 def bytes_per_step(decoder: Any, context: int) -> tuple[int, int]:

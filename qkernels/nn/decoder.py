@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -26,8 +26,8 @@ from ..generate import (
 )
 from ..loading import Checkpoint, Progress, Weight, load_gguf, load_hf_directory, load_hf_model
 from ..models import ModelConfig, RopeConfig
-from ..ops.linear import default_act_group
-from ..quant import PackedWeight, QuantSpec
+from ..ops.linear import ACTS, default_act_group
+from ..quant import PackedWeight, QuantSpec, scheme_act
 from ..text import Text, text_of
 from .embedding import DenseEmbedding, QuantEmbedding
 from .executor import ComposedExecutor, Executor, NativeExecutor
@@ -35,14 +35,46 @@ from .keep import HoldsPacked
 from .linear import DenseLinear, QuantLinear
 from .norm import RMSNorm
 from .pool import ChatMemory, KvPool
-from .program import Linear, Norm, lower
+from .program import Embed, Linear, Norm, lower
 
 # A context beyond this costs memory for positions few programs use; ask for it with max_seq_len.
 DEFAULT_CONTEXT = 32768
+# Ops of a step whose rows decide by the device alone.
+_STEP_OPS = (
+    "norm",
+    "add_norm",
+    "norm_quant",
+    "add_norm_quant",
+    "gate",
+    "gate_quant",
+    "kv_append",
+    "attention",
+    "quantize_act",
+)
 KV_DTYPES = ("float32", "float16", "bfloat16", "int8", "int4")
-ACTS = ("int8", "float")
 
 Prompt = str | Sequence[int] | torch.Tensor
+
+
+@dataclass(frozen=True)
+class WeightUse:
+    """One use of a matrix. op: embedding, linear, or linear_quant, which takes int8 activations in
+    groups of `act_group` columns."""
+
+    name: str
+    op: str
+    weight: Weight
+    act_group: int
+
+    @property
+    def case(self) -> dict[str, Any]:
+        """What rows of the op decide by; of packed weights only."""
+        assert isinstance(self.weight, PackedWeight)
+        if self.op == "embedding":
+            return {"weight": self.weight.kind}
+        act = "int8" if self.act_group else "float"
+        group = self.weight.group
+        return {"weight": self.weight.kind, "act": act, "group": group, "act_group": self.act_group}
 
 
 @dataclass
@@ -91,7 +123,9 @@ class QuantDecoder(nn.Module):
         self._executor: tuple[tuple[str, str], Executor] | None = None
         self._resolved: dict[str, Weight] | None = None
         self._text: Text | None = None
-        self._make_text: Callable[[], Text] = lambda: text_of(checkpoint, tokenizer)
+        # Without the weights: they would stay in memory beside those that `.to(device)` made.
+        source = replace(checkpoint, weights={})
+        self._make_text: Callable[[], Text] = lambda: text_of(source, tokenizer)
         self._defaults: GenerationSettings | None = None
         self._generation = checkpoint.generation
         self._eos_in_config = checkpoint.raw_config.get("eos_token_id")
@@ -121,10 +155,11 @@ class QuantDecoder(nn.Module):
         "W4A16"; None keeps
             them in its type. GGUF files are quantized already. embeddings: the same for the table
             of embeddings, and with tied weights for the head.
-        device: "auto" or "cpu". act: "int8" quantizes activations at run time ("auto" on a CPU),
-        "float" does not. kv_dtype: of the KV cache: float32, float16 ("auto"), bfloat16, int8 or
-        int4. max_seq_len: tokens of the longest sequence; None: what the model was made for, at
-        most 32768. tokenizer: a transformers tokenizer, where the model does not come with one.
+        device: "auto" or "cpu". act: "int8" quantizes activations at run time, "float" does not;
+        "auto" is what a scheme given as `spec` says, else "int8" on a CPU. kv_dtype: of the KV
+        cache: float32, float16 ("auto"), bfloat16, int8 or int4. max_seq_len: tokens of the longest
+        sequence; None: what the model was made for, at most 32768. tokenizer: a transformers
+        tokenizer, where the model does not come with one.
         progress: called as progress(done, total, name of the tensor).
 
         Raises CheckpointError (a ValueError) for a damaged or incomplete checkpoint,
@@ -136,6 +171,9 @@ class QuantDecoder(nn.Module):
         _check_device(device)
         _one_of("act", act, ACTS, auto="int8")  # before minutes of loading
         _one_of("kv_dtype", _dtype_name(kv_dtype), KV_DTYPES, auto="float16")
+        if act == "auto" and isinstance(spec, str):
+            # W4A16 asks for float activations, W4A8 for int8.
+            act = scheme_act(spec)
         checkpoint = _load(path_or_model, _spec(spec), _spec(embeddings), progress)
         return cls(
             checkpoint,
@@ -158,7 +196,7 @@ class QuantDecoder(nn.Module):
             parent = parent._modules[part]  # type: ignore[assignment]
         parent.add_module(last, module)
 
-    def _weights(self) -> dict[str, Weight]:
+    def weights(self) -> dict[str, Weight]:
         """The weights by the names of the program, on the modules' tensors."""
         if self._resolved is None:
             resolved: dict[str, Weight] = {}
@@ -178,6 +216,10 @@ class QuantDecoder(nn.Module):
         self._resolved = self._executor = self._chat = None  # they hold the tensors from before
         return self
 
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy makes these again: a native plan belongs to one executor and its tensors.
+        return {**self.__dict__, "_resolved": None, "_executor": None, "_chat": None}
+
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
         self._resolved = self._executor = self._chat = None
         return super().load_state_dict(*args, **kwargs)
@@ -190,7 +232,7 @@ class QuantDecoder(nn.Module):
         """What runs the program under the backend in force; made when first needed."""
         key = backends.current()
         if self._executor is None or self._executor[0] != key:
-            weights = self._weights()
+            weights = self.weights()
             steps = lower(self._steps, self._act_group)
             native = self.composed_because() is None
             self._executor = (
@@ -201,10 +243,24 @@ class QuantDecoder(nn.Module):
 
     def _act_group(self, name: str) -> int:
         """Columns per scale of the int8 activations that enter weight `name`; 0: float ones."""
-        weight = self._weights()[name]
+        weight = self.weights()[name]
         if self.act == "float" or not isinstance(weight, PackedWeight) or weight.perm is not None:
             return 0
         return default_act_group(weight)
+
+    def uses(self) -> list[WeightUse]:
+        """What the program does with its matrices, in its order."""
+        found = []
+        for step in self._steps:
+            if isinstance(step, Embed):
+                op, group = "embedding", 0
+            elif isinstance(step, Linear):
+                group = self._act_group(step.weight)
+                op = "linear_quant" if group else "linear"
+            else:
+                continue
+            found.append(WeightUse(step.weight, op, self.weights()[step.weight], group))
+        return found
 
     def composed_because(self) -> str | None:
         """Why the model runs op by op and not as one native call per step; None if it does run
@@ -215,21 +271,20 @@ class QuantDecoder(nn.Module):
         backend = backends.current()[0]
         if backend not in ("auto", "cpu"):
             return f"the backend in force is {backend!r}"
-        for step in self._steps:
-            if isinstance(step, Linear):
-                weight = self._weights()[step.weight]
-                if not isinstance(weight, PackedWeight):
-                    return f"{step.weight} is dense ({weight.dtype})"
-                if weight.perm is not None:
-                    return f"{step.weight} has its columns in act-order"
-                act_group = self._act_group(step.weight)
-                op, act = ("linear_quant", "int8") if act_group else ("linear", "float")
-                case = {"weight": weight.kind, "act": act, "group": weight.group}
-                choice = backends.choose(op, "cpu", {**case, "act_group": act_group})
-                if choice.row.name != "cpu":
-                    return f"{step.weight}: " + "; ".join(reason for _, reason in choice.reasons)
-        table = self._weights()["embed.weight"]
-        return None if isinstance(table, PackedWeight) else f"embed.weight is dense ({table.dtype})"
+        for use in self.uses():
+            if not isinstance(use.weight, PackedWeight):
+                return f"{use.name} is dense ({use.weight.dtype})"
+            if use.op != "embedding" and use.weight.perm is not None:
+                return f"{use.name} has its columns in act-order"
+            choice = backends.choose(use.op, "cpu", use.case)
+            if choice.row.name != "cpu":
+                why = "; ".join(reason for _, reason in choice.reasons)
+                return f"{use.name}: {why or f'the row {choice.row.name!r} computes it'}"
+        for op in _STEP_OPS:
+            row = backends.choose(op, "cpu", {}).row
+            if row.name != "cpu":
+                return f"the row {row.name!r} computes {op}"
+        return None
 
     @property
     def nbytes(self) -> int:
@@ -264,6 +319,7 @@ class QuantDecoder(nn.Module):
                 input_ids.dtype if isinstance(input_ids, torch.Tensor) else type(input_ids).__name__
             )
             raise TypeError(f"input_ids must be an int64 or int32 tensor, got {what}")
+        _check_values("input_ids", input_ids)
         if input_ids.dim() != 2 or input_ids.shape[1] == 0:
             raise ValueError(
                 f"input_ids must have shape [B, T] with T > 0, got {list(input_ids.shape)}"
@@ -342,6 +398,7 @@ class QuantDecoder(nn.Module):
                 raise ValueError(f"{which}: expected a text, got an empty one")
             ids = self.text.encode(prompt)
         elif isinstance(prompt, torch.Tensor):
+            _check_values(which, prompt)
             if prompt.dim() != 1 or prompt.is_floating_point():
                 raise ValueError(
                     f"{which}: expected integer ids of shape [T], got {prompt.dtype} "
@@ -470,6 +527,11 @@ def _module_of(
     )
 
 
+def _check_values(name: str, ids: torch.Tensor) -> None:
+    if ids.is_meta:
+        raise ValueError(f"{name}: expected token ids on the CPU, got a tensor on meta")
+
+
 def _prompt_list(prompts: Any) -> list[Any]:
     if isinstance(prompts, str):
         return [prompts]
@@ -485,7 +547,10 @@ def _prompt_list(prompts: Any) -> list[Any]:
 
 
 def _check_device(device: str | torch.device) -> None:
-    kind = "cpu" if device == "auto" else torch.device(device).type
+    try:
+        kind = "cpu" if device == "auto" else torch.device(device).type
+    except (RuntimeError, TypeError):  # torch knows no such device
+        kind = ""
     if kind != "cpu":
         raise ValueError(
             f"device {str(device)!r} is not supported: QuantDecoder runs on the CPU. On CUDA, this "

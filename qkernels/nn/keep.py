@@ -4,13 +4,14 @@ weight.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
 from ..quant import PackedWeight, QuantSpec
+from ..quant.weight import check_finite
 
 _INTEGER_OF_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _TENSORS = (
@@ -59,6 +60,13 @@ class HoldsPacked(KeepsTypes):
         self.weight = nn.Parameter(packed.codes, requires_grad=False)
         for name in _TENSORS:
             self.register_buffer(name, getattr(packed, name))
+
+    def _load_from_state_dict(
+        self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        given = {name: state_dict.get(prefix + name) for name in _TENSORS}
+        check_finite({n: t for n, t in given.items() if isinstance(t, torch.Tensor)}, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     @property
     def packed(self) -> PackedWeight:

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from .. import ops
+from ..ops.linear import ACTS
 from ..quant import PackedWeight
 from .keep import HoldsPacked, KeepsTypes
 
@@ -25,6 +26,8 @@ class QuantLinear(HoldsPacked, nn.Linear):
             raise ValueError(
                 f"QuantLinear: expected a bias of shape [{packed.n}], got {list(bias.shape)}"
             )
+        if act not in ("auto", *ACTS):
+            raise ValueError(f"QuantLinear: act must be auto, int8 or float, got {act!r}")
         self.in_features, self.out_features = packed.k, packed.n
         self.act = act
         self._hold(packed)

@@ -33,6 +33,11 @@ class RMSNorm(KeepsTypes):
         self.eps = eps
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.shape[-1:] != self.weight.shape:
+            raise ValueError(
+                f"{type(self).__name__}: expected x of shape [..., {self.weight.shape[0]}], got "
+                f"{list(x.shape)}"
+            )
         rows = x.reshape(-1, x.shape[-1])
         return ops.norm(rows, self.weight, self.bias, eps=self.eps, center=self.center).view(
             x.shape

@@ -69,6 +69,7 @@ def quantize_act(x: Tensor, group: int) -> QuantAct:
     value that is not
     finite, or whose amax is below 2^-100, gets codes of 0 (and the scale NaN in the first case, 0
     in the second).
-    Raises RuntimeError for another shape, dtype, stride or group.
+    Raises RuntimeError for another shape, dtype, stride or group, and for a gradient.
     """
+    checks.no_gradient("quantize_act", x)
     return QuantAct(*select("quantize_act", x.device)(x, group))

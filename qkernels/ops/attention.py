@@ -369,6 +369,11 @@ define(
 # ---- the typed functions ----
 
 
+def _default_scale(q: Tensor) -> float:
+    # Of a q without columns, which the op refuses, any.
+    return float(q.shape[-1]) ** -0.5 if q.dim() and q.shape[-1] else 1.0
+
+
 def attention(
     q: Tensor,
     query_start: Tensor,
@@ -399,9 +404,10 @@ def attention(
     sees only the last `window` positions up to its own (and, when not causal, all later ones).
     softcap > 0: scores become softcap * tanh(score / softcap). A query that sees no key gives
     zeros. Returns [T, Hq, D] in q's dtype. Raises RuntimeError for wrong shapes, dtypes, devices,
-    strides and indices out of range.
+    strides and indices out of range, and for a gradient.
     """
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    scale = _default_scale(q) if scale is None else scale
+    checks.no_gradient("attention", q)
     op = select("attention", q.device)
     out: Tensor = op(
         q,
@@ -439,7 +445,8 @@ def attention_dense(
     Positions are aligned at the end: query i of n stands at key m - n + i of m. The options and
     errors are those of `attention`. Returns [Tq, Hq, D] in q's dtype.
     """
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    scale = _default_scale(q) if scale is None else scale
+    checks.no_gradient("attention_dense", q, k, v)
     op = select("attention_dense", q.device)
     out: Tensor = op(q, k, v, query_start, kv_start, scale, causal, window, softcap)
     return out
@@ -471,8 +478,9 @@ def kv_append(
 
     Writes the pages (and scales) in place; returns the rotated q [T, Hq, D] in its dtype,
     contiguous. Raises RuntimeError for wrong shapes, dtypes, devices, strides and indices out of
-    range; nothing is written then.
+    range, and for a gradient; nothing is written then.
     """
+    checks.no_gradient("kv_append", q, k, v)
     op = select("kv_append", q.device)
     out: Tensor = op(
         q,

@@ -38,6 +38,13 @@ def same_device(op: str, first: str, device: torch.device, **tensors: Tensor | N
             fail(op, f"{name} is on {tensor.device}, but {first} is on {device}")
 
 
+def no_gradient(op: str, *tensors: Tensor) -> None:
+    """Refuses a gradient that an op without a backward would lose without a word. For typed
+    functions: an autograd formula that raises would cost each call about 15 us in Python."""
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        fail(op, "has no backward; call it under torch.no_grad()")
+
+
 def float_type(op: str, name: str, dtype: torch.dtype) -> None:
     if dtype not in FLOATS:
         fail(op, f"{name} must be float32, float16 or bfloat16, got {type_name(dtype)}")

@@ -162,6 +162,8 @@ def linear(
     """
     act = resolve_act(act, x.device)
     group = 0 if act == "float" else default_act_group(weight) if act_group is None else act_group
+    if x.dim() == 0:
+        checks.fail("linear", f"x must be [..., {weight.k}], got []")
     rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     if weight.perm is not None:
         rows = _permuted(rows, weight)

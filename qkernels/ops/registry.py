@@ -36,6 +36,11 @@ _defs: dict[str, OpDef] = {}
 _libraries: dict[str, torch.library.Library] = {}
 
 
+def computing() -> list[str]:
+    """Names of the ops that compute something, which have a fake; the others manage state."""
+    return sorted(name for name, op in _defs.items() if op.fake is not None)
+
+
 def _add(op: OpDef, namespace: str) -> None:
     library = _libraries[namespace]
     library.define(

@@ -209,6 +209,8 @@ class QuantSpec:
         QuantSpec.
         Raises ValueError for an unknown scheme.
         """
+        if not isinstance(scheme, str):
+            raise TypeError(f"QuantSpec: a scheme is a text like 'W4A16', got {scheme!r}")
         named = {
             "MXFP4": cls(4, 32, "e8m0", table=E2M1),
             "NVFP4": cls(4, 16, "e4m3", table=E2M1),

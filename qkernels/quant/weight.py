@@ -163,9 +163,8 @@ class PlainWeight:
             tensor = getattr(self, name)
             if tensor is None or tensor.dtype in (torch.int8, torch.uint8):
                 continue
-            # The extremes tell at a fifth of the cost: NaN is both, and infinity one of them.
             values = tensor if tensor.dtype.itemsize > 1 else tensor.float()
-            if not torch.isfinite(torch.stack(values.aminmax())).all():
+            if not _finite(values):
                 row, group = (~torch.isfinite(values)).nonzero()[0].tolist()
                 what = "block" if name.startswith("block") else "group"
                 raise ValueError(
@@ -200,6 +199,19 @@ class PlainWeight:
         packed = PackedWeight.empty(self.spec, self.n, self.k, device=self.codes.device)
         packed.write_rows(0, self)
         return packed
+
+
+def _finite(values: Tensor) -> bool:
+    # The extremes tell at a fifth of the cost: NaN is both, and infinity one of them.
+    return bool(torch.isfinite(torch.stack(values.aminmax())).all())
+
+
+def check_finite(tensors: Mapping[str, Tensor], where: str) -> None:
+    """Raises ValueError, its message beginning with `where`, for floats of a packed weight that are
+    not finite. On meta there are none to look at."""
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not tensor.is_meta and not _finite(tensor.float()):
+            raise ValueError(f"{where}{name} has values that are not finite")
 
 
 def check_g_idx(g_idx: Tensor, group: int) -> None:
@@ -369,7 +381,8 @@ class PackedWeight:
     def from_tensors(
         cls, spec: QuantSpec, n: int, k: int, tensors: Mapping[str, Tensor]
     ) -> PackedWeight:
-        """Raises ValueError for a missing, unexpected or ill-shaped tensor."""
+        """Raises ValueError for a missing, unexpected or ill-shaped tensor, and for scales or
+        minima that are not finite."""
         wanted = cls.empty(spec, n, k, device="meta").tensors()
         if set(wanted) != set(tensors):
             raise ValueError(
@@ -383,6 +396,7 @@ class PackedWeight:
                     f"{list(want.shape)}, "
                     f"got {got.dtype} {list(got.shape)}"
                 )
+        check_finite(tensors, f"PackedWeight: {spec} [{n}, {k}]: ")
         return cls(spec, n, k, **tensors)
 
     def to(self, device: torch.device | str) -> PackedWeight:
