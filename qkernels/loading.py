@@ -29,9 +29,9 @@ from .quant.quantize import quantize
 
 Weight = PackedWeight | torch.Tensor
 
-# Unpacked codes of one block of rows. Blocks are decoded and packed in parts that fit the caches, so
-# their size decides only what loading needs beside the packed weights, at most two blocks: below
-# this, what the allocator keeps to itself (up to 15 MB, whatever the model) would be more than that.
+# Unpacked codes of one block of rows. Blocks are decoded and packed in parts that fit the caches,
+# so their size decides only what loading needs beside the packed weights, at most two blocks. Below
+# this, what the allocator keeps to itself (up to 15 MB, whatever the model) would be more.
 BLOCK_BYTES = 12 << 20
 _DENSE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 

@@ -16,7 +16,7 @@ import torch
 
 import qkernels as qk
 from qkernels.generate import GenerationOutput, TextStream
-from qkernels.loading import check_names, load_hf, rows_per_block
+from qkernels.loading import BLOCK_BYTES, check_names, load_hf, rows_per_block
 from qkernels.models import UnsupportedModelError
 from qkernels.models.llama import from_hf, weights
 from qkernels.nn import QuantDecoder, QuantLinear
@@ -442,7 +442,8 @@ def test_heads_that_no_attention_takes_are_refused_before_loading() -> None:
 
 
 def test_row_blocks_and_names() -> None:
-    assert rows_per_block(576) % 64 == 0 and 4e6 < rows_per_block(576) * 576 <= 2**22
+    assert rows_per_block(576) % 64 == 0
+    assert 0.99 * BLOCK_BYTES < rows_per_block(576) * 576 <= BLOCK_BYTES
     assert rows_per_block(10**9) == 64
     defs = weights(from_hf(RAW))
     names = {d.hf: d.shape for d in defs}
