@@ -119,7 +119,7 @@ class Qkernels:
 
     def decode(self, ids: Ids, count: int) -> tuple[float, Ids]:
         result = self._generate(ids, count)
-        return result.timings.decode_s, list(result.tokens[0])
+        return result.timings.decode, list(result.tokens[0])
 
 
 def serve(engine: Engine) -> None:
