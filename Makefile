@@ -54,6 +54,7 @@ clean:
 
 $(VENV)/torch.stamp: constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(INSTALL) torch setuptools ninja
 	touch $@
 
 qkernels/_C_cpu.so: $(VENV)/torch.stamp setup.py $(CXX_SOURCES)
