@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import pty
 import re
@@ -339,7 +340,9 @@ def test_kv_bytes() -> None:
 def start(*words: Any, env: dict[str, str] | None = None, **kwargs: Any) -> subprocess.Popen[bytes]:
     command = [sys.executable, str(HERE / "fake_decoder.py"), *(str(w) for w in words)]
     env = os.environ | {"PYTHONPATH": str(HERE.parent), "TERM": "xterm-256color"} | (env or {})
-    return subprocess.Popen(command, env=env, **kwargs)
+    # A shell that runs the tests in the background has SIGINT ignored, and children inherit that.
+    heed = functools.partial(signal.signal, signal.SIGINT, signal.default_int_handler)
+    return subprocess.Popen(command, env=env, preexec_fn=heed, **kwargs)
 
 
 class Reader:
