@@ -47,7 +47,7 @@ sanitize: $(VENV)/test.stamp
 	cd build/sanitize && \
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
-	$(CURDIR)/$(BIN)/python -m pytest --quiet $(SANITIZE_TESTS)
+	OMP_NUM_THREADS=1 $(CURDIR)/$(BIN)/python -m pytest --quiet --numprocesses 2 --dist loadfile $(SANITIZE_TESTS)
 
 clean:
 	rm -rf build dist *.egg-info qkernels/*.so qkernels/build_info.json
