@@ -11,7 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .ops.attention import MAX_HEAD_DIM, rope_table
+from .ops.attention import MAX_HEAD_DIM
+from .ops.rope import rope_table
 
 __all__ = ["KV_DTYPES", "Batch", "LayerCache", "PagedKVCache", "rope_table", "token_bytes"]
 

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from qkernels.cache import KV_DTYPES
-from qkernels.ops.attention import attention, kv_append, rope_table
+from qkernels.ops.attention import attention, kv_append
+from qkernels.ops.rope import rope_table
 from qkernels.reference.attention import pack_nibbles, unpack_nibbles
 
 EPS = torch.finfo(torch.float32).eps
