@@ -103,11 +103,11 @@ def test_shards_and_index_must_agree(tmp_path: Path) -> None:
     sharded(tmp_path, {"a.safetensors": {"x": one}}, y="a.safetensors")
     with pytest.raises(CheckpointError, match=r"lists y, but a\.safetensors does not have it"):
         opened(tmp_path)
-    shards = {"a.safetensors": {"x": one, "w": one}, "b.safetensors": {"z": one}}
+    shards = {"a.safetensors": {"x": one, "w": one.clone()}, "b.safetensors": {"z": one}}
     sharded(tmp_path, shards, x="b.safetensors")
     with pytest.raises(CheckpointError, match=r"lists x in b\.safetensors, but it is in a\.safe"):
         opened(tmp_path)
-    sharded(tmp_path, {"a.safetensors": {"x": one}, "b.safetensors": {"x": one, "z": one}})
+    sharded(tmp_path, {"a.safetensors": {"x": one}, "b.safetensors": {"x": one, "z": one.clone()}})
     with pytest.raises(CheckpointError, match=r"tensor x is both in .*a\.safe.* and in .*b\.safe"):
         opened(tmp_path)
 
