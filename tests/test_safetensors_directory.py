@@ -99,15 +99,17 @@ def test_an_index_that_is_none(index: str, words: str, tmp_path: Path) -> None:
 
 
 def test_shards_and_index_must_agree(tmp_path: Path) -> None:
-    one = torch.zeros(1)
-    sharded(tmp_path, {"a.safetensors": {"x": one}}, y="a.safetensors")
+    def zeros(*names: str) -> dict[str, torch.Tensor]:
+        return {name: torch.zeros(1) for name in names}
+
+    a, b = "a.safetensors", "b.safetensors"
+    sharded(tmp_path, {a: zeros("x")}, y=a)
     with pytest.raises(CheckpointError, match=r"lists y, but a\.safetensors does not have it"):
         opened(tmp_path)
-    shards = {"a.safetensors": {"x": one, "w": one.clone()}, "b.safetensors": {"z": one}}
-    sharded(tmp_path, shards, x="b.safetensors")
+    sharded(tmp_path, {a: zeros("x", "w"), b: zeros("z")}, x=b)
     with pytest.raises(CheckpointError, match=r"lists x in b\.safetensors, but it is in a\.safe"):
         opened(tmp_path)
-    sharded(tmp_path, {"a.safetensors": {"x": one}, "b.safetensors": {"x": one, "z": one.clone()}})
+    sharded(tmp_path, {a: zeros("x", "w"), b: zeros("x", "z")})
     with pytest.raises(CheckpointError, match=r"tensor x is both in .*a\.safe.* and in .*b\.safe"):
         opened(tmp_path)
 
