@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import mmap
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -15,6 +14,12 @@ import numpy as np
 import torch
 
 from .checkpoints import CheckpointError, GGUFFile
+from .checkpoints.safetensors_directory import (
+    SafetensorsDirectory,
+    StateDict,
+    TensorSource,
+    read_json,
+)
 from .models import (
     Family,
     ModelConfig,
@@ -213,105 +218,6 @@ def _gguf_weight(
 def _finite(tensor: torch.Tensor) -> bool:
     """Whether all values are finite, looking at a few megabytes at a time."""
     return all(bool(torch.isfinite(part).all()) for part in tensor.reshape(-1).split(1 << 20))
-
-
-class TensorSource(Protocol):
-    """Float tensors by name, read when asked for."""
-
-    @property
-    def shapes(self) -> Mapping[str, tuple[int, ...]]: ...
-
-    @property
-    def where(self) -> str: ...
-
-    def rows(self, name: str, start: int, stop: int) -> torch.Tensor: ...
-
-    def whole(self, name: str) -> torch.Tensor: ...
-
-
-class SafetensorsDirectory:
-    """Tensors of model.safetensors, or of the shards that model.safetensors.index.json lists,
-    memory-mapped.
-    """
-
-    def __init__(self, directory: Path, stack: ExitStack) -> None:
-        from safetensors import SafetensorError, safe_open
-
-        self.where = str(directory)
-        self._error = SafetensorError
-        self._files: dict[str, Any] = {}
-        index = directory / "model.safetensors.index.json"
-        single = directory / "model.safetensors"
-        listed: dict[str, str] | None = None
-        if index.exists():
-            listed = read_json(index).get("weight_map")
-            if not isinstance(listed, dict) or not all(isinstance(v, str) for v in listed.values()):
-                raise CheckpointError(
-                    f"{index}: expected weight_map, from tensor names to file names"
-                )
-            paths = [directory / name for name in sorted(set(listed.values()))]
-        elif single.exists():
-            paths = [single]
-        else:
-            raise CheckpointError(
-                f"{directory}: expected model.safetensors or model.safetensors.index.json, found "
-                f"neither"
-            )
-        self.shapes: dict[str, tuple[int, ...]] = {}
-        for path in paths:
-            if path.resolve().parent != directory.resolve() and not path.is_symlink():
-                raise CheckpointError(f"{index}: a shard outside the directory: {path}")
-            try:
-                file = stack.enter_context(safe_open(path, framework="pt"))
-                for name in file.keys():  # noqa: SIM118  not a dict
-                    self._files[name] = file
-                    self.shapes[name] = tuple(file.get_slice(name).get_shape())
-            except (SafetensorError, OSError) as error:
-                raise CheckpointError(f"{path}: cannot be read as safetensors: {error}") from error
-        if listed is not None:
-            lost = sorted(set(listed) - set(self.shapes))
-            if lost:
-                raise CheckpointError(
-                    f"{index}: lists {lost[0]}, but {listed[lost[0]]} does not have it"
-                )
-
-    def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
-        return self._files[name].get_slice(name)[start:stop]
-
-    def whole(self, name: str) -> torch.Tensor:
-        return self._files[name].get_tensor(name)
-
-
-class StateDict:
-    """Tensors of a transformers model that is in memory already."""
-
-    def __init__(self, tensors: Mapping[str, torch.Tensor], where: str) -> None:
-        self.where = where
-        self._tensors = tensors
-        self.shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-
-    def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
-        return self._real(name)[start:stop].detach().cpu()
-
-    def whole(self, name: str) -> torch.Tensor:
-        return self._real(name).detach().cpu()
-
-    def _real(self, name: str) -> torch.Tensor:
-        tensor = self._tensors[name]
-        if tensor.is_meta:
-            raise CheckpointError(f"{self.where}: tensor {name} is on meta: it has no values")
-        return tensor
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file. Raises CheckpointError for anything else."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: cannot be read as JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: expected a JSON object, got {type(value).__name__}")
-    return value
 
 
 def load_hf_directory(
