@@ -246,9 +246,10 @@ def load_hf_model(
 ) -> Checkpoint:
     """Takes the weights of a transformers model object. Arguments as in `load_hf`."""
     where = f"transformers model {type(model).__name__}"
-    loaded = load_hf(
-        model.config.to_dict(), StateDict(model.state_dict(), where), spec, embeddings, progress
-    )
+    raw = model.config.to_dict()
+    if isinstance(getattr(model, "dtype", None), torch.dtype):
+        raw["dtype"] = str(model.dtype).removeprefix("torch.")  # the model may have been cast since
+    loaded = load_hf(raw, StateDict(model.state_dict(), where), spec, embeddings, progress)
     generation = getattr(model, "generation_config", None)
     loaded.generation = generation.to_dict() if generation is not None else {}
     return loaded
@@ -308,7 +309,7 @@ def _hf_weight(source: TensorSource, d: WeightDef, spec: QuantSpec | None) -> We
         # Cloned: a dense weight must not change with the model it came from, nor keep a whole shard
         # mapped.
         dense = checked(source.whole(d.hf))
-        return dense.clone() if d.is_matrix else dense.to(torch.float32, copy=True)
+        return dense.clone() if d.is_matrix else dense.float() + d.hf_offset
     n, k = d.shape
     step = rows_per_block(4 * k)  # quantizing works on float32
 

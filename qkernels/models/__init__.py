@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from .config import Family, ModelConfig, RopeConfig, UnsupportedModelError, WeightDef
+from .gemma import GEMMA
 from .llama import LLAMA
 
-FAMILIES: tuple[Family, ...] = (LLAMA,)
+FAMILIES: tuple[Family, ...] = (LLAMA, GEMMA)
 
 
 def family_of_hf(model_type: str) -> Family:

@@ -69,6 +69,9 @@ class ModelConfig:
     qk_norm: bool = False  # RMSNorm of each head of q and k, before rotation
     activation: str = "silu"  # silu, gelu_tanh, gelu_erf, relu
     tied: bool = False  # logits use the embedding table
+    embed_scale: float = 1.0  # rows of the table are multiplied by it
+    attention_scale: float | None = None  # of q . k; None: head_dim ** -0.5
+    local_rope: RopeConfig | None = None  # of layers with a window, where it differs from `rope`
 
     def __post_init__(self) -> None:
         for name in (
@@ -99,6 +102,21 @@ class ModelConfig:
             raise ValueError(
                 f"{self.family}: expected {self.layers} non-negative windows, got {self.windows}"
             )
+        for name in ("embed_scale", "attention_scale"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{self.family}: {name} must be positive, got {value}")
+        if self.local_rope is not None and self.local_rope.dim > self.head_dim:
+            raise ValueError(
+                f"{self.family}: rotary dimension {self.local_rope.dim} exceeds head_dim "
+                f"{self.head_dim}"
+            )
+
+    @property
+    def ropes(self) -> dict[str, RopeConfig]:
+        """The tables of rotary angles, by the names that `KvAppend` steps give them."""
+        tables = {"rope": self.rope}
+        return tables if self.local_rope is None else {**tables, "rope.local": self.local_rope}
 
 
 @dataclass(frozen=True)
@@ -107,7 +125,8 @@ class WeightDef:
 
     Matrices are [N, K] (out, in); the table of embeddings is [vocab, hidden]; vectors [N].
     rotary_heads: GGUF files of this family store the rows of that many heads with the pairs of the
-    rotation side by side; 0: in natural order. Other formats never do.
+    rotation side by side; 0: in natural order. Other formats never do. hf_offset: to be added to a
+    vector of transformers' checkpoints; in GGUF files it has been added.
     """
 
     name: str
@@ -115,6 +134,7 @@ class WeightDef:
     gguf: str
     hf: str
     rotary_heads: int = 0
+    hf_offset: float = 0.0
 
     @property
     def is_matrix(self) -> bool:
@@ -167,15 +187,19 @@ _REFUSED_IN_HF: dict[str, tuple[Any, ...]] = {
 }
 
 
-def refuse_unknown_hf_options(raw: Mapping[str, Any], extra: Mapping[str, tuple[Any, ...]]) -> None:
+def refuse_unknown_hf_options(
+    raw: Mapping[str, Any],
+    extra: Mapping[str, tuple[Any, ...]],
+    known: Iterable[str] = (),
+) -> None:
     """Raises UnsupportedModelError for keys that matter and that the family does not read.
 
     extra: further keys with the values that mean "off", as in the table above. None always means
-    off.
+    off. known: keys of the table that this family does read.
     """
     for key, off in {**_REFUSED_IN_HF, **extra}.items():
         value = raw.get(key)
-        if value is None or value in off:
+        if value is None or value in off or key in known:
             continue
         hint = ""
         if key == "quantization_config":
@@ -202,6 +226,46 @@ def hf_number(raw: Mapping[str, Any], key: str, kind: type = int, default: Any =
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise ValueError(f"config.json: {key} must be a number, got {value!r}")
     return kind(value)
+
+
+# transformers' names of activations -> those of the op `gate`
+_ACTIVATIONS = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu_erf",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_new": "gelu_tanh",
+    "relu": "relu",
+}
+
+
+def hf_activation(raw: Mapping[str, Any], key: str, default: str) -> str:
+    """The activation under `key` of config.json, by its name here."""
+    activation = raw.get(key, default)
+    if activation not in _ACTIVATIONS:
+        raise UnsupportedModelError(
+            f"config.json: {key} = {activation!r} is not supported; supported are "
+            f"{', '.join(_ACTIVATIONS)}"
+        )
+    return _ACTIVATIONS[activation]
+
+
+def hf_windows(kinds: Any, layers: int, window: int) -> tuple[int, ...]:
+    """Positions seen per layer, 0 for all. kinds: `layer_types` of config.json; window: its
+    `sliding_window`, 0 if that is off.
+    """
+    if len(kinds) != layers:
+        raise ValueError(f"config.json: layer_types must name {layers} layers, got {len(kinds)}")
+    unknown = sorted(set(kinds) - {"full_attention", "sliding_attention"})
+    if unknown:
+        raise UnsupportedModelError(
+            f"config.json: layer_types {', '.join(map(repr, unknown))} are not supported"
+        )
+    if "sliding_attention" in kinds and not window:
+        raise ValueError(
+            "config.json: layer_types asks for sliding_attention, but sliding_window is off"
+        )
+    return tuple(window if kind == "sliding_attention" else 0 for kind in kinds)
 
 
 # Parameters that each kind of scaled rotation needs and may have.
@@ -317,6 +381,20 @@ class GgufKeys:
     def text(self, key: str, default: str) -> str:
         self._read.add(key)
         return str(self._values.get(key, default))
+
+    def number_or_flags(self, key: str, default: int) -> int | list[bool]:
+        """The integer under `key`, or the list of booleans there, one per layer."""
+        value = self._values.get(key)
+        if value is None or isinstance(value, (bool, int, float)):
+            return self.number(key, int, default)
+        self._read.add(key)
+        flags = value.tolist() if hasattr(value, "tolist") else value
+        if not isinstance(flags, list) or any(flag not in (0, 1) for flag in flags):
+            raise UnsupportedModelError(
+                f"GGUF metadata: {self.architecture}.{key} must be a number or a boolean per "
+                f"layer, got {value!r}"
+            )
+        return [bool(flag) for flag in flags]
 
     def expect(self, key: str, *off: Any) -> None:
         """Raises unless `key` is missing or has one of the values `off`, with which it changes

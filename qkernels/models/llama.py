@@ -12,23 +12,14 @@ from .config import (
     Family,
     GgufKeys,
     ModelConfig,
-    UnsupportedModelError,
     WeightDef,
+    hf_activation,
     hf_number,
+    hf_windows,
     refuse_unknown_hf_options,
     rope_from_gguf,
     rope_from_hf,
 )
-
-# transformers' names of activations -> those of the op `gate`
-_ACTIVATIONS = {
-    "silu": "silu",
-    "swish": "silu",
-    "gelu": "gelu_erf",
-    "gelu_pytorch_tanh": "gelu_tanh",
-    "gelu_new": "gelu_tanh",
-    "relu": "relu",
-}
 
 
 def program(config: ModelConfig) -> tuple[Step, ...]:
@@ -155,12 +146,6 @@ def from_hf(raw: Mapping[str, Any]) -> ModelConfig:
     head_dim = hf_number(
         raw, "head_dim", int, 128 if family == "qwen3" else hidden // max(q_heads, 1)
     )
-    activation = raw.get("hidden_act", "silu")
-    if activation not in _ACTIVATIONS:
-        raise UnsupportedModelError(
-            f"config.json: hidden_act = {activation!r} is not supported; supported are "
-            f"{', '.join(_ACTIVATIONS)}"
-        )
     bias = bool(raw.get("attention_bias", False))
     qkv_bias = bias or family == "qwen2"
     # transformers' default when the key is missing; null means none
@@ -187,7 +172,7 @@ def from_hf(raw: Mapping[str, Any]) -> ModelConfig:
         o_bias=bias,
         mlp_bias=bool(raw.get("mlp_bias", False)) and not qwen,
         qk_norm=family == "qwen3",
-        activation=_ACTIVATIONS[activation],
+        activation=hf_activation(raw, "hidden_act", "silu"),
         tied=bool(raw.get("tie_word_embeddings", False)),
     )
 
@@ -210,18 +195,7 @@ def _windows_of_hf(raw: Mapping[str, Any], family: str) -> tuple[int, ...]:
     if kinds is None:
         first = hf_number(raw, "max_window_layers", int, 28)
         return tuple(window if i >= first else 0 for i in range(layers))
-    if len(kinds) != layers:
-        raise ValueError(f"config.json: layer_types must name {layers} layers, got {len(kinds)}")
-    unknown = sorted(set(kinds) - {"full_attention", "sliding_attention"})
-    if unknown:
-        raise UnsupportedModelError(
-            f"config.json: layer_types {', '.join(map(repr, unknown))} are not supported"
-        )
-    if "sliding_attention" in kinds and not window:
-        raise ValueError(
-            "config.json: layer_types asks for sliding_attention, but sliding_window is off"
-        )
-    return tuple(window if kind == "sliding_attention" else 0 for kind in kinds)
+    return hf_windows(kinds, layers, window)
 
 
 def from_gguf(

@@ -205,7 +205,8 @@ class QuantDecoder(nn.Module):
                     resolved[f"{path}.{part}"] = tensor.detach()
                     if isinstance(module, HoldsPacked) and part == "weight":
                         resolved[f"{path}.{part}"] = module.packed
-            resolved["rope"] = angles(self.config.rope, self.max_seq_len).to(self.device)
+            for name, rope in self.config.ropes.items():
+                resolved[name] = angles(rope, self.max_seq_len).to(self.device)
             self._resolved = resolved
         return self._resolved
 
