@@ -155,9 +155,9 @@ def load_gguf(path: str | Path, progress: Progress | None = None) -> Checkpoint:
             raise CheckpointError(
                 f"{path}: expected the name of an architecture, got {architecture!r}"
             )
-        family = family_of_gguf(architecture)
         shapes = {name: tuple(info.shape) for name, info in file.tensors.items()}
         try:
+            family = family_of_gguf(architecture)
             config = family.from_gguf(
                 metadata, shapes, lambda name: file.dense(name).float().tolist()
             )
@@ -272,8 +272,8 @@ def load_hf(
     model_type = raw.get("model_type")
     if not isinstance(model_type, str):
         raise CheckpointError(f"{source.where}: config.json lacks model_type")
-    family = family_of_hf(model_type)
     try:
+        family = family_of_hf(model_type)
         config = family.from_hf(raw)
     except ValueError as error:
         raise type(error)(f"{source.where}: {error}") from error
