@@ -17,7 +17,6 @@ import signal
 import struct
 import sys
 import tracemalloc
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -236,13 +235,6 @@ class GgufModel(Gguf):
         return check_decoder(self.path)
 
 
-TARGETS: dict[str, Callable[[Path], Target]] = {
-    "gguf": Gguf,
-    "gguf-data": GgufData,
-    "gguf-model": GgufModel,
-}
-
-
 def limit_memory() -> None:
     """What is mapped now and ADDRESS_SPACE more; allocations beyond raise MemoryError, or end the
     process."""
@@ -251,7 +243,18 @@ def limit_memory() -> None:
 
 
 def main(name: str, count: int, folder: Path, seed: int) -> None:
-    target = TARGETS[name](folder)
+    # Imported here: fuzz_safetensors takes from this file.
+    import fuzz_safetensors
+
+    target: Target = {
+        "gguf": Gguf,
+        "gguf-data": GgufData,
+        "gguf-model": GgufModel,
+        "safetensors": fuzz_safetensors.Safetensors,
+        "index": fuzz_safetensors.Index,
+        "config": fuzz_safetensors.Config,
+        "model": fuzz_safetensors.Model,
+    }[name](folder)
     target.whole()
     assert target.read(), "the undamaged files cannot be read"
     limit_memory()
@@ -276,5 +279,6 @@ def main(name: str, count: int, folder: Path, seed: int) -> None:
 
 
 if __name__ == "__main__":
+    sys.modules["fuzz"] = sys.modules["__main__"]  # one copy of this file, not two
     _, name, count, folder, *rest = sys.argv
     main(name, int(count), Path(folder), int(rest[0]) if rest else 0)
