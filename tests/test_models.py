@@ -164,11 +164,6 @@ def test_rope_of_old_and_new_configurations() -> None:
         ("llama", {"hidden_act": "swiglu_oai"}, "hidden_act = 'swiglu_oai'"),
         ("llama", {"sliding_window": 64}, "sliding_window = 64"),
         ("llama", {"num_local_experts": 8}, "num_local_experts = 8"),
-        (
-            "llama",
-            {"quantization_config": {"quant_method": "gptq", "bits": 4}},
-            "quantization_config = 'gptq'",
-        ),
         ("llama", {"hidden_size": None}, "lacks 'hidden_size'"),
         ("llama", {"hidden_size": "48"}, "hidden_size must be a number"),
         (

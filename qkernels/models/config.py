@@ -210,7 +210,6 @@ _REFUSED_IN_HF: dict[str, tuple[Any, ...]] = {
     "logits_scaling": (1.0,),
     "use_qk_norm": (False,),
     "layer_norm_eps": (),
-    "quantization_config": (),
 }
 
 
@@ -228,16 +227,9 @@ def refuse_unknown_hf_options(
         value = raw.get(key)
         if value is None or value in off or key in known:
             continue
-        hint = ""
-        if key == "quantization_config":
-            method = value.get("quant_method") if isinstance(value, Mapping) else value
-            value, hint = (
-                method,
-                " (checkpoints that are quantized already are read from GGUF only)",
-            )
         raise UnsupportedModelError(
             f"config.json of model_type {raw.get('model_type')!r}: {key} = {shown(value)} is "
-            f"not supported{hint}"
+            f"not supported"
         )
 
 
