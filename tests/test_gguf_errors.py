@@ -182,6 +182,7 @@ def test_more_entries_than_any_model_has(tmp_path):
         ({"shape": (2**62, 2**5)}, r"fewer than 2\^63"),
         ({"shape": (2**40, 32)}, "truncated or corrupt"),
         ({"shape": (4, 33)}, "a multiple of 32 columns"),
+        ({"type": "Q4_K", "shape": (4, 128)}, "a multiple of 256 columns"),
         ({"shape": ()}, "1 to 4 dimensions, got 0"),
         ({"shape": (1, 1, 1, 1, 32)}, "1 to 4 dimensions, got 5"),
         ({"number": 4}, "type number 4"),

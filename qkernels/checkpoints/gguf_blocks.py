@@ -135,7 +135,7 @@ _E2M1_HALF = {
     if value // 2 * 2 == value and value // 2 in E2M1
 }
 _HALF_CODE = np.array([_E2M1_HALF.get(value, 255) for value in E2M1], np.uint8)
-_LARGEST = np.abs(np.array(E2M1, np.float32))
+_MAGNITUDE = np.abs(np.array(E2M1, np.int16)).astype(np.uint16)
 
 
 def _decode_mxfp4(raw: np.ndarray, out: Plain) -> None:
@@ -150,19 +150,25 @@ def _decode_mxfp4(raw: np.ndarray, out: Plain) -> None:
 
 
 def _refuse_mxfp4(raw: np.ndarray) -> Refusal | None:
-    """Blocks with values beyond float32, or with e = 0 and a code of an odd value."""
-    exponent = raw[..., 0]
-    for rows, blocks in zip(*np.nonzero((exponent == 0) | (exponent > 252)), strict=True):
-        e, stored = int(exponent[rows, blocks]), raw[rows, blocks, 1:]
-        codes = np.concatenate([stored & 15, stored >> 4])
-        if e == 0 and (_HALF_CODE[codes] == 255).any():
-            reason = "expected an exponent of at least 1, got 0 with values of 0.5 or 1.5"
-        elif e and not np.isfinite(np.ldexp(_LARGEST[codes], e - 128)).all():
-            reason = f"expected values within float32, got an exponent of {e}"
-        else:
-            continue
-        return Refusal(int(rows), int(blocks), reason)
-    return None
+    """Blocks with values beyond float32, or with e = 0 and a code without a half."""
+    rows, blocks = np.nonzero((raw[..., 0] == 0) | (raw[..., 0] > 252))
+    if not len(rows):
+        return None
+    exponent, stored = raw[rows, blocks, 0], raw[rows, blocks, 1:]
+    codes = np.concatenate([stored & np.uint8(15), stored >> np.uint8(4)], axis=1)
+    halved = (_HALF_CODE[codes] != 255).all(axis=1)
+    # 2^(e - 128) * value is finite if it is below 2^128.
+    limit = np.uint16(1) << (256 - exponent.astype(np.uint16)).clip(max=15)
+    finite = _MAGNITUDE[codes].max(axis=1) < limit
+    bad = ~np.where(exponent == 0, halved, finite)
+    if not bad.any():
+        return None
+    first = int(bad.argmax())
+    e = int(exponent[first])
+    reason = f"expected values within float32, got an exponent of {e}"
+    if e == 0:
+        reason = "expected an exponent of at least 1, got 0 with values of 0.5 or 1.5"
+    return Refusal(int(rows[first]), int(blocks[first]), reason)
 
 
 TYPES: dict[int, BlockType] = {

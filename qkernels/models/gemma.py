@@ -18,11 +18,15 @@ from .config import (
     UnsupportedModelError,
     WeightDef,
     hf_activation,
+    hf_flag,
+    hf_layers,
+    hf_mapping,
     hf_number,
     hf_windows,
     refuse_unknown_hf_options,
     rope_from_gguf,
     rope_from_hf,
+    shown,
 )
 
 # Every sixth layer sees everything, where a checkpoint does not say.
@@ -142,7 +146,7 @@ def from_hf(raw: Mapping[str, Any]) -> ModelConfig:
         "mlp_bias": (False,),
     }
     refuse_unknown_hf_options(raw, off, known=("query_pre_attn_scalar",))
-    layers, hidden = hf_number(raw, "num_hidden_layers"), hf_number(raw, "hidden_size")
+    layers, hidden = hf_layers(raw), hf_number(raw, "hidden_size")
     head_dim = hf_number(raw, "head_dim", int, 256)
     kinds = raw.get("layer_types")
     if kinds is None:
@@ -152,7 +156,7 @@ def from_hf(raw: Mapping[str, Any]) -> ModelConfig:
     off_or_default = 0 if "sliding_window" in raw else 4096  # null: off
     window = hf_number(raw, "sliding_window", int, off_or_default)
     rope, local_rope = _ropes_of_hf(raw, head_dim)
-    bias = bool(raw.get("attention_bias", False))
+    bias = hf_flag(raw, "attention_bias")
     return ModelConfig(
         family=raw["model_type"],
         vocab=hf_number(raw, "vocab_size", int, 262_208),
@@ -173,7 +177,7 @@ def from_hf(raw: Mapping[str, Any]) -> ModelConfig:
         o_bias=bias,
         qk_norm=True,
         activation=hf_activation(raw, "hidden_activation", "gelu_pytorch_tanh"),
-        tied=bool(raw.get("tie_word_embeddings", True)),
+        tied=hf_flag(raw, "tie_word_embeddings", True),
         embed_scale=_embed_scale(hidden, raw.get("dtype") or raw.get("torch_dtype")),
         attention_scale=_attention_scale(hf_number(raw, "query_pre_attn_scalar", float, 256.0)),
     )
@@ -209,16 +213,16 @@ def _ropes_of_hf(raw: Mapping[str, Any], head_dim: int) -> tuple[RopeConfig, Rop
     kind of layer (transformers 5), or `rope_theta`, `rope_scaling` and `rope_local_base_freq`.
     """
     kinds = ("full_attention", "sliding_attention")
-    by_kind = raw.get("rope_parameters") or {}
-    if not isinstance(by_kind, Mapping) or set(by_kind) - set(kinds):
+    by_kind = hf_mapping(raw, "rope_parameters")
+    if set(by_kind) - set(kinds):
         raise UnsupportedModelError(
             f"config.json of model_type {raw.get('model_type')!r}: rope_parameters must be given "
-            f"for {' and '.join(kinds)}, got {by_kind!r}"
+            f"for {' and '.join(kinds)}, got {shown(by_kind)}"
         )
     old = (
         {
             "rope_theta": hf_number(raw, "rope_theta", float, _GLOBAL_THETA),
-            **(raw.get("rope_scaling") or {}),
+            **hf_mapping(raw, "rope_scaling"),
         },
         {"rope_theta": hf_number(raw, "rope_local_base_freq", float, _LOCAL_THETA)},
     )
@@ -227,7 +231,7 @@ def _ropes_of_hf(raw: Mapping[str, Any], head_dim: int) -> tuple[RopeConfig, Rop
             {
                 "model_type": raw.get("model_type"),
                 "max_position_embeddings": raw.get("max_position_embeddings"),
-                "rope_parameters": {**before, **(by_kind.get(kind) or {})},
+                "rope_parameters": {**before, **hf_mapping(by_kind, kind)},
             },
             head_dim,
         )
@@ -252,7 +256,7 @@ def from_gguf(
     keys.expect("attn_logit_softcapping", 0.0)
     keys.expect("attention.causal", True)
     hidden, q_heads = keys.number("embedding_length"), keys.number("attention.head_count")
-    layers = keys.number("block_count")
+    layers = keys.layers()
     head_dim = keys.number("attention.key_length", int, 256)
     keys.expect("attention.value_length", head_dim)
     table = shapes.get("token_embd.weight")

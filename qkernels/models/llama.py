@@ -14,6 +14,8 @@ from .config import (
     ModelConfig,
     WeightDef,
     hf_activation,
+    hf_flag,
+    hf_layers,
     hf_number,
     hf_windows,
     refuse_unknown_hf_options,
@@ -138,7 +140,7 @@ def from_hf(raw: Mapping[str, Any]) -> ModelConfig:
         off["mlp_bias"] = (False,)
     if family == "llama":
         off["sliding_window"] = (0,)
-        off["layer_types"] = (["full_attention"] * hf_number(raw, "num_hidden_layers"),)
+        off["layer_types"] = (["full_attention"] * hf_layers(raw),)
     refuse_unknown_hf_options(raw, off)
 
     hidden, q_heads = hf_number(raw, "hidden_size"), hf_number(raw, "num_attention_heads")
@@ -146,7 +148,7 @@ def from_hf(raw: Mapping[str, Any]) -> ModelConfig:
     head_dim = hf_number(
         raw, "head_dim", int, 128 if family == "qwen3" else hidden // max(q_heads, 1)
     )
-    bias = bool(raw.get("attention_bias", False))
+    bias = hf_flag(raw, "attention_bias")
     qkv_bias = bias or family == "qwen2"
     # transformers' default when the key is missing; null means none
     default_kv_heads = {"mistral": 8, "qwen3": 32, "qwen2": 32}.get(family, q_heads)
@@ -155,7 +157,7 @@ def from_hf(raw: Mapping[str, Any]) -> ModelConfig:
         family=family,
         vocab=hf_number(raw, "vocab_size"),
         hidden=hidden,
-        layers=hf_number(raw, "num_hidden_layers"),
+        layers=hf_layers(raw),
         q_heads=q_heads,
         kv_heads=q_heads
         if kv_heads is None
@@ -170,10 +172,10 @@ def from_hf(raw: Mapping[str, Any]) -> ModelConfig:
         k_bias=qkv_bias,
         v_bias=qkv_bias,
         o_bias=bias,
-        mlp_bias=bool(raw.get("mlp_bias", False)) and not qwen,
+        mlp_bias=hf_flag(raw, "mlp_bias") and not qwen,
         qk_norm=family == "qwen3",
         activation=hf_activation(raw, "hidden_act", "silu"),
-        tied=bool(raw.get("tie_word_embeddings", False)),
+        tied=hf_flag(raw, "tie_word_embeddings"),
     )
 
 
@@ -181,16 +183,15 @@ def _windows_of_hf(raw: Mapping[str, Any], family: str) -> tuple[int, ...]:
     """Positions seen per layer, 0 for all: every layer in Mistral, those from max_window_layers on
     in Qwen.
     """
-    layers = hf_number(raw, "num_hidden_layers")
+    layers = hf_layers(raw)
     if family == "llama":
         return (0,) * layers
-    window = int(
-        raw.get("sliding_window", 4096) or 0
-    )  # 4096 is transformers' default when the key is missing
+    # transformers' default when the key is missing; null means off
+    window = hf_number(raw, "sliding_window", int, 0 if "sliding_window" in raw else 4096)
     kinds = raw.get("layer_types")
     if family == "mistral" and kinds is None:
         return (window,) * layers
-    if family != "mistral" and not raw.get("use_sliding_window", False):
+    if family != "mistral" and not hf_flag(raw, "use_sliding_window"):
         window = 0
     if kinds is None:
         first = hf_number(raw, "max_window_layers", int, 28)
@@ -222,7 +223,7 @@ def from_gguf(
     )  # says that the rows of q and k are interleaved, as they are in every such file
 
     hidden, q_heads = keys.number("embedding_length"), keys.number("attention.head_count")
-    layers = keys.number("block_count")
+    layers = keys.layers()
     head_dim = keys.number("attention.key_length", int, hidden // max(q_heads, 1))
     keys.expect("attention.value_length", head_dim)
     table = shapes.get("token_embd.weight")
