@@ -12,9 +12,9 @@ from test_decoder import RAW, Random
 import qkernels as qk
 from qkernels.loading import Checkpoint, load_hf
 from qkernels.nn import QuantDecoder
-from qkernels.nn.executor import ComposedExecutor, NativeExecutor, column_orders
+from qkernels.nn.executor import ComposedExecutor, NativeExecutor
 from qkernels.nn.pool import KvPool
-from qkernels.nn.program import Permute, lower
+from qkernels.nn.program import Permute
 from qkernels.quant import PackedWeight
 
 SPEC = qk.QuantSpec(4, 32, zero="integer")
@@ -64,9 +64,8 @@ def test_act_order_runs_natively_and_as_the_composed_ops_do(act: str) -> None:
     native = decoder(IDS).logits
     with qk.backend("reference"):  # any backend but "cpu" makes it run op by op
         assert isinstance(decoder.executor(), ComposedExecutor)
-    weights = decoder.weights()
-    steps = lower(decoder._steps, decoder._act_group, column_orders(weights).get)
-    decoder._executor = (qk.backends.current(), ComposedExecutor(steps, weights))
+    composed = ComposedExecutor(decoder.lowered(), decoder.weights())
+    decoder._executor = (qk.backends.current(), composed)
     assert torch.equal(decoder(IDS).logits, native)
 
 
