@@ -153,6 +153,14 @@ def test_w8_gives_the_logits_of_the_dequantized_model(
     check_logits(decoder, dequantized(model, decoder))
 
 
+def test_info_names_both_rotations_and_the_window() -> None:
+    facts = dict(qk.info(QuantDecoder.from_pretrained(random_model("gemma3"), W8)).facts)
+    assert facts["rope"] == "theta 1e+06, linear; in layers with a window: theta 10000, not scaled"
+    assert facts["attention"].endswith("window 24, qk-norm")
+    facts = dict(qk.info(QuantDecoder.from_pretrained(random_model("llama-tied"), W8)).facts)
+    assert facts["rope"] == "theta 10000, not scaled"
+
+
 def test_a_scheme_says_what_activations_are() -> None:
     model = random_model("llama")
     for scheme, act in (("W4A16", "float"), ("W4A8", "int8"), (W8, "int8"), (None, "int8")):
