@@ -64,25 +64,26 @@ class SafetensorsDirectory:
     """Tensors of model.safetensors, or of the shards that model.safetensors.index.json lists,
     memory-mapped.
 
-    The files stay open until `stack` is closed. Raises CheckpointError, naming file and tensor, for
-    an index that is not one, a shard that is missing, damaged, truncated or outside the directory,
-    a tensor that two shards have or none has, and a dtype that torch does not know.
+    The files stay open until `stack` is closed. single: the file if there is no index. Raises
+    CheckpointError, naming file and tensor, for an index that is not one, a shard that is missing,
+    damaged, truncated or outside the directory, a tensor that two shards have or none has, and a
+    dtype that torch does not know.
     """
 
-    def __init__(self, directory: Path, stack: ExitStack) -> None:
+    def __init__(self, directory: Path, stack: ExitStack, single: str = SINGLE) -> None:
         self.where = str(directory)
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, torch.dtype] = {}
         self._files: dict[str, Any] = {}
         self._paths: dict[str, Path] = {}
-        index, single = directory / INDEX, directory / SINGLE
+        index = directory / INDEX
         listed = _weight_map(index) if index.exists() else None
         if listed is not None:
             names = sorted(set(listed.values()))
-        elif single.exists():
-            names = [SINGLE]
+        elif (directory / single).exists():
+            names = [single]
         else:
-            raise CheckpointError(f"{directory}: expected {SINGLE} or {INDEX}, found neither")
+            raise CheckpointError(f"{directory}: expected {single} or {INDEX}, found neither")
         for name in names:
             self._open(directory / name, stack)
         for name, shard in (listed or {}).items():
