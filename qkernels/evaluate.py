@@ -45,10 +45,35 @@ def _skipped(length: int, fraction: float) -> int:
     return int(Fraction(str(fraction)) * length)
 
 
+def begins_with_bos(text: Any) -> bool:
+    """Whether a tokenizer (`qkernels.text.Text`) puts its BOS in front of a plain text."""
+    if text.bos_id is None:
+        return False
+    ids, plain = text.encode("a", special=True), text.encode("a", special=False)
+    return ids[:1] == [text.bos_id] and plain[:1] != [text.bos_id]
+
+
+def _bos(decoder: Any, bos: bool | None) -> int | None:
+    """The token that every window starts with, None if windows start with text."""
+    try:
+        text = decoder.text
+        if bos is None:
+            bos = begins_with_bos(text)
+        token: int | None = text.bos_id if bos else None
+    except (AttributeError, LookupError):  # ids only: no tokenizer says what a sequence begins with
+        token, bos = None, bool(bos)
+    if bos and token is None:
+        raise ValueError("perplexity: bos=True, but the model's tokenizer names no BOS token")
+    return token
+
+
 def _token_ids(
-    decoder: Any, text_or_ids: str | Sequence[int] | torch.Tensor, fraction: float
+    decoder: Any,
+    text_or_ids: str | Sequence[int] | torch.Tensor,
+    fraction: float,
+    bos: int | None,
 ) -> torch.Tensor:
-    """The ids to evaluate, [T] int64, after the skipped beginning."""
+    """The ids to evaluate, [T] int64, after the skipped beginning and without `bos` in front."""
     if isinstance(text_or_ids, str):
         text = join_lines(text_or_ids)
         text = text[_skipped(len(text), fraction) :]
@@ -62,6 +87,8 @@ def _token_ids(
         ids = ids.to("cpu", torch.int64)
     else:
         ids = torch.tensor(list(text_or_ids), dtype=torch.int64)
+    if bos is not None and ids[:1].tolist() == [bos]:
+        ids = ids[1:]
     return ids[_skipped(ids.numel(), fraction) :]
 
 
@@ -87,6 +114,7 @@ def perplexity(
     window: int = 512,
     windows: int = 8,
     skip_fraction: float = 0.1,
+    bos: bool | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Perplexity:
     """Perplexity of `decoder` on the first `windows` independent windows of `window` tokens of a
@@ -97,7 +125,10 @@ def perplexity(
         `skip_fraction` of the characters is dropped (front matter), and the rest is tokenized
         without special tokens. Of ids, the first `skip_fraction` of the ids is dropped.
     window: tokens per window, at least 2; each window starts with an empty context and gives window
-    - 1 predictions.
+        - 1 predictions.
+    bos: whether every window starts with the model's BOS, which is then one of its `window` tokens
+        and is not predicted. None: as the model's tokenizer does for a plain text (Gemma's does,
+        SmolLM2's does not). A BOS in front of given ids is then not taken for text.
     progress: called as progress(windows done, windows) after every window.
 
     Raises ValueError if the text is too short, or an argument is out of range, and RuntimeError if
@@ -116,16 +147,21 @@ def perplexity(
             f"of {limit} tokens"
         )
 
-    ids = _token_ids(decoder, text_or_ids, skip_fraction)
-    needed = window * windows
+    first = _bos(decoder, bos)
+    ids = _token_ids(decoder, text_or_ids, skip_fraction, first)
+    fresh = window - (first is not None)  # tokens of text in a window
+    needed = fresh * windows
     if ids.numel() < needed:
         raise ValueError(
             f"perplexity: {windows} windows of {window} tokens need {needed} tokens, "
             f"but after the skipped beginning there are {ids.numel()}"
         )
 
+    parts = ids[:needed].view(windows, fresh)
+    if first is not None:
+        parts = torch.cat([parts.new_full((windows, 1), first), parts], dim=1)
     means: list[float] = []
-    for index, part in enumerate(ids[:needed].view(windows, window)):
+    for index, part in enumerate(parts):
         logits = decoder(part[None, :]).logits[0]
         nats = window_nats(logits, part)
         if not math.isfinite(nats):

@@ -167,9 +167,9 @@ def load_gguf(path: str | Path, progress: Progress | None = None) -> Checkpoint:
             raise CheckpointError(
                 f"{path}: expected the name of an architecture, got {architecture!r}"
             )
-        family = family_of_gguf(architecture)
         shapes = {name: tuple(info.shape) for name, info in file.tensors.items()}
         try:
+            family = family_of_gguf(architecture)
             config = family.from_gguf(
                 metadata, shapes, lambda name: file.dense(name).float().tolist()
             )
@@ -263,9 +263,10 @@ def load_hf_model(
 ) -> Checkpoint:
     """Takes the weights of a transformers model object. Arguments as in `load_hf`."""
     where = f"transformers model {type(model).__name__}"
-    loaded = load_hf(
-        model.config.to_dict(), StateDict(model.state_dict(), where), spec, embeddings, progress
-    )
+    raw = model.config.to_dict()
+    if isinstance(getattr(model, "dtype", None), torch.dtype):
+        raw["dtype"] = str(model.dtype).removeprefix("torch.")  # the model may have been cast since
+    loaded = load_hf(raw, StateDict(model.state_dict(), where), spec, embeddings, progress)
     generation = getattr(model, "generation_config", None)
     loaded.generation = generation.to_dict() if generation is not None else {}
     return loaded
@@ -295,8 +296,8 @@ def load_hf(
     model_type = raw.get("model_type")
     if not isinstance(model_type, str):
         raise CheckpointError(f"{source.where}: config.json lacks model_type")
-    family = family_of_hf(model_type)
     try:
+        family = family_of_hf(model_type)
         config = family.from_hf(raw)
     except ValueError as error:
         raise type(error)(f"{source.where}: {error}") from error
@@ -382,7 +383,7 @@ def _hf_weight(source: TensorSource, d: WeightDef, spec: QuantSpec | None) -> We
         # Cloned: a dense weight must not change with the model it came from, nor keep a whole shard
         # mapped.
         dense = checked(source.whole(d.hf))
-        return dense.clone() if d.is_matrix else dense.to(torch.float32, copy=True)
+        return dense.clone() if d.is_matrix else dense.float() + d.hf_offset
     n, k = d.shape
     step = rows_per_block(4 * k)  # quantizing works on float32
 

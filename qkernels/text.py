@@ -22,6 +22,11 @@ class Text(Protocol):
         ...
 
     @property
+    def bos_id(self) -> int | None:
+        """The token that begins a sequence, None if there is none."""
+        ...
+
+    @property
     def transformers(self) -> Any:
         """The same as a transformers tokenizer."""
         ...
@@ -52,6 +57,10 @@ class NoText:
     @property
     def eos_ids(self) -> tuple[int, ...]:
         return ()
+
+    @property
+    def bos_id(self) -> int | None:
+        return None
 
     @property
     def transformers(self) -> Any:
@@ -120,6 +129,10 @@ class OwnText:
         return self._tokenizer.eos_ids
 
     @property
+    def bos_id(self) -> int | None:
+        return self._tokenizer.bos_id
+
+    @property
     def transformers(self) -> Any:
         return self._tokenizer.hf
 
@@ -144,6 +157,11 @@ class TransformersText:
     def eos_ids(self) -> tuple[int, ...]:
         eos = self._tokenizer.eos_token_id
         return () if eos is None else (eos,)
+
+    @property
+    def bos_id(self) -> int | None:
+        bos: int | None = self._tokenizer.bos_token_id
+        return bos
 
     @property
     def transformers(self) -> Any:

@@ -88,7 +88,9 @@ class FakeDecoder:
 
     @property
     def text(self) -> Any:
-        return SimpleNamespace(encode=lambda text, special: [ord(c) % 100 for c in text])
+        return SimpleNamespace(
+            bos_id=None, encode=lambda text, special: [ord(c) % 100 for c in text]
+        )
 
     def __call__(self, input_ids: Any, logits_to_keep: int = 0) -> Any:
         import torch

@@ -33,9 +33,12 @@ class Bigram:
     def text(self) -> Bigram:
         return self
 
+    bos_id: int | None = None
+    adds_bos = False
+
     def encode(self, text: str, special: bool = True) -> list[int]:
-        assert not special
-        return [ord(c) % 53 for c in text]
+        bos = [self.bos_id] if special and self.adds_bos and self.bos_id is not None else []
+        return bos + [ord(c) % 53 for c in text]
 
 
 def expected(decoder: Bigram, ids: list[int], window: int, windows: int) -> float:
@@ -102,6 +105,40 @@ def test_text_starts_at_a_tenth_of_its_characters(length: int) -> None:
     perplexity(decoder, text, window=3, windows=2)
     start = length // 10
     assert torch.cat(decoder.seen, 1)[0].tolist() == [ord(c) % 53 for c in text[start : start + 6]]
+
+
+@pytest.mark.parametrize(
+    ("adds_bos", "bos", "starts"),
+    [(True, None, True), (False, None, False), (True, False, False), (False, True, True)],
+)
+def test_windows_start_with_bos(adds_bos: bool, bos: bool | None, starts: bool) -> None:
+    decoder = Bigram()
+    decoder.bos_id, decoder.adds_bos = 52, adds_bos
+    ids = [i % 50 for i in range(20)]
+    result = perplexity(decoder, ids, window=4, windows=3, skip_fraction=0.0, bos=bos)
+    want = [[52, 0, 1, 2], [52, 3, 4, 5], [52, 6, 7, 8]] if starts else torch.arange(12).view(3, 4)
+    assert torch.equal(torch.cat(decoder.seen), torch.as_tensor(want))
+    assert result.predictions == 9
+    flat = torch.cat(decoder.seen).flatten().tolist()
+    assert float(result) == pytest.approx(expected(decoder, flat, 4, 3), rel=5e-6)
+
+
+def test_a_bos_in_front_of_ids_is_not_text() -> None:
+    decoder = Bigram()
+    decoder.bos_id, decoder.adds_bos = 52, True
+    perplexity(decoder, [52, 1, 2, 3, 4, 5, 6], window=4, windows=2, skip_fraction=0.0)
+    assert torch.cat(decoder.seen).tolist() == [[52, 1, 2, 3], [52, 4, 5, 6]]
+
+
+def test_bos_without_a_token_is_an_error() -> None:
+    with pytest.raises(ValueError, match="bos=True, but the model's tokenizer names no BOS"):
+        perplexity(Bigram(), [1] * 100, window=8, bos=True)
+
+
+def test_ids_need_no_tokenizer() -> None:
+    table = Bigram().table
+    plain = perplexity(lambda ids: SimpleNamespace(logits=table[ids]), [1] * 100, window=8)
+    assert plain.value == perplexity(Bigram(), [1] * 100, window=8).value
 
 
 def test_progress() -> None:

@@ -166,7 +166,11 @@ def test_rope_of_old_and_new_configurations() -> None:
         ("llama", {"num_local_experts": 8}, "num_local_experts = 8"),
         ("llama", {"hidden_size": None}, "lacks 'hidden_size'"),
         ("llama", {"hidden_size": "48"}, "hidden_size must be a number"),
-        ("llama", {"num_hidden_layers": 0}, "layers must be a positive integer, got 0"),
+        (
+            "llama",
+            {"num_hidden_layers": 0},
+            "num_hidden_layers must be from 1 to 4096 layers, got 0",
+        ),
         ("llama", {"num_key_value_heads": 3}, "4 query heads cannot share 3"),
         ("llama", {"rms_norm_eps": 0.0}, "norm_eps must be positive"),
         ("mistral", {"attention_bias": True}, "attention_bias = True"),

@@ -30,7 +30,7 @@ from ..ops.linear import ACTS, default_act_group
 from ..quant import PackedWeight, QuantSpec, scheme_act
 from ..text import Text, text_of
 from .embedding import DenseEmbedding, QuantEmbedding
-from .executor import ComposedExecutor, Executor, NativeExecutor
+from .executor import ComposedExecutor, Executor, NativeExecutor, column_orders
 from .keep import HoldsPacked
 from .linear import DenseLinear, QuantLinear
 from .norm import RMSNorm
@@ -205,7 +205,8 @@ class QuantDecoder(nn.Module):
                     resolved[f"{path}.{part}"] = tensor.detach()
                     if isinstance(module, HoldsPacked) and part == "weight":
                         resolved[f"{path}.{part}"] = module.packed
-            resolved["rope"] = angles(self.config.rope, self.max_seq_len).to(self.device)
+            for name, rope in self.config.ropes.items():
+                resolved[name] = angles(rope, self.max_seq_len).to(self.device)
             self._resolved = resolved
         return self._resolved
 
@@ -233,7 +234,7 @@ class QuantDecoder(nn.Module):
         key = backends.current()
         if self._executor is None or self._executor[0] != key:
             weights = self.weights()
-            steps = lower(self._steps, self._act_group)
+            steps = lower(self._steps, self._act_group, column_orders(weights).get)
             native = self.composed_because() is None
             self._executor = (
                 key,
@@ -244,7 +245,7 @@ class QuantDecoder(nn.Module):
     def _act_group(self, name: str) -> int:
         """Columns per scale of the int8 activations that enter weight `name`; 0: float ones."""
         weight = self.weights()[name]
-        if self.act == "float" or not isinstance(weight, PackedWeight) or weight.perm is not None:
+        if self.act == "float" or not isinstance(weight, PackedWeight):
             return 0
         return default_act_group(weight)
 
@@ -274,8 +275,8 @@ class QuantDecoder(nn.Module):
         for use in self.uses():
             if not isinstance(use.weight, PackedWeight):
                 return f"{use.name} is dense ({use.weight.dtype})"
-            if use.op != "embedding" and use.weight.perm is not None:
-                return f"{use.name} has its columns in act-order"
+            if use.op == "embedding" and use.weight.perm is not None:
+                return f"{use.name}, the table, has its columns in act-order"
             choice = backends.choose(use.op, "cpu", use.case)
             if choice.row.name != "cpu":
                 why = "; ".join(reason for _, reason in choice.reasons)
