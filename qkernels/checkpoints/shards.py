@@ -28,19 +28,22 @@ def size_in_bytes(size: int | str) -> int:
     return max(1, int(float(match[1]) * _UNITS[match[2].upper()]))
 
 
-@contextmanager
-def new_directory(path: Path, overwrite: bool) -> Iterator[Path]:
-    """A directory beside `path` to write to, which becomes `path` in the end: an error, or a crash,
-    leaves what was there before.
-
-    Raises FileExistsError for a path that is a file, or a directory that holds something unless
-    `overwrite`.
-    """
-    path = Path(os.path.abspath(path))
+def check_target(path: Path, overwrite: bool) -> None:
+    """Raises FileExistsError for a path that is a file, or a directory that holds something unless
+    `overwrite`."""
     if path.exists() and not path.is_dir():
         raise FileExistsError(f"{path}: expected a directory, it is a file")
     if path.is_dir() and any(path.iterdir()) and not overwrite:
         raise FileExistsError(f"{path}: the directory is not empty (overwrite=True replaces it)")
+
+
+@contextmanager
+def new_directory(path: Path, overwrite: bool) -> Iterator[Path]:
+    """A directory beside `path` to write to, which becomes `path` in the end: an error, or a crash,
+    leaves what was there before. Raises FileExistsError as `check_target` does.
+    """
+    path = Path(os.path.abspath(path))
+    check_target(path, overwrite)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     old = path.with_name(f".{path.name}.{os.getpid()}.old")
