@@ -6,9 +6,11 @@ from __future__ import annotations
 
 from . import _library, nn, ops
 from .backends import backend, set_backend
+from .convert import QuantReport, dequantize_, quantize_
 from .info import info
 from .nn.decoder import QuantDecoder
 from .quant import PackedWeight, PlainWeight, QuantSpec
+from .saving import save_pretrained
 
 _library.load()
 
@@ -16,10 +18,14 @@ __all__ = [
     "PackedWeight",
     "PlainWeight",
     "QuantDecoder",
+    "QuantReport",
     "QuantSpec",
     "backend",
+    "dequantize_",
     "info",
     "nn",
     "ops",
+    "quantize_",
+    "save_pretrained",
     "set_backend",
 ]

@@ -83,8 +83,8 @@ def quantize_linears(model: nn.Module, make: Callable[[str, Tensor], Matrix | No
 def stream(codes: Tensor, bits: int) -> Tensor:
     """Rows of codes as int32 words: one stream of bits per row, lowest first."""
     rows, count = codes.shape
-    each = (codes.numpy()[:, :, None] >> np.arange(bits)) & 1
-    flat = each.reshape(rows, count * bits).astype(np.uint8)
+    each = (codes.numpy().astype(np.uint8)[:, :, None] >> np.arange(bits, dtype=np.uint8)) & 1
+    flat = each.reshape(rows, count * bits)
     flat = np.pad(flat, ((0, 0), (0, -flat.shape[1] % 32)))
     return torch.from_numpy(np.packbits(flat, axis=1, bitorder="little").view("<i4").copy())
 

