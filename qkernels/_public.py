@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from . import _library, nn, ops
 from .backends import backend, set_backend
+from .convert import QuantReport, dequantize_, quantize_
 from .info import info
 from .nn.decoder import QuantDecoder
 from .quant import PackedWeight, PlainWeight, QuantSpec
@@ -16,10 +17,13 @@ __all__ = [
     "PackedWeight",
     "PlainWeight",
     "QuantDecoder",
+    "QuantReport",
     "QuantSpec",
     "backend",
+    "dequantize_",
     "info",
     "nn",
     "ops",
+    "quantize_",
     "set_backend",
 ]

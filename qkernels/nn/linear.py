@@ -2,24 +2,33 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
 from .. import ops
 from ..ops.linear import ACTS
-from ..quant import PackedWeight
+from ..quant import PackedWeight, QuantSpec
 from .keep import HoldsPacked, KeepsTypes
 
 
 class QuantLinear(HoldsPacked, nn.Linear):
     """y = x W^T + bias with a packed W.
 
-    x: [..., K] float32, float16 or bfloat16; y: [..., N] of its type. bias: [N], kept in float32,
-    or None. act: "int8" quantizes x at run time, "float" does not, "auto" depends on the device.
+    x: [..., K] float32, float16 or bfloat16; y: [..., N] of its type; under torch.autocast x takes
+    its type first, as with nn.Linear. bias: [N], kept in float32, or None. act: "int8" quantizes x
+    at run time, "float" does not, "auto" depends on the device. dtype: of the layer that it stands
+    for, if any (see `HoldsPacked.float_dtype`).
     """
 
     def __init__(
-        self, packed: PackedWeight, bias: torch.Tensor | None = None, act: str = "auto"
+        self,
+        packed: PackedWeight,
+        bias: torch.Tensor | None = None,
+        act: str = "auto",
+        *,
+        dtype: torch.dtype | None = None,
     ) -> None:
         nn.Module.__init__(self)  # not that of nn.Linear, which would allocate a float weight
         if bias is not None and bias.shape != (packed.n,):
@@ -30,9 +39,54 @@ class QuantLinear(HoldsPacked, nn.Linear):
             raise ValueError(f"QuantLinear: act must be auto, int8 or float, got {act!r}")
         self.in_features, self.out_features = packed.k, packed.n
         self.act = act
-        self._hold(packed)
+        self._hold(packed, dtype)
         fixed = None if bias is None else nn.Parameter(bias.float(), requires_grad=False)
         self.bias = fixed  # type: ignore[assignment]
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear: nn.Module,
+        spec: str | QuantSpec = "W4A16",
+        *,
+        group_size: int | None = None,
+        algo: str = "auto",
+        act: str = "auto",
+    ) -> QuantLinear:
+        """The packed form of an nn.Linear, or of the Conv1D of transformers; arguments as in
+        `qk.quantize_`. Raises TypeError for another module, or one with a forward of its own."""
+        from ..convert.convert import quantized_layer
+
+        return quantized_layer(linear, spec, group_size, algo, act)
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> nn.Module:
+        """The dense layer: of the class that this one replaced, nn.Linear if none. dtype: None is
+        that layer's, float32 if there was none."""
+        return self._restored(dtype, {})
+
+    def _restored(self, dtype: torch.dtype | None, weights: dict[Any, nn.Parameter]) -> nn.Module:
+        def like(old: nn.Parameter | None, values: torch.Tensor | None) -> nn.Parameter | None:
+            asks = old is None or old.requires_grad
+            return None if values is None else nn.Parameter(values, requires_grad=asks)
+
+        dtype = dtype or self.float_dtype or torch.float32
+        empty = self._skeleton()
+        if empty is None:
+            with torch.device("meta"):
+                empty = nn.Linear(self.in_features, self.out_features, self.bias is not None)
+        transposed = not isinstance(empty, nn.Linear)
+        key = (id(self.weight), transposed)
+        if key not in weights:
+            dense = self.packed.dequantize(dtype)
+            made = like(
+                empty._parameters["weight"], dense.t().contiguous() if transposed else dense
+            )
+            assert made is not None
+            weights[key] = made
+        bias = None if self.bias is None else self.bias.detach().to(dtype, copy=True)
+        empty._parameters["weight"] = weights[key]
+        empty._parameters["bias"] = like(empty._parameters.get("bias"), bias)
+        return empty.train(self.training)
 
     def reset_parameters(self) -> None:
         raise RuntimeError(

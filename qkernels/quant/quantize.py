@@ -21,6 +21,7 @@ _CLIPS = {
     4: (1.0, 0.95, 0.9, 0.85, 0.8),
 }
 _FINE_CLIPS = (1.0, 0.97, 0.94)
+ALGOS = ("auto", "rtn")
 _TINY = 2.0**-100  # a smaller scale counts as 0: its inverse must stay finite
 
 # Values per row block: a few such float32 buffers stay in a core's L2 cache.
@@ -67,15 +68,39 @@ def quantize_packed(
     *,
     g_idx: Tensor | None = None,
     search: bool = True,
+    algo: str = "rtn",
     name: str = "weight",
 ) -> PackedWeight:
     """`quantize(...).pack()`, in row blocks, so that the plain weight is never whole in memory."""
+    check_algo(algo)
     check_weight(weight, spec, g_idx, name)
     packed = PackedWeight.empty(spec, weight.shape[0], weight.shape[1], device=weight.device)
     rows = block_rows(weight.shape[1])
     for start in range(0, weight.shape[0], rows):
         packed.write_rows(start, _quantize_block(weight, spec, g_idx, search, name, start, rows))
     return packed
+
+
+def check_algo(algo: str) -> None:
+    if algo not in ALGOS:
+        raise ValueError(f"algo must be one of {ALGOS}, got {algo!r}")
+
+
+def algorithm_of(algo: str, spec: QuantSpec) -> str:
+    """What "auto" is for a format."""
+    return "rtn" if algo == "auto" else algo
+
+
+def relative_error(weight: Tensor, packed: PackedWeight) -> float:
+    """||W - dequantized|| / ||W||, of weight [N, K]; in row blocks. 0 for a weight of zeros."""
+    rows = block_rows(packed.k)
+    lost = norm = 0.0
+    for start in range(0, packed.n, rows):
+        stop = min(start + rows, packed.n)
+        exact = weight[start:stop].detach().float()
+        norm += float(exact.double().square().sum())
+        lost += float((packed.slice_rows(start, stop).dequantize() - exact).double().square().sum())
+    return (lost / norm) ** 0.5 if norm else 0.0
 
 
 def block_rows(k: int) -> int:
