@@ -1,28 +1,22 @@
-"""Rounding float weights to any QuantSpec: to the nearest code, with the clip of each group
-searched for the least
-squared error."""
+"""Float weights to any QuantSpec: to the nearest code, or half-quadratic, a block of rows at a
+time."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .hqq import half_quadratic
+from .rounding import Rounding, inverse, store
 from .spec import BLOCK, QuantSpec, round_up
 from .weight import UNIT_ROWS, PackedWeight, PlainWeight, check_g_idx
 
-# Clips tried per group, as parts of the range; the first that is best wins. Finer steps gain under
-# 1% of the error.
-_CLIPS = {
-    2: (1.0, 0.9, 0.8, 0.7, 0.6),
-    3: (1.0, 0.94, 0.88, 0.82, 0.76, 0.7),
-    4: (1.0, 0.95, 0.9, 0.85, 0.8),
-}
-_FINE_CLIPS = (1.0, 0.97, 0.94)
-ALGOS = ("auto", "rtn")
-_TINY = 2.0**-100  # a smaller scale counts as 0: its inverse must stay finite
+Method = Callable[[Rounding, torch.dtype], tuple[Tensor, Tensor]]
+ALGOS = ("auto", "rtn", "hqq")
 
 # Values per row block: a few such float32 buffers stay in a core's L2 cache.
 _BLOCK_VALUES = 1 << 18
@@ -34,22 +28,24 @@ def quantize(
     *,
     g_idx: Tensor | None = None,
     search: bool = True,
+    algo: str = "auto",
     name: str = "weight",
 ) -> PlainWeight:
     """weight [N, K], any float dtype -> codes, scales and zeros, on its device.
 
-    g_idx [K] int32: the group of every column, for act_order. search: False takes the whole range
-    of each group.
-    e4m3 scales reach from 2^-9 to 448: divide the weight by a factor of the whole tensor first (see
-    QuantSpec).
-    name: of the weight in messages. Raises ValueError for values that are not finite, scales that
-    overflow, a shape that
-    is not [N, K], and a g_idx that does not fit.
+    g_idx [K] int32: the group of every column, for act_order. algo: "rtn" takes the nearest codes
+    for the scale and zero of least squared error that a search of clips finds, "hqq" those of
+    half-quadratic quantization, "auto" what measured best, which is "rtn" for every spec. search:
+    False takes the whole range of each group. e4m3 scales reach from 2^-9 to 448: divide the weight
+    by a factor of the whole tensor first (see QuantSpec). name: of the weight in messages. Raises
+    ValueError for values that are not finite, scales that overflow, a shape that is not [N, K], and
+    a g_idx or an algorithm that does not fit.
     """
+    how = _method(algo, spec, search)
     check_weight(weight, spec, g_idx, name)
     rows = block_rows(weight.shape[1])
     blocks = [
-        _quantize_block(weight, spec, g_idx, search, name, at, rows)
+        _quantize_block(weight, spec, g_idx, how, name, at, rows)
         for at in range(0, weight.shape[0], rows)
     ]
     if len(blocks) == 1:
@@ -68,20 +64,30 @@ def quantize_packed(
     *,
     g_idx: Tensor | None = None,
     search: bool = True,
-    algo: str = "rtn",
+    algo: str = "auto",
     name: str = "weight",
 ) -> PackedWeight:
     """`quantize(...).pack()`, in row blocks, so that the plain weight is never whole in memory."""
-    check_algo(algo)
+    how = _method(algo, spec, search)
     check_weight(weight, spec, g_idx, name)
     packed = PackedWeight.empty(spec, weight.shape[0], weight.shape[1], device=weight.device)
     rows = block_rows(weight.shape[1])
     for start in range(0, weight.shape[0], rows):
-        packed.write_rows(start, _quantize_block(weight, spec, g_idx, search, name, start, rows))
+        packed.write_rows(start, _quantize_block(weight, spec, g_idx, how, name, start, rows))
     return packed
 
 
+def _method(algo: str, spec: QuantSpec, search: bool) -> Method:
+    check_algo(algo)
+    if not search:
+        if algo == "hqq":
+            raise ValueError("quantize: search=False takes the whole range, and hqq searches")
+        return Rounding.full
+    return half_quadratic if algorithm_of(algo, spec) == "hqq" else Rounding.search
+
+
 def check_algo(algo: str) -> None:
+    """Raises ValueError for an algorithm that does not exist."""
     if algo not in ALGOS:
         raise ValueError(f"algo must be one of {ALGOS}, got {algo!r}")
 
@@ -137,7 +143,7 @@ def _quantize_block(
     weight: Tensor,
     spec: QuantSpec,
     g_idx: Tensor | None,
-    search: bool,
+    method: Method,
     name: str,
     start: int,
     rows: int,
@@ -157,16 +163,16 @@ def _quantize_block(
     if groups * group != k:  # the last column again: it moves neither end of the range
         block = torch.cat([block, block[:, -1:].expand(n, groups * group - k)], dim=1)
     x = block.reshape(n, groups, group).contiguous()
-    rounding = _Rounding(x, spec, k - (groups - 1) * group)
+    rounding = Rounding(x, spec, k - (groups - 1) * group)
     if spec.two_level:
-        scale, zero = rounding.search(torch.float32, search)
+        scale, zero = method(rounding, torch.float32)
         stored: dict[str, Any] = _to_two_levels(scale, zero, spec, group)
         plain_scale, plain_zero = _from_two_levels(stored, spec, group)
     else:
-        plain_scale, plain_zero = rounding.search(spec.scale_dtype, search)
+        plain_scale, plain_zero = method(rounding, spec.scale_dtype)
         zero_dtype = spec.zero_dtype
         stored = {
-            "scale": _store(plain_scale, spec.scale_dtype),
+            "scale": store(plain_scale, spec.scale_dtype),
             "zero": None if zero_dtype is None else plain_zero.to(zero_dtype),
         }
     for part, values in (("scale", plain_scale), ("zero", plain_zero)):
@@ -182,150 +188,6 @@ def _quantize_block(
         logical[:, perm] = codes
         codes = logical
     return PlainWeight(spec, codes.contiguous(), g_idx=g_idx, **stored)
-
-
-def _store(scale: Tensor, dtype: torch.dtype) -> Tensor:
-    if dtype == torch.float8_e8m0fnu:  # powers of two already
-        exponent = torch.where(scale > 0, torch.frexp(scale).exponent - 1, -127)
-        return (exponent + 127).to(torch.uint8).view(dtype)
-    return scale.to(dtype)
-
-
-def _representable(scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """scale as the format holds it, in float32. e8m0: rounded up, so that clips of 1/2 step through
-    the powers."""
-    if dtype == torch.float32:
-        return scale
-    if dtype == torch.float8_e8m0fnu:
-        mantissa, exponent = torch.frexp(scale)
-        exponent = torch.where(mantissa == 0.5, exponent - 1, exponent).clamp(-126, 127)
-        return torch.where(scale > 0, torch.ldexp(torch.ones_like(scale), exponent), 0.0)
-    rounded = scale.to(dtype).float()
-    # float8 saturates where the others overflow; 464 is half a step above its largest, 448.
-    return (
-        torch.where(scale.abs() >= 464.0, torch.inf, rounded)
-        if dtype == torch.float8_e4m3fn
-        else rounded
-    )
-
-
-def _inverse(scale: Tensor) -> Tensor:
-    return torch.where(scale.abs() > _TINY, 1.0 / scale, 0.0)
-
-
-class _Rounding:
-    """Groups x [n, groups, group] float32 and how codes for them follow from a scale and a zero,
-    both [n, groups].
-
-    The zero is subtracted from codes (symmetric and integer) or from values (minimum: x = scale *
-    code - zero).
-    """
-
-    def __init__(self, x: Tensor, spec: QuantSpec, last: int) -> None:
-        """last: columns of the last group that are not padding."""
-        self.x, self.spec, self.last = x, spec, last
-        self.top = (1 << spec.bits) - 1
-        self.buffer = torch.empty_like(x)
-        if spec.table is not None:
-            levels, code = torch.tensor(spec.table, dtype=torch.float32, device=x.device).sort(
-                stable=True
-            )
-            first = torch.ones_like(levels, dtype=torch.bool)
-            first[1:] = levels[1:] != levels[:-1]  # of equal values the lowest code
-            self.levels, self.level_code = levels[first], code[first].to(torch.uint8)
-            self.between = (self.levels[1:] + self.levels[:-1]) / 2
-
-    def search(self, dtype: torch.dtype, search: bool) -> tuple[Tensor, Tensor]:
-        """The scale (representable in dtype, as float32) and zero of least squared error among the
-        clips."""
-        clips = _CLIPS.get(self.spec.bits, _FINE_CLIPS) if search else (1.0,)
-        if dtype == torch.float8_e8m0fnu:
-            clips = (1.0, 0.5) if search else (1.0,)
-        lo, hi = self.x.amin(dim=2), self.x.amax(dim=2)  # aminmax takes five times both
-        scale, zero = self._clipped(lo, hi, clips[0], dtype)
-        if len(clips) == 1:
-            return scale, zero
-        error = self._error(scale, zero)
-        for clip in clips[1:]:
-            other_scale, other_zero = self._clipped(lo, hi, clip, dtype)
-            other = self._error(other_scale, other_zero)
-            better = other < error
-            error = torch.where(better, other, error)
-            scale, zero = (
-                torch.where(better, other_scale, scale),
-                torch.where(better, other_zero, zero),
-            )
-        return scale, zero
-
-    def codes(self, scale: Tensor, zero: Tensor) -> Tensor:
-        """[n, groups, group] uint8."""
-        if self.spec.table is not None:
-            return self.level_code[self._level(scale)]
-        return self._code(scale, zero).to(torch.uint8)
-
-    def _clipped(
-        self, lo: Tensor, hi: Tensor, clip: float, dtype: torch.dtype
-    ) -> tuple[Tensor, Tensor]:
-        """scale and zero that make the codes span this part of the range lo .. hi."""
-        spec = self.spec
-        if spec.zero == "symmetric":
-            # The value of largest magnitude, with its sign, takes the code of largest magnitude:
-            # -2^(bits-1), or the extreme of the table. So negative scales are normal, except where
-            # the ends are alike or the format has no sign: there both ends must fit.
-            ends = (
-                (-spec.zero_point, spec.zero_point - 1)
-                if spec.table is None
-                else (min(spec.table), max(spec.table))
-            )
-            unsigned = spec.scale in ("e8m0", "e4m3") or ends[0] == -ends[1]
-            if unsigned and ends[0] < 0 < ends[1]:
-                full = torch.maximum(lo / ends[0], hi / ends[1])
-            else:
-                full = torch.where(-lo > hi, lo, hi) / max(ends, key=abs)
-            scale = _representable(full * clip, dtype)
-            return scale, torch.full_like(scale, float(spec.zero_point))
-        if spec.scale == "uint4":  # its minima are what is subtracted, and have no sign
-            lo = lo.clamp(max=0.0)
-        if spec.zero == "integer":
-            lo, hi = lo.clamp(max=0.0), hi.clamp(min=0.0)
-            scale = _representable((hi - lo) * (clip / self.top), dtype)
-            return scale, torch.round(-lo * clip * _inverse(scale)).clamp_(0, self.top)
-        middle, half = hi / 2 + lo / 2, (hi / 2 - lo / 2) * clip
-        if spec.scale == "uint4":  # a range that begins at 0 stays there
-            minimum = (half - middle).clamp(min=0.0)
-        else:
-            minimum = -lo if clip == 1.0 else half - middle
-        return _representable(half * (2.0 / self.top), dtype), _representable(minimum, dtype)
-
-    def _code(self, scale: Tensor, zero: Tensor) -> Tensor:
-        """Codes as floats, in the buffer."""
-        q = torch.mul(self.x, _inverse(scale)[..., None], out=self.buffer)
-        if self.spec.zero == "minimum":
-            q = q.add_((zero * _inverse(scale))[..., None]).round_()
-        else:
-            q = q.round_().add_(zero[..., None])
-        return q.clamp_(0, self.top)
-
-    def _level(self, scale: Tensor) -> Tensor:
-        """Indices of the nearest levels of the table."""
-        return torch.bucketize(
-            torch.mul(self.x, _inverse(scale)[..., None], out=self.buffer),
-            self.between,
-            out_int32=True,
-        )
-
-    def _error(self, scale: Tensor, zero: Tensor) -> Tensor:
-        """Sum of squares over each group, [n, groups]; infinite where the scale is."""
-        if self.spec.table is not None:
-            q = self.levels[self._level(scale)].mul_(scale[..., None])
-        elif self.spec.zero == "minimum":
-            q = self._code(scale, zero).mul_(scale[..., None]).sub_(zero[..., None])
-        else:
-            q = self._code(scale, zero).sub_(zero[..., None]).mul_(scale[..., None])
-        q = q.sub_(self.x)
-        q[:, -1, self.last :] = 0.0
-        error = q.square_().sum(dim=2)
-        return torch.where(torch.isfinite(error), error, torch.inf)
 
 
 def _to_two_levels(
@@ -355,7 +217,7 @@ def _two_levels(values: Tensor, top: int, group: int) -> tuple[Tensor, Tensor]:
         n, -1, per_block
     )
     block = (padded.abs().amax(dim=2) / top).to(torch.float16)
-    integers = torch.round(padded * _inverse(block.float())[..., None]).clamp_(-top, top)
+    integers = torch.round(padded * inverse(block.float())[..., None]).clamp_(-top, top)
     return integers.view(n, -1)[:, :groups], block
 
 
