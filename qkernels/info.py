@@ -121,12 +121,14 @@ def info(model: Any = None) -> BuildInfo | ModelInfo:
         raise TypeError(
             f"info takes a module or a dict of packed weights, got {type(model).__name__}"
         )
-    layers = tuple(
-        _layer(name, module, weight)
-        for name, module, weight in found
-        if isinstance(weight, PackedWeight)
-    )
-    return ModelInfo(layers, sum(layer.nbytes for layer in layers))
+    used: list[LayerInfo] = []
+    sizes: dict[int, int] = {}
+    for name, module, weight in found:
+        if isinstance(weight, PackedWeight):
+            used.append(_layer(name, module, weight))
+            # Tied modules hold the same parameter: its weight is there once.
+            sizes[id(weight if module is None else module.weight)] = weight.nbytes
+    return ModelInfo(tuple(used), sum(sizes.values()))
 
 
 def _build() -> BuildInfo:

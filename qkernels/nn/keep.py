@@ -26,6 +26,9 @@ _TENSORS = (
     "perm",
 )  # of a PackedWeight, beside its codes
 
+# Of a tensor of bytes, or of one-byte floats, the one view of it that pickling makes.
+_byte_views: Any = WeakIdKeyDictionary()
+
 # Where a buffer that several modules hold went when the first of them moved: weak both ways.
 _moved: Any = WeakIdKeyDictionary()
 
@@ -48,6 +51,16 @@ class KeepsTypes(nn.Module):
         return super()._apply(keep, recurse)
 
 
+def _viewed(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """tensor.view(dtype), the same object each time: tied modules share their tensors."""
+    if tensor not in _byte_views:
+        made = torch.empty(0, dtype=dtype, device=tensor.device)
+        # Not by .view, whose result would keep its base, the key here, alive.
+        place = (tensor.storage_offset(), tensor.shape, tensor.stride())
+        _byte_views[tensor] = made.set_(tensor.untyped_storage(), *place)
+    return _byte_views[tensor]
+
+
 class HoldsPacked(KeepsTypes):
     """Keeps a PackedWeight as tensors of the module: the codes in `.weight`, the rest under their
     own names.
@@ -66,6 +79,7 @@ class HoldsPacked(KeepsTypes):
     def _hold(self, packed: PackedWeight, float_dtype: torch.dtype | None = None) -> None:
         self.spec = packed.spec
         self._n, self._k = packed.n, packed.k
+        self._kind, self._group = packed.kind, packed.group
         self.float_dtype = float_dtype
         self._replaced: tuple[nn.Module, ...] = ()  # a tuple, so that it is no submodule
         self.weight = nn.Parameter(packed.codes, requires_grad=False)
@@ -121,11 +135,67 @@ class HoldsPacked(KeepsTypes):
         return self
 
     def _load_from_state_dict(
-        self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any
+        self,
+        state_dict: Mapping[str, Any],
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
     ) -> None:
-        given = {name: state_dict.get(prefix + name) for name in _TENSORS}
-        check_finite({n: t for n, t in given.items() if isinstance(t, torch.Tensor)}, prefix)
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        """As in torch, but another format is an error: a copy would cast it, floats to codes."""
+        given = {
+            name: tensor
+            for name in ("weight", *_TENSORS)
+            if isinstance(tensor := state_dict.get(prefix + name), torch.Tensor)
+        }
+        wrong = []
+        for name, tensor in given.items():
+            own = self.weight if name == "weight" else self._buffers[name]
+            if own is None:
+                wrong.append(f"it has no {name}")
+            elif (own.dtype, own.shape) != (tensor.dtype, tensor.shape):
+                wrong.append(
+                    f"{name} must be {own.dtype} {list(own.shape)}, got {tensor.dtype} "
+                    f"{list(tensor.shape)}"
+                )
+        if wrong:
+            layer = f"{prefix.removesuffix('.') or type(self).__name__}: "
+            error_msgs.append(f"{layer}{self.spec} [{self._n}, {self._k}]: {'; '.join(wrong)}")
+            return
+        check_finite({name: t for name, t in given.items() if name != "weight"}, prefix)
+        super()._load_from_state_dict(
+            state_dict,
+            prefix,
+            local_metadata,
+            strict,
+            missing_keys,
+            unexpected_keys,
+            error_msgs,
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        """pickle cannot read the 8-bit floats of torch back: they go as bytes."""
+        state = dict(self.__dict__)
+        scale = self._buffers["scale"]
+        if scale is not None and scale.is_floating_point() and scale.element_size() == 1:
+            state["_buffers"] = {**self._buffers, "scale": _viewed(scale, torch.uint8)}
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        scale, dtype = self._buffers["scale"], self.spec.scale_dtype
+        if scale is not None and scale.dtype != dtype:
+            self._buffers = {**self._buffers, "scale": _viewed(scale, dtype)}
+
+    def _op_args(self) -> tuple[Any, ...]:
+        """`PackedWeight.op_args` on the tensors of this module, without making one."""
+        b = self._buffers
+        return (
+            self._parameters["weight"], b["scale"], b["zero"], b["block_scale"], b["block_zero"],
+            b["table"], self.spec.bits, self._group, self._n, self._k,
+        )  # fmt: skip
 
     @property
     def packed(self) -> PackedWeight:

@@ -7,8 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .. import ops
-from ..ops.linear import ACTS
+from ..ops.linear import ACTS, apply, default_act_group, resolve_act
 from ..quant import PackedWeight, QuantSpec
 from .keep import HoldsPacked, KeepsTypes
 
@@ -40,8 +39,9 @@ class QuantLinear(HoldsPacked, nn.Linear):
         self.in_features, self.out_features = packed.k, packed.n
         self.act = act
         self._hold(packed, dtype)
+        self._act_group = default_act_group(packed)
         fixed = None if bias is None else nn.Parameter(bias.float(), requires_grad=False)
-        self.bias = fixed  # type: ignore[assignment]
+        self.register_parameter("bias", fixed)
 
     @classmethod
     def from_linear(
@@ -95,7 +95,21 @@ class QuantLinear(HoldsPacked, nn.Linear):
         )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return ops.linear(x, self.packed, self.bias, act=self.act)
+        device = x.device
+        casts = device.type != "meta" and torch.is_autocast_enabled(device.type)
+        if casts and x.is_floating_point() and x.dtype != torch.float64:  # as nn.Linear
+            x = x.to(torch.get_autocast_dtype(device.type))
+        if x.dim() and x.stride(-1) != 1:
+            x = x.contiguous()  # the op wants dense rows; nn.Linear takes a transposed x too
+        return apply(
+            x,
+            self._op_args(),
+            self._kind,
+            self._buffers["perm"],
+            self._parameters["bias"],
+            resolve_act(self.act, device),
+            self._act_group,
+        )
 
     def extra_repr(self) -> str:
         shape = f"{self.in_features}, {self.out_features}"

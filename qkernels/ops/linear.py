@@ -10,7 +10,7 @@ from torch import Tensor
 from .. import reference
 from ..backends import select
 from ..quant.spec import round_up
-from ..quant.weight import PackedWeight
+from ..quant.weight import PackedWeight, WeightKind
 from . import checks
 from .act import QuantAct
 from .registry import WEIGHT, define
@@ -160,18 +160,49 @@ def linear(
     The gradient goes to
     x alone. Raises RuntimeError for anything that does not fit.
     """
-    act = resolve_act(act, x.device)
-    group = 0 if act == "float" else default_act_group(weight) if act_group is None else act_group
-    if x.dim() == 0:
-        checks.fail("linear", f"x must be [..., {weight.k}], got []")
-    rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-    if weight.perm is not None:
-        rows = _permuted(rows, weight)
-    op = select(
-        "linear", x.device, weight=weight.kind, act=act, group=weight.group, act_group=group
+    group = default_act_group(weight) if act_group is None else act_group
+    return apply(
+        x, weight.op_args(), weight.kind, weight.perm, bias, resolve_act(act, x.device), group
     )
-    y = op(rows, *weight.op_args(), bias, act, group)
-    return y if x.dim() == 2 else y.reshape(*x.shape[:-1], weight.n)
+
+
+def apply(
+    x: Tensor,
+    args: tuple[Any, ...],
+    kind: WeightKind,
+    perm: Tensor | None,
+    bias: Tensor | None,
+    act: str,
+    act_group: int,
+) -> Tensor:
+    """`linear` on the arguments of a packed weight, whose kind and perm they do not tell; act is
+    resolved. For modules, which hold the tensors themselves: a call spends microseconds."""
+    *_, group, n, k = args
+    if act == "float":
+        act_group = 0
+    if x.dim() == 0:
+        checks.fail("linear", f"x must be [..., {k}], got []")
+    rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    if perm is not None:
+        if rows.shape[1] != k:
+            checks.fail("linear", f"x must be [M, {k}], got {list(rows.shape)}")
+        rows = rows[:, perm]
+    op = select("linear", x.device, weight=kind, act=act, group=group, act_group=act_group)
+    if _needs_autograd(x, bias):
+        y = op(rows, *args, bias, act, act_group)
+    else:  # the autograd of torch.library runs in Python, and costs twice what the op does
+        with torch._C._AutoDispatchBelowAutograd():
+            y = op(rows, *args, bias, act, act_group)
+    return y if x.dim() == 2 else y.reshape(*x.shape[:-1], n)
+
+
+def _needs_autograd(x: Tensor, bias: Tensor | None) -> bool:
+    """Whether the op must be called through autograd, also by those who trace it."""
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return True
+    return torch.is_grad_enabled() and (
+        x.requires_grad or (bias is not None and bias.requires_grad)
+    )
 
 
 def linear_quant(
@@ -201,9 +232,3 @@ def linear_quant(
         act_group=act.group,
     )
     return op(*act, *weight.op_args(), bias, dtype)
-
-
-def _permuted(x: Tensor, weight: PackedWeight) -> Tensor:
-    if x.shape[1] != weight.k:
-        checks.fail("linear", f"x must be [M, {weight.k}], got {list(x.shape)}")
-    return x[:, weight.perm]

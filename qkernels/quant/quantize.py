@@ -44,10 +44,11 @@ def quantize(
     how = _method(algo, spec, search)
     check_weight(weight, spec, g_idx, name)
     rows = block_rows(weight.shape[1])
-    blocks = [
-        _quantize_block(weight, spec, g_idx, how, name, at, rows)
-        for at in range(0, weight.shape[0], rows)
-    ]
+    with torch.autocast(weight.device.type, enabled=False):
+        blocks = [
+            _quantize_block(weight, spec, g_idx, how, name, at, rows)
+            for at in range(0, weight.shape[0], rows)
+        ]
     if len(blocks) == 1:
         return blocks[0]
     joined: dict[str, Any] = {
@@ -72,8 +73,9 @@ def quantize_packed(
     check_weight(weight, spec, g_idx, name)
     packed = PackedWeight.empty(spec, weight.shape[0], weight.shape[1], device=weight.device)
     rows = block_rows(weight.shape[1])
-    for start in range(0, weight.shape[0], rows):
-        packed.write_rows(start, _quantize_block(weight, spec, g_idx, how, name, start, rows))
+    with torch.autocast(weight.device.type, enabled=False):
+        for start in range(0, weight.shape[0], rows):
+            packed.write_rows(start, _quantize_block(weight, spec, g_idx, how, name, start, rows))
     return packed
 
 
