@@ -107,9 +107,9 @@ def read_gguf(path: Path) -> bool:
                     dense.contiguous().view(torch.uint8).sum()
                     continue
                 rows = 0
-                for _, weight in file.plain_blocks(name, 2):
+                for _, weight in file.plain_blocks(name, 64):
                     rows += weight.n
-                    assert weight.pack().unpack().dequantize().isfinite().all()
+                    weight.pack()
                 assert rows == math.prod(info.shape[:-1])
             except CheckpointError as error:
                 assert str(path) in str(error)
