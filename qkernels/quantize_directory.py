@@ -18,7 +18,7 @@ from .checkpoints import CheckpointError
 from .checkpoints.compressed_tensors_writer import reason_against
 from .checkpoints.formats import beside
 from .checkpoints.safetensors_directory import SafetensorsDirectory, read_json
-from .checkpoints.shards import check_target
+from .checkpoints.shards import check_target, size_in_bytes
 from .convert import QuantReport, quantize_
 from .models import UnsupportedModelError
 from .quant import QuantSpec, scheme_act
@@ -65,6 +65,7 @@ def quantize_directory(
     written, as far as possible before anything is read.
     """
     source, out = Path(source).expanduser(), Path(out).expanduser()
+    size_in_bytes(max_shard_size)
     raw = _config(source)
     check_target(out, overwrite)
     if out.exists() and out.samefile(source):
