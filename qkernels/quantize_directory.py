@@ -59,10 +59,10 @@ def quantize_directory(
     stay dense, beside "lm_head". overwrite, max_shard_size: as in `save_pretrained`. progress:
     called as progress(weights done, weights, layer), then progress(layers written, layers, layer).
 
-    Layers are read, quantized and freed one by one: memory holds the quantized model, one layer and
-    one shard. Raises CheckpointError for missing, unexpected or misshapen tensors; ValueError,
-    UnsupportedModelError, FileExistsError and FileNotFoundError for what cannot be quantized or
-    written, as far as possible before anything is read.
+    Layers are read, quantized and freed one by one, and written one by one: memory holds the
+    quantized model and one layer. Raises CheckpointError for missing, unexpected or misshapen
+    tensors; ValueError, UnsupportedModelError, FileExistsError and FileNotFoundError for what
+    cannot be quantized or written, as far as possible before anything is read.
     """
     source, out = Path(source).expanduser(), Path(out).expanduser()
     size_in_bytes(max_shard_size)
