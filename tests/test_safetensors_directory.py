@@ -130,3 +130,27 @@ def test_json_that_is_no_object(tmp_path: Path) -> None:
         read_json(path)
     with pytest.raises(CheckpointError, match=r"gone\.json"):
         read_json(tmp_path / "gone.json")
+
+
+def test_dimensions_that_no_tensor_has_are_refused(tmp_path: Path) -> None:
+    """A dimension of 0 makes any others fit the file."""
+    for shape in ([0, 2**63], [2**62, 0, 4]):
+        entry = {"dtype": "U8", "shape": shape, "data_offsets": [0, 0]}
+        raw_file(tmp_path / SINGLE, {"big": entry}, b"")
+        with pytest.raises(CheckpointError, match=r"tensor big has shape .*fewer than 2\^63"):
+            opened(tmp_path)
+
+
+def test_half_a_surrogate_pair_is_no_file_name(tmp_path: Path) -> None:
+    (tmp_path / INDEX).write_text(json.dumps({"weight_map": {"t": "\ud800"}}))
+    with pytest.raises(CheckpointError, match=r"a shard outside the directory: '.*ud800'"):
+        opened(tmp_path)
+
+
+def test_messages_have_a_bounded_length(tmp_path: Path) -> None:
+    name = "x" * 100_000
+    entry = {"dtype": "F4", "shape": [2], "data_offsets": [0, 1]}
+    raw_file(tmp_path / SINGLE, {name: entry}, bytes(1))
+    with pytest.raises(CheckpointError, match=r"model\.safetensors") as caught:
+        opened(tmp_path)
+    assert len(str(caught.value)) < 5000

@@ -212,7 +212,6 @@ class Decoder {
         is_float(s.dst, "a linear's output"), width_is(s.dst, s.weight.n, "a linear's output"),
             width_is(s.src, s.weight.k, "a linear's input");
         const int group = plan_.registers[size_t(s.src)].group;
-        check_linear_weight(kPlan, s.weight);
         if (group) check_linear_groups(kPlan, s.weight.group, group);
         differs(s.dst, s.src, "a linear");
         follow(s.dst, s.src);

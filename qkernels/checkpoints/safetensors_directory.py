@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -111,8 +112,15 @@ class SafetensorsDirectory:
                 raise CheckpointError(
                     f"{path}: tensor {name} has dtype {dtype}, expected one of {', '.join(DTYPES)}"
                 )
+            shape = tuple(part.get_shape())
+            # A dimension of 0 makes all others fit the file.
+            if math.prod(size or 1 for size in shape) >= 1 << 63:
+                raise CheckpointError(
+                    f"{path}: tensor {name} has shape {list(shape)}, expected fewer than 2^63 "
+                    "elements"
+                )
             self._files[name], self._paths[name] = file, path
-            self.shapes[name], self.dtypes[name] = tuple(part.get_shape()), DTYPES[dtype]
+            self.shapes[name], self.dtypes[name] = shape, DTYPES[dtype]
 
     def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
         return self._files[name].get_slice(name)[start:stop]
@@ -133,11 +141,16 @@ def _weight_map(index: Path) -> dict[str, str]:
         raise CheckpointError(f"{index}: weight_map is empty")
     for name, shard in listed.items():
         # A bare name: what lies elsewhere is not part of this checkpoint, even through a link.
-        if shard in ("", ".", "..") or "/" in shard or "\\" in shard or "\0" in shard:
+        if shard in ("", ".", "..") or any(c in "/\\\0" for c in shard) or not _is_text(shard):
             raise CheckpointError(
                 f"{index}: a shard outside the directory: {shard!r} (of tensor {name})"
             )
     return listed
+
+
+def _is_text(name: str) -> bool:
+    """Whether UTF-8 can hold it: JSON can spell halves of surrogate pairs."""
+    return not any("\ud800" <= c <= "\udfff" for c in name)
 
 
 class StateDict:

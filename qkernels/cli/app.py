@@ -298,6 +298,23 @@ def info(
 def evaluate(
     model: Model,
     textfile: Annotated[Path, typer.Argument(metavar="TEXTFILE", help="UTF-8 text.")],
+    spec: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--spec",
+            metavar="SCHEME[:gN]",
+            help="Quantize float weights on load, such as W4A16 or W8A8:g128; may be repeated, "
+            "each is a row.",
+        ),
+    ] = None,
+    against: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL",
+            help="Compare with another model, or with this one (float): weights as stored, float "
+            "activations, float32 KV. Default: float with --spec, else nothing.",
+        ),
+    ] = None,
     windows: Annotated[
         int, typer.Option("--windows", min=1, help="Independent windows to evaluate.")
     ] = 8,
@@ -306,23 +323,30 @@ def evaluate(
         float,
         typer.Option("--skip-fraction", min=0.0, max=0.99, help="Share of the text to skip first."),
     ] = 0.1,
+    bos: Annotated[
+        bool | None,
+        typer.Option(
+            "--bos/--no-bos", help="Start windows with BOS; default: as the tokenizer does."
+        ),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="JSON instead of a table.")] = False,
     act: ActOption = Act.auto,
     kv_dtype: KvOption = KvDtype.auto,
     threads: Threads = None,
-    spec: Spec = None,
     group_size: GroupSize = None,
     debug: Debug = False,
 ) -> None:
-    """Perplexity of a model on a text file."""
-    from .evaluate import run
+    """Perplexity of a model on a text file and, against a float model, KL divergence and how often
+    both think the same token likeliest. One row per model; all are in memory at the same time.
+    """
+    from .evaluate import EvalOptions, run
     from .loading import LoadOptions
 
     run(
-        LoadOptions(model, act.value, kv_dtype.value, threads, None, spec, group_size),
-        textfile,
-        windows,
-        window,
-        skip_fraction,
+        LoadOptions(model, act.value, kv_dtype.value, threads, None, None, group_size),
+        EvalOptions(
+            tuple(spec or ()), against, textfile, windows, window, skip_fraction, bos, as_json
+        ),
     )
 
 

@@ -12,9 +12,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..nn.program import Step
+from ..ops.rope import rope_table
 
 # The deepest models have about 130 layers. A damaged number must not become lists of that length.
 MAX_LAYERS = 4096
+MAX_ROTARY = 1 << 16
 
 
 class UnsupportedModelError(ValueError):
@@ -33,6 +35,8 @@ def _number(value: Any, kind: type, what: str) -> Any:
         raise ValueError(f"{what} must be a number, got {shown(value)}")
     if kind is int and not (isinstance(value, int) or value.is_integer()):
         raise ValueError(f"{what} must be an integer, got {value!r}")
+    if kind is int and not 0 <= value < 1 << 31:  # sizes and counts, which kernels take as int32
+        raise ValueError(f"{what} must be from 0 to {(1 << 31) - 1}, got {shown(value)}")
     if not abs(value) < 1e300:  # infinity, NaN, and integers that no float holds
         raise ValueError(f"{what} must be finite, got {shown(value)}")
     return kind(value)
@@ -59,9 +63,10 @@ class RopeConfig:
     factors: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
-        if self.dim <= 0 or self.dim % 2:
+        if not 0 < self.dim <= MAX_ROTARY or self.dim % 2:
             raise ValueError(
-                f"rope: the rotary dimension must be even and positive, got {self.dim}"
+                f"rope: the rotary dimension must be even and from 2 to {MAX_ROTARY}, got "
+                f"{self.dim} (of head_dim)"
             )
         if not 1 < self.theta < float("inf"):
             raise ValueError(f"rope: theta must be above 1 and finite, got {self.theta}")
@@ -362,7 +367,14 @@ def make_rope(
             raise ValueError(
                 f"{where}: rope parameter {key} must be a positive number, got {value!r}"
             )
-    return RopeConfig(dim, theta, {"rope_type": kind, **kept}, factors)
+    rope = RopeConfig(dim, theta, {"rope_type": kind, **kept}, factors)
+    try:  # what the table refuses, it must refuse before minutes of loading
+        table = rope_table(dim, 2, theta, rope.scaling)
+    except (ValueError, ArithmeticError) as error:
+        raise ValueError(f"{where}: rope type {kind!r}: {error}") from error
+    if not table.isfinite().all():
+        raise ValueError(f"{where}: rope type {kind!r}: {shown(kept)} gives infinite angles")
+    return rope
 
 
 def rope_from_hf(raw: Mapping[str, Any], head_dim: int) -> RopeConfig:
@@ -371,9 +383,10 @@ def rope_from_hf(raw: Mapping[str, Any], head_dim: int) -> RopeConfig:
     """
     where = f"config.json of model_type {raw.get('model_type')!r}"
     parameters = hf_mapping(raw, "rope_parameters") or hf_mapping(raw, "rope_scaling")
-    if any(isinstance(value, Mapping) for value in parameters.values()):
+    by_layer = {key: value for key, value in parameters.items() if isinstance(value, Mapping)}
+    if by_layer:
         raise UnsupportedModelError(
-            f"{where}: rotations that differ by layer are not supported: {shown(parameters)}"
+            f"{where}: rotations that differ by layer are not supported: {shown(by_layer)}"
         )
     legacy_kind = parameters.pop("type", None)
     kind = parameters.pop("rope_type", None) or legacy_kind or "default"

@@ -204,7 +204,9 @@ def _embed_scale(hidden: int, dtype: Any) -> float:
     """
     name = str(dtype or "float32").removeprefix("torch.")
     if name not in ("float32", "float16", "bfloat16"):
-        raise ValueError(f"config.json: dtype must be float32, float16 or bfloat16, got {dtype!r}")
+        raise ValueError(
+            f"config.json: dtype must be float32, float16 or bfloat16, got {shown(dtype)}"
+        )
     return float(torch.tensor(hidden**0.5, dtype=getattr(torch, name)))
 
 
