@@ -244,3 +244,21 @@ def test_zeros_are_exact_in_every_type(tmp_path):
         path = write_gguf(tmp_path / "x.gguf", {}, [Tensor("w", kind, (3, 512), raw.tobytes())])
         got = packed(GGUFFile(path), "w").dequantize()
         assert got.eq(0).all() and same_bits(got, oracle(raw, kind))
+
+
+def test_the_documented_table_is_that_of_the_code():
+    text = (Path(__file__).resolve().parent.parent / "docs" / "formats.md").read_text()
+    rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ")]
+    documented = {row[0]: (row[1], *row[3:]) for row in rows if row[0] in QUANTIZED}
+    assert tuple(documented) == QUANTIZED
+    for kind, said in documented.items():
+        block = BY_NAME[kind]
+        disk, bits = 8 * block.nbytes / block.elements, block.spec.bits_per_weight
+        code = (
+            str(block.elements),
+            str(block.spec),
+            f"{disk:g}",
+            f"{bits:g}",
+            f"{bits / disk:.3f}",
+        )
+        assert said == code, kind
