@@ -270,6 +270,7 @@ def main(name: str, count: int, folder: Path, seed: int) -> None:
         "index": fuzz_safetensors.Index,
         "config": fuzz_safetensors.Config,
         "model": fuzz_safetensors.Model,
+        "quantized": fuzz_safetensors.Quantized,
     }[name](folder)
     target.whole()
     assert target.read(), "the undamaged files cannot be read"

@@ -3,17 +3,28 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import math
 import random
 import struct
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
+from checkpoint_writers import (
+    Matrix,
+    awq_tensors,
+    ct_config,
+    gptq_tensors,
+    group_config,
+    packed_tensors,
+    round_to_nearest,
+)
 from fuzz import EDGES, Target, check_decoder, damaged
-from safetensors.torch import save
+from safetensors.torch import load, save
 
 from qkernels.checkpoints import CheckpointError
 from qkernels.checkpoints.safetensors_directory import DTYPES, INDEX, SINGLE, SafetensorsDirectory
@@ -36,9 +47,9 @@ def places(value: Any, at: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     return out
 
 
-def damaged_json(value: dict[str, Any], rng: random.Random) -> bytes:
-    """One to three values replaced by odd ones, removed, or given under another key; or damage to
-    the text."""
+def damaged_json(value: dict[str, Any], rng: random.Random, textual: float = 0.2) -> bytes:
+    """One to three values replaced by odd ones, removed, or given under another key; and, that
+    often, damage to the text."""
     value = copy.deepcopy(value)
     for _ in range(rng.choice((1, 1, 2, 3))):
         if not (found := places(value)):
@@ -61,11 +72,11 @@ def damaged_json(value: dict[str, Any], rng: random.Random) -> bytes:
         else:
             inside.append(inside[last])
     text = json.dumps(value)
-    if rng.random() < 0.1 and len(value) > 1:  # one key twice, which JSON allows
+    if rng.random() < textual / 2 and len(value) > 1:  # one key twice, which JSON allows
         key = rng.choice(list(value))
         text = f"{{{json.dumps(key)}: {json.dumps(rng.choice(list(value.values())))}, {text[1:]}"
     raw = text.encode()
-    return damaged(raw, len(raw), rng) if rng.random() < 0.2 else raw
+    return damaged(raw, len(raw), rng) if rng.random() < textual else raw
 
 
 def read_directory(directory: Path, size: int) -> bool:
@@ -253,6 +264,77 @@ class Config(Target):
 
     def read(self) -> bool:
         return check_decoder(self.folder / self.chosen)
+
+
+# Formats of quantized checkpoints: the tensors of a matrix, and quantization_config.
+QUANTIZED: dict[str, tuple[Callable[[Matrix], dict[str, Any]], dict[str, Any]]] = {
+    "gptq": (
+        gptq_tensors,
+        {"quant_method": "gptq", "bits": 4, "group_size": 16, "desc_act": True, "sym": False},
+    ),
+    "awq": (
+        awq_tensors,
+        {
+            "quant_method": "awq",
+            "bits": 4,
+            "group_size": 16,
+            "zero_point": True,
+            "version": "gemm",
+            "modules_to_not_convert": None,
+        },
+    ),
+    "compressed-tensors": (
+        functools.partial(packed_tensors, symmetric=False),
+        ct_config(
+            "pack-quantized",
+            group_config(4, strategy="group", group_size=16, symmetric=False),
+        ),
+    ),
+}
+
+
+class Quantized(Target):
+    """Quantized models: config.json, the header, or any byte of the tensors."""
+
+    def whole(self) -> None:
+        self.models: dict[str, tuple[dict[str, Any], bytes]] = {}
+        for name, (tensors_of, settings) in QUANTIZED.items():
+            directory = self.folder / name
+            config = {**write_model(directory, "llama"), "quantization_config": settings}
+            tensors = load((directory / SINGLE).read_bytes())
+            for key in [key for key in tensors if key.endswith("_proj.weight")]:
+                order = name == "gptq" and key.endswith("q_proj.weight")
+                matrix = round_to_nearest(tensors.pop(key), 4, 16, symmetric=False, act_order=order)
+                for part, tensor in tensors_of(matrix).items():
+                    tensors[f"{key.removesuffix('weight')}{part}"] = tensor.contiguous()
+            self.models[name] = config, save(tensors)
+            self.write(name, json.dumps(config).encode(), self.models[name][1])
+
+    def write(self, name: str, config: bytes, weights: bytes) -> int:
+        self.chosen = self.folder / name
+        size = (self.chosen / "config.json").write_bytes(config)
+        return size + (self.chosen / SINGLE).write_bytes(weights)
+
+    def damage(self, rng: random.Random) -> int:
+        name = rng.choice(list(self.models))
+        config, weights = self.models[name]
+        text, header = json.dumps(config).encode(), 8 + struct.unpack("<Q", weights[:8])[0]
+        kind = rng.random()
+        if kind < 0.4:
+            settings = json.loads(damaged_json({"": config["quantization_config"]}, rng, 0.0))
+            text = json.dumps({**config, "quantization_config": settings.get("")}).encode()
+        elif kind < 0.7:
+            changed = damaged_json(json.loads(weights[8:header]), rng)
+            weights = struct.pack("<Q", len(changed)) + changed + weights[header:]
+        else:
+            data = bytearray(weights)
+            for _ in range(rng.choice((1, 3, 50))):
+                data[rng.randrange(header, len(data))] = rng.choice((0, 0x7C, 0x80, 0xFC, 0xFF))
+            weights = bytes(data)
+        return self.write(name, text, weights)
+
+    def read(self) -> bool:
+        return check_decoder(self.chosen)
 
 
 class Model(Target):

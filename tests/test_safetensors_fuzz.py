@@ -5,7 +5,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+from checkpoint_writers import ct_config, group_config
 from fuzz import run_fuzz
+
+from qkernels.checkpoints import CheckpointError
+from qkernels.checkpoints.compressed_tensors import CompressedTensors
 
 
 def test_ten_thousand_damaged_headers(tmp_path: Path) -> None:
@@ -23,3 +28,14 @@ def test_damaged_configurations(tmp_path: Path) -> None:
 
 def test_damaged_headers_of_a_model(tmp_path: Path) -> None:
     assert 5 < run_fuzz("model", 800, tmp_path) < 750
+
+
+def test_damaged_quantized_models(tmp_path: Path) -> None:
+    """GPTQ, AWQ and compressed-tensors: settings, headers and the bytes of the tensors."""
+    assert 50 < run_fuzz("quantized", 800, tmp_path) < 700
+
+
+def test_activations_that_are_no_mapping(tmp_path: Path) -> None:
+    group = {**group_config(4, strategy="channel"), "input_activations": 1}
+    with pytest.raises(CheckpointError, match="group_0.input_activations must be a mapping, got 1"):
+        CompressedTensors(ct_config("pack-quantized", group), "here")

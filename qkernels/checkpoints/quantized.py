@@ -78,6 +78,8 @@ class Settings:
     """The contents of `quantization_config`, or a part of them, read key by key."""
 
     def __init__(self, raw: Mapping[str, Any], where: str) -> None:
+        if not isinstance(raw, Mapping):
+            raise CheckpointError(f"{where} must be a mapping, got {raw!r}")
         self.raw, self.where = raw, where
 
     def fail(self, key: str, value: Any, expected: str) -> CheckpointError:
