@@ -14,7 +14,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from cases import random_x
 from gguf_writer import TYPES, Tensor, random_blocks, write_gguf
+from numerics import assert_within, linear_exact
 
 from qkernels.checkpoints import CheckpointError, GGUFFile
 from qkernels.checkpoints.gguf_blocks import BY_NAME, QUANTIZED
@@ -95,6 +97,23 @@ def test_random_blocks_are_exact_on_every_instruction_set(tmp_path, isa, kind):
     assert same_bits(
         torch.ops.qkernels_reference.dequantize(*weight.op_args(), torch.float32), want
     )
+
+
+@pytest.mark.parametrize("kind", QUANTIZED)
+def test_linear_takes_every_type(tmp_path, isa, kind, generator):
+    """With the extremes that encoders rarely give: int8 sub-scales of -128, zeros, subnormals."""
+    n, k = 66, 512
+    blocks = random_blocks(kind, n * k // TYPES[kind][1], np.random.default_rng(12))
+    blocks[::5, 2:] = np.resize(np.array([0x80, 0x7F, 0xFF, 0x00], np.uint8), blocks.shape[1] - 2)
+    for offset in TYPES[kind][3]:
+        blocks[::5, offset : offset + 2] = (0x01, 0x84)  # about -6e-5
+    tensors = [Tensor("w", kind, (n, k), blocks.tobytes())]
+    file = GGUFFile(write_gguf(tmp_path / "x.gguf", {}, tensors))
+    weight = packed(file, "w")
+    for m in (1, 3, 17):
+        x = random_x(m, k, torch.float32, generator)
+        y = isa.ops.linear(x, *weight.op_args(), None, "float", 0)
+        assert_within(y, *linear_exact(x, weight.unpack(), None, torch.float32))
 
 
 @pytest.mark.parametrize("kind", QUANTIZED)
