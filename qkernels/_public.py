@@ -10,6 +10,7 @@ from .convert import QuantReport, dequantize_, quantize_
 from .info import info
 from .nn.decoder import QuantDecoder
 from .quant import PackedWeight, PlainWeight, QuantSpec
+from .quantize_directory import quantize_directory
 from .saving import save_pretrained
 
 _library.load()
@@ -26,6 +27,7 @@ __all__ = [
     "nn",
     "ops",
     "quantize_",
+    "quantize_directory",
     "save_pretrained",
     "set_backend",
 ]

@@ -18,7 +18,7 @@ from .checkpoints import CheckpointError
 from .checkpoints.compressed_tensors_writer import reason_against
 from .checkpoints.formats import beside
 from .checkpoints.safetensors_directory import SafetensorsDirectory, read_json
-from .checkpoints.shards import check_target
+from .checkpoints.shards import check_target, size_in_bytes
 from .convert import QuantReport, quantize_
 from .models import UnsupportedModelError
 from .quant import QuantSpec, scheme_act
@@ -59,12 +59,13 @@ def quantize_directory(
     stay dense, beside "lm_head". overwrite, max_shard_size: as in `save_pretrained`. progress:
     called as progress(weights done, weights, layer), then progress(layers written, layers, layer).
 
-    Layers are read, quantized and freed one by one: memory holds the quantized model, one layer and
-    one shard. Raises CheckpointError for missing, unexpected or misshapen tensors; ValueError,
-    UnsupportedModelError, FileExistsError and FileNotFoundError for what cannot be quantized or
-    written, as far as possible before anything is read.
+    Layers are read, quantized and freed one by one, and written one by one: memory holds the
+    quantized model and one layer. Raises CheckpointError for missing, unexpected or misshapen
+    tensors; ValueError, UnsupportedModelError, FileExistsError and FileNotFoundError for what
+    cannot be quantized or written, as far as possible before anything is read.
     """
     source, out = Path(source).expanduser(), Path(out).expanduser()
+    size_in_bytes(max_shard_size)
     raw = _config(source)
     check_target(out, overwrite)
     if out.exists() and out.samefile(source):

@@ -6,14 +6,19 @@ import json
 import os
 import re
 import shutil
+import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
-from .safetensors_directory import INDEX, SINGLE
+from .safetensors_directory import DTYPES, INDEX, SINGLE
 
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_COPY_BYTES = 8 << 20
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
@@ -61,31 +66,49 @@ def new_directory(path: Path, overwrite: bool) -> Iterator[Path]:
     shutil.rmtree(old, ignore_errors=True)
 
 
+@dataclass(frozen=True)
+class _Entry:
+    """A tensor in the spool file of a shard."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    nbytes: int
+
+
 class ShardWriter:
     """Writes safetensors one after the other: model.safetensors, or shards with an index if they
-    are larger than a shard. At most one shard is in memory."""
+    are larger than a shard.
+
+    Nothing is kept in memory: tensors go to a spool file as they come, and are copied behind their
+    header when the shard is full. They lie in order of falling element sizes, so that each begins
+    at a multiple of its own, as readers that map the file need.
+    """
 
     def __init__(self, directory: Path, max_shard_bytes: int) -> None:
         self._directory, self._limit = directory, max_shard_bytes
-        self._pending: dict[str, Tensor] = {}
-        self._pending_bytes = 0
+        self._pending: dict[str, _Entry] = {}
         self._shards: list[list[str]] = []
+        self._spool = (directory / "spool.partial").open("w+b")
         self.nbytes = 0
 
     def add(self, name: str, tensor: Tensor) -> None:
-        """tensor: kept until its shard is written; it must not change."""
         tensor = tensor.detach().cpu().contiguous()
-        if tensor.untyped_storage().nbytes() != tensor.nbytes:
-            tensor = tensor.clone()  # safetensors writes no views
-        if self._pending and self._pending_bytes + tensor.nbytes > self._limit:
+        start = self._spool.tell()
+        if self._pending and start + tensor.nbytes > self._limit:
             self._flush()
-        self._pending[name] = tensor
-        self._pending_bytes += tensor.nbytes
+            start = 0
+        dtype = _NAMES[tensor.dtype]
+        self._pending[name] = _Entry(dtype, tuple(tensor.shape), start, tensor.nbytes)
+        if tensor.nbytes:
+            self._spool.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
         self.nbytes += tensor.nbytes
 
     def close(self) -> None:
         """Writes the last shard and the index."""
         self._flush()
+        self._spool.close()
+        (self._directory / "spool.partial").unlink()
         count = len(self._shards)
         if count == 1:
             self._shard(0).rename(self._directory / SINGLE)
@@ -102,8 +125,22 @@ class ShardWriter:
         return self._directory / f"shard-{index}.partial"
 
     def _flush(self) -> None:
-        from safetensors.torch import save_file
-
-        save_file(self._pending, self._shard(len(self._shards)), metadata={"format": "pt"})
+        entries = sorted(self._pending.items(), key=lambda e: (-DTYPES[e[1].dtype].itemsize, e[0]))
+        header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+        at = 0
+        for name, entry in entries:
+            offsets = [at, at + entry.nbytes]
+            header[name] = {"dtype": entry.dtype, "shape": entry.shape, "data_offsets": offsets}
+            at += entry.nbytes
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        with self._shard(len(self._shards)).open("wb") as file:
+            file.write(struct.pack("<Q", len(text)) + text)
+            for _, entry in entries:
+                self._spool.seek(entry.start)
+                for done in range(0, entry.nbytes, _COPY_BYTES):
+                    file.write(self._spool.read(min(_COPY_BYTES, entry.nbytes - done)))
         self._shards.append(list(self._pending))
-        self._pending, self._pending_bytes = {}, 0
+        self._pending = {}
+        self._spool.seek(0)
+        self._spool.truncate()

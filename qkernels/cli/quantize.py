@@ -34,13 +34,13 @@ def run(options: QuantizeOptions) -> None:
         warnings.simplefilter("always", UserWarning)
         import torch
 
+        import qkernels as qk
         from qkernels._format import amount
-        from qkernels.quantize_directory import quantize_directory
 
         if options.threads is not None:
             torch.set_num_threads(options.threads)
         with bad_input(ValueError, TypeError, ImportError, OSError):
-            report = quantize_directory(
+            report = qk.quantize_directory(
                 path,
                 options.out,
                 options.spec,
