@@ -261,6 +261,15 @@ def test_metadata_values(tmp_path):
             meta["nope"]
 
 
+def test_the_types_of_a_file_are_counted(tmp_path):
+    kinds = ("F32", "Q4_K", "Q6_K", "Q4_K", "Q4_K", "F32")
+    tensors = [Tensor(f"t.{i}", kind, (2, 256)) for i, kind in enumerate(kinds)]
+    file = GGUFFile(write_gguf(tmp_path / "x.gguf", {}, tensors))
+    assert list(file.types.items()) == [("Q4_K", 3), ("F32", 2), ("Q6_K", 1)]
+    assert "6 tensors (3 Q4_K, 2 F32, 1 Q6_K)" in repr(file)
+    assert GGUFFile(write_gguf(tmp_path / "y.gguf", {}, [])).types == {}
+
+
 def test_other_alignments(tmp_path):
     for alignment in (8, 64, 4096):
         tensors = [

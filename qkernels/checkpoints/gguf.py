@@ -10,6 +10,7 @@ import mmap
 import os
 import stat
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from math import prod
 from typing import Any
@@ -92,8 +93,14 @@ class GGUFFile:
         metadata, stay valid; the mapping goes with the last of them."""
         self._file.close()
 
+    @property
+    def types(self) -> dict[str, int]:
+        """How many tensors the file has of each type, by ggml's names, the most frequent first."""
+        return dict(Counter(info.type for info in self.tensors.values()).most_common())
+
     def __repr__(self) -> str:
-        sizes = f"{len(self.metadata)} keys, {len(self.tensors)} tensors"
+        types = ", ".join(f"{count} {kind}" for kind, count in self.types.items()) or "none"
+        sizes = f"{len(self.metadata)} keys, {len(self.tensors)} tensors ({types})"
         return f"GGUFFile({self.path!r}, version {self.version}, {sizes})"
 
     def _info(self, name: str) -> TensorInfo:
