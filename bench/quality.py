@@ -239,7 +239,7 @@ def run_whisper(options: argparse.Namespace) -> dict[str, Any]:
     text = join_lines(real_models.novel(options.text))
     ids = tokenizer.encode(text[len(text) // 10 :][:20000], add_special_tokens=False).ids
     start = [tokenizer.token_to_id(t) for t in ("<|startoftranscript|>", "<|notimestamps|>")]
-    count, length = 16, 96
+    count, length = 8, 128
     windows = [start + ids[i * length : (i + 1) * length] for i in range(count)]
     extract = WhisperFeatureExtractor(feature_size=80)
     heard = torch.cat(
