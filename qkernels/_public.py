@@ -10,6 +10,7 @@ from .convert import QuantReport, dequantize_, quantize_
 from .info import info
 from .nn.decoder import QuantDecoder
 from .quant import PackedWeight, PlainWeight, QuantSpec
+from .saving import save_pretrained
 
 _library.load()
 
@@ -25,5 +26,6 @@ __all__ = [
     "nn",
     "ops",
     "quantize_",
+    "save_pretrained",
     "set_backend",
 ]

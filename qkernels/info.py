@@ -14,6 +14,7 @@ from torch import nn
 from . import _library, backends
 from ._format import amount, columns, ranges
 from .cache import token_bytes
+from .models import RopeConfig
 from .nn.decoder import QuantDecoder, WeightUse
 from .ops import registry
 from .ops.linear import default_act_group, resolve_act
@@ -196,6 +197,10 @@ def _packed(name: str, op: str, weight: PackedWeight, case: dict[str, Any]) -> L
     )  # fmt: skip
 
 
+def _rope(rope: RopeConfig) -> str:
+    return f"theta {rope.theta:g}, {rope.scaling.get('rope_type') or 'not scaled'}"
+
+
 def _facts(decoder: QuantDecoder) -> tuple[tuple[str, str], ...]:
     config = decoder.config
     windows = ranges([*{w for w in config.windows if w}])
@@ -218,8 +223,12 @@ def _facts(decoder: QuantDecoder) -> tuple[tuple[str, str], ...]:
         ),
         (
             "rope",
-            f"theta {config.rope.theta:g}, "
-            + (config.rope.scaling.get("rope_type") or "not scaled"),
+            _rope(config.rope)
+            + (
+                f"; in layers with a window: {_rope(config.local_rope)}"
+                if config.local_rope is not None
+                else ""
+            ),
         ),
         (
             "context",

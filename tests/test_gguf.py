@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from cases import FORMATS
 from gguf_writer import (
     TYPES,
     Tensor,
@@ -57,7 +58,12 @@ def test_types_agree_with_the_gguf_package():
     for kind, (elements, nbytes) in gguf.GGML_QUANT_SIZES.items():
         ours = BLOCK_TYPES[kind.value]
         assert (ours.name, ours.elements, ours.nbytes) == (kind.name, elements, nbytes)
-    assert QUANTIZED == ("Q4_0", "Q4_1", "Q8_0")
+    assert (
+        *("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"),
+        *("IQ4_NL", "IQ4_XS", "MXFP4"),
+    ) == QUANTIZED
+    for name in QUANTIZED:
+        assert BY_NAME[name].spec == FORMATS[name].spec
 
 
 def test_smollm2_opens_fast_and_agrees_with_the_gguf_package():
@@ -112,7 +118,7 @@ def test_smollm2_decodes_bitwise():
 @pytest.mark.parametrize("kind", QUANTIZED)
 @pytest.mark.parametrize("rows", [1, 7, 64, 1000])
 def test_random_blocks_decode_bitwise(tmp_path, kind, rows):
-    shape = (65, 32 * 9)
+    shape = (65, TYPES[kind][1] * 9)
     data = random_blocks(kind, 65 * 9, np.random.default_rng(1)).tobytes()
     file = GGUFFile(
         write_gguf(
@@ -128,37 +134,34 @@ def test_random_blocks_decode_bitwise(tmp_path, kind, rows):
     assert torch.equal(bits(ours), bits(oracle(data, kind, shape)))
 
 
-@pytest.mark.parametrize("kind", QUANTIZED)
-def test_every_finite_scale_and_every_code(tmp_path, kind):
-    """All finite float16 patterns as scales (and, reversed, as offsets), each against all codes."""
+def blocks_of_every_scale(kind: str) -> np.ndarray:
+    """[B, bytes] uint8, B a multiple of 16: all finite float16 patterns as scales (and, reversed,
+    as minima), or all exponents; random sub-scales; every byte of codes."""
+    _, _, size, halves = TYPES[kind]
     patterns = np.arange(1 << 16, dtype="<u2")
     patterns = patterns[(patterns & 0x7C00) != 0x7C00]
-    _, _, size, halves = TYPES[kind]
     blocks = np.random.default_rng(2).integers(0, 256, (len(patterns), size), dtype=np.uint8)
-    blocks[:, 0:2] = patterns.view(np.uint8).reshape(-1, 2)
-    if len(halves) == 2:
-        blocks[:, 2:4] = patterns[::-1].copy().view(np.uint8).reshape(-1, 2)
-    code_bytes = blocks[:, 2 * len(halves) :]
-    code_bytes[: 256 * 16] = (np.arange(256 * 16)[:, None] + np.arange(code_bytes.shape[1])) % 256
-    shape = (len(patterns) // 16, 32 * 16)
+    blocks[: 256 * 16] = (np.arange(256 * 16)[:, None] + np.arange(size)) % 256
+    for offset, values in zip(halves, (patterns, patterns[::-1])):  # noqa: B905
+        blocks[:, offset : offset + 2] = values.copy().view(np.uint8).reshape(-1, 2)
+    if kind == "MXFP4":
+        blocks[:, 0] = np.arange(len(patterns)) // 16 % 252 + 1  # those that hold any code
+    return blocks
+
+
+@pytest.mark.parametrize("kind", QUANTIZED)
+def test_every_finite_scale_and_every_code(tmp_path, kind):
+    blocks = blocks_of_every_scale(kind)
+    shape = (len(blocks) // 16, TYPES[kind][1] * 16)
     file = GGUFFile(
         write_gguf(tmp_path / "x.gguf", {}, [Tensor("w", kind, shape, blocks.tobytes())])
     )
     assert torch.equal(bits(whole(file, "w")), bits(oracle(blocks, kind, shape)))
 
 
-def test_specs():
-    spec = {name: BY_NAME[name].spec for name in QUANTIZED}
-    assert [(s.bits, s.group_size, s.scale, s.zero) for s in spec.values()] == [
-        (4, 32, "float16", "symmetric"),
-        (4, 32, "float16", "minimum"),
-        (8, 32, "float16", "symmetric"),
-    ]
-
-
 @pytest.mark.parametrize("kind", QUANTIZED)
 def test_row_order_gathers(tmp_path, kind):
-    file = GGUFFile(write_gguf(tmp_path / "x.gguf", {}, [Tensor("w", kind, (32, 64))]))
+    file = GGUFFile(write_gguf(tmp_path / "x.gguf", {}, [Tensor("w", kind, (32, 256))]))
     plain = whole(file, "w")
     for order in (rotary_row_order(4, 8, 8), np.array([3, 3, 31]), torch.arange(31, -1, -1)):
         blocks = list(file.plain_blocks("w", 5, row_order=order))
@@ -283,7 +286,8 @@ def test_files_of_the_gguf_package_open(tmp_path):
     writer.add_token_list(["a", "b"])
     writer.add_token_types([1, 3])
     weight = np.random.default_rng(6).standard_normal((8, 64)).astype(np.float32)
-    for kind in QUANTIZED:
+    kinds = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "MXFP4")  # those that it encodes
+    for kind in kinds:
         number = gguf.GGMLQuantizationType[kind]
         writer.add_tensor(kind, gguf.quants.quantize(weight, number), raw_dtype=number)
     writer.add_tensor("dense", weight)
@@ -296,7 +300,7 @@ def test_files_of_the_gguf_package_open(tmp_path):
         file.metadata["tokenizer.ggml.tokens"]
     ) == ["a", "b"]
     assert torch.equal(file.dense("dense"), torch.from_numpy(weight))
-    for kind in QUANTIZED:
+    for kind in kinds:
         number = gguf.GGMLQuantizationType[kind]
         want = gguf.quants.dequantize(gguf.quants.quantize(weight, number), number)
         assert torch.equal(bits(whole(file, kind)), bits(torch.from_numpy(want)))

@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from families import from_hf, weights
 
 import qkernels as qk
 from qkernels.checkpoints import CheckpointError
 from qkernels.models import UnsupportedModelError
-from qkernels.models.llama import from_hf, weights
 from qkernels.nn.decoder import QuantDecoder
 from qkernels.nn.keep import HoldsPacked
 
@@ -59,20 +59,36 @@ CASES: dict[str, Any] = {
     "qwen3": transformers.Qwen3Config(
         **TINY, head_dim=32, tie_word_embeddings=True, rope_parameters=YARN
     ),
+    # the second layer sees everything, and rotates by another table
+    "gemma3": transformers.Gemma3TextConfig(
+        **TINY,
+        head_dim=32,
+        sliding_window=24,
+        sliding_window_pattern=2,
+        query_pre_attn_scalar=50,
+        rope_parameters={
+            "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+        },
+    ),
+    "gemma3-untied": transformers.Gemma3TextConfig(
+        **TINY, head_dim=16, sliding_window=9, attention_bias=True, tie_word_embeddings=False
+    ),
 }
 W8 = qk.QuantSpec(8, 32, scale="float32")
 TOKENS = 90
 
 
 def random_model(case: str) -> Any:
-    """With biases and norm weights that are not 0 and 1, as they are when fresh."""
+    """With biases and norm weights that are not 0 and 1, as they are when fresh. Gemma's norms
+    multiply by 1 + weight."""
     torch.manual_seed(len(case))
     model = transformers.AutoModelForCausalLM.from_config(copy.deepcopy(CASES[case])).eval()
     for name, tensor in model.state_dict().items():
         if name.endswith("bias"):
             tensor.normal_(std=0.3)
         elif tensor.dim() == 1:
-            tensor.normal_(mean=1.0, std=0.2)
+            tensor.normal_(mean=0.0 if "gemma" in model.config.model_type else 1.0, std=0.2)
         else:
             tensor.normal_(std=1.5 * tensor.shape[1] ** -0.5)
     return model
@@ -137,6 +153,14 @@ def test_w8_gives_the_logits_of_the_dequantized_model(
     check_logits(decoder, dequantized(model, decoder))
 
 
+def test_info_names_both_rotations_and_the_window() -> None:
+    facts = dict(qk.info(QuantDecoder.from_pretrained(random_model("gemma3"), W8)).facts)
+    assert facts["rope"] == "theta 1e+06, linear; in layers with a window: theta 10000, not scaled"
+    assert facts["attention"].endswith("window 24, qk-norm")
+    facts = dict(qk.info(QuantDecoder.from_pretrained(random_model("llama-tied"), W8)).facts)
+    assert facts["rope"] == "theta 10000, not scaled"
+
+
 def test_a_scheme_says_what_activations_are() -> None:
     model = random_model("llama")
     for scheme, act in (("W4A16", "float"), ("W4A8", "int8"), (W8, "int8"), (None, "int8")):
@@ -177,7 +201,7 @@ def test_greedy_tokens_are_those_of_transformers(case: str) -> None:
         assert torch.equal(logits.argmax(-1)[clear], torch.tensor(tokens)[clear])
 
 
-@pytest.mark.parametrize("case", ["llama", "qwen3"])
+@pytest.mark.parametrize("case", ["llama", "qwen3", "gemma3"])
 @pytest.mark.parametrize("shards", ["100GB", "40KB"])
 def test_a_directory_gives_what_the_object_gives(case: str, shards: str, tmp_path: Path) -> None:
     model = random_model(case)
@@ -194,15 +218,27 @@ def test_a_directory_gives_what_the_object_gives(case: str, shards: str, tmp_pat
     assert loaded.settings.repetition_penalty == 1.5 and loaded.settings.eos_ids == (3,)
 
 
-def test_bfloat16_checkpoints_stay_bfloat16_where_they_are_dense(tmp_path: Path) -> None:
-    model = random_model("llama").bfloat16()
+@pytest.mark.parametrize("case", ["llama", "gemma3"])
+def test_bfloat16_checkpoints_stay_bfloat16_where_they_are_dense(case: str, tmp_path: Path) -> None:
+    model = random_model(case).bfloat16()
     model.save_pretrained(tmp_path)
     decoder = QuantDecoder.from_pretrained(tmp_path)
+    assert torch.equal(
+        decoder(prompt()).logits, QuantDecoder.from_pretrained(model)(prompt()).logits
+    )
     assert decoder.get_submodule("layers.0.q").weight.dtype == torch.bfloat16
     assert decoder.get_submodule("layers.0.attn_norm").weight.dtype == torch.float32
     exact = logits_of(model, prompt(), torch.float64)
     theirs = (logits_of(model, prompt(), torch.bfloat16) - exact).abs().max()
     assert (decoder(prompt()).logits - exact).abs().max() <= 2 * theirs
+
+
+def test_a_bfloat16_gemma_scales_its_embeddings_by_a_bfloat16() -> None:
+    config = copy.deepcopy(CASES["gemma3"])
+    config.hidden_size = 96  # its square root is 9.798, 9.8125 in bfloat16
+    model = transformers.AutoModelForCausalLM.from_config(config).bfloat16()
+    assert QuantDecoder.from_pretrained(model).config.embed_scale == 9.8125
+    assert QuantDecoder.from_pretrained(model.float()).config.embed_scale == np.float32(96**0.5)
 
 
 def test_tensors_that_do_not_fit_are_named(tmp_path: Path) -> None:
@@ -259,7 +295,7 @@ def test_directories_that_hold_no_model(tmp_path: Path) -> None:
         (
             json.dumps({"model_type": "gemma3"}),
             UnsupportedModelError,
-            "'gemma3' is not supported; supported are llama",
+            "'gemma3' is not supported; supported are .*gemma3_text",
         ),
     ):
         (tmp_path / "config.json").write_text(content)
@@ -289,7 +325,14 @@ def write_gguf(
     writer.add_value_length(config.head_dim)
     writer.add_layer_norm_rms_eps(config.norm_eps)
     writer.add_rope_freq_base(config.rope.theta)
-    writer.add_rope_dimension_count(config.rope.dim)
+    gemma = architecture == "gemma3"
+    if gemma:  # converters write no more than this: the pattern and the local theta are known
+        writer.add_sliding_window(config.windows[0])
+        if config.rope.scaling:
+            writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+            writer.add_rope_scaling_factor(config.rope.scaling["factor"])
+    else:
+        writer.add_rope_dimension_count(config.rope.dim)
     writer.add_vocab_size(config.vocab)
     if factors is not None:
         writer.add_tensor("rope_freqs.weight", factors.astype(np.float32))
@@ -303,6 +346,8 @@ def write_gguf(
                 .swapaxes(1, 2)
                 .reshape(state[d.hf].shape)
             )
+        if gemma and d.hf.endswith("norm.weight"):
+            values = values + np.float32(1)
         values = np.ascontiguousarray(values)
         if d.is_matrix and kind != "F32":
             quant = gguf.GGMLQuantizationType[kind]
@@ -320,6 +365,16 @@ GGUF_CASES = {
     "llama": transformers.LlamaConfig(**GGUF_TINY, head_dim=16, rope_parameters=LLAMA3),
     "qwen2": transformers.Qwen2Config(**GGUF_TINY, tie_word_embeddings=True),
     "qwen3": transformers.Qwen3Config(**GGUF_TINY, head_dim=32),
+    "gemma3": transformers.Gemma3TextConfig(
+        **{**GGUF_TINY, "num_hidden_layers": 7},
+        head_dim=32,
+        sliding_window=24,
+        query_pre_attn_scalar=32,
+        rope_parameters={
+            "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+        },
+    ),
 }
 
 

@@ -7,11 +7,21 @@ from typing import Any
 
 import numpy as np
 import pytest
+from families import from_gguf, from_hf, program, weights
 
 from qkernels.loading import rotary_row_order
 from qkernels.models import FAMILIES, UnsupportedModelError, family_of_gguf, family_of_hf
-from qkernels.models.llama import LLAMA, from_gguf, from_hf, program, weights
-from qkernels.nn.program import Attention, Embed, Linear, Norm, Select, reads, writes
+from qkernels.models.llama import LLAMA
+from qkernels.nn.program import (
+    Attention,
+    Embed,
+    KvAppend,
+    Linear,
+    Norm,
+    Select,
+    reads,
+    writes,
+)
 
 transformers = pytest.importorskip(
     "transformers", reason="configurations are compared with transformers'"
@@ -38,6 +48,7 @@ CONFIGS = {
     "mistral": transformers.MistralConfig,
     "qwen2": transformers.Qwen2Config,
     "qwen3": transformers.Qwen3Config,
+    "gemma3_text": transformers.Gemma3TextConfig,
 }
 
 
@@ -50,8 +61,8 @@ def raw(kind: str, **changes: Any) -> dict[str, Any]:
 
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_weights_are_those_of_transformers(kind: str) -> None:
-    options = {} if kind == "mistral" else {"tie_word_embeddings": True}
-    if kind in ("llama", "qwen3"):
+    options = {} if kind == "mistral" else {"tie_word_embeddings": kind != "gemma3_text"}
+    if kind in ("llama", "qwen3", "gemma3_text"):
         options["attention_bias"] = True
     if kind == "llama":
         options["mlp_bias"] = True
@@ -60,7 +71,7 @@ def test_weights_are_those_of_transformers(kind: str) -> None:
         model = transformers.AutoModelForCausalLM.from_config(config)
         theirs = {name: tuple(t.shape) for name, t in model.state_dict().items()}
         ours = {d.hf: d.shape for d in weights(from_hf(config.to_dict()))}
-        if changes.get("tie_word_embeddings"):
+        if from_hf(config.to_dict()).tied:
             theirs.pop("lm_head.weight")
         assert ours == theirs
 
@@ -75,6 +86,8 @@ def test_program_names_every_weight_once_and_reads_what_was_written(kind: str) -
         written |= set(writes(step))
         named += [step.weight] if isinstance(step, (Embed, Norm, Linear)) else []
         named += [step.bias] if isinstance(step, (Norm, Linear)) and step.bias else []
+    if config.tied:
+        named.remove("embed.weight")  # the head's use of it
     assert sorted(named) == sorted(d.name for d in weights(config))
     assert isinstance(program(config)[-2], Select)
 
@@ -91,6 +104,10 @@ def test_short_config_json_takes_the_defaults_of_transformers(kind: str) -> None
         "num_key_value_heads",
         "tie_word_embeddings",
         "sliding_window",
+        "hidden_activation",
+        "layer_types",
+        "query_pre_attn_scalar",
+        "rope_parameters",
     ):
         short.pop(key, None)
     without = CONFIGS[kind](**{k: v for k, v in TINY.items() if k != "num_key_value_heads"})
@@ -122,6 +139,76 @@ def test_windows_by_layer() -> None:
     old = {k: v for k, v in raw("qwen2").items() if k != "layer_types"}
     old |= {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 2}
     assert from_hf(old).windows == (0, 0, 16)
+
+
+def test_layers_of_gemma3() -> None:
+    def layers(**changes: Any) -> list[tuple[int, str | None]]:
+        steps = program(from_hf(raw("gemma3_text", num_hidden_layers=7, **changes)))
+        ropes = [s.rope for s in steps if isinstance(s, KvAppend)]
+        return [
+            (s.window, rope)
+            for s, rope in zip((s for s in steps if isinstance(s, Attention)), ropes, strict=True)
+        ]
+
+    local, full = (512, "rope.local"), (0, "rope")
+    assert layers(sliding_window=512) == [*[local] * 5, full, local]
+    assert layers(sliding_window=512, sliding_window_pattern=3) == [local, local, full] * 2 + [
+        local
+    ]
+    kinds = ["full_attention", "sliding_attention"] * 3 + ["full_attention"]
+    assert layers(sliding_window=64, layer_types=kinds) == [full, (64, "rope.local")] * 3 + [full]
+    old = {k: v for k, v in raw("gemma3_text").items() if k != "layer_types"}
+    assert from_hf({**old, "sliding_window_pattern": 2}).windows == (4096, 0, 4096)
+    with pytest.raises(ValueError, match="asks for sliding_attention, but sliding_window is off"):
+        layers(sliding_window=None)
+
+
+def test_ropes_of_gemma3() -> None:
+    base = {k: v for k, v in raw("gemma3_text").items() if k != "rope_parameters"}
+    usual = from_hf(base)
+    assert usual.local_rope is not None
+    assert (usual.rope.theta, usual.local_rope.theta, usual.rope.dim) == (1e6, 1e4, 256)
+    old = from_hf(
+        {
+            **base,
+            "rope_theta": 5e5,
+            "rope_local_base_freq": 2e4,
+            "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+        }
+    )
+    scaled = {"rope_type": "linear", "rope_theta": 5e5, "factor": 8.0}
+    by_kind = {
+        "full_attention": scaled,
+        "sliding_attention": {"rope_type": "default", "rope_theta": 2e4},
+    }
+    assert old == from_hf(raw("gemma3_text", rope_parameters=by_kind))
+    assert old.rope.scaling == {"rope_type": "linear", "factor": 8.0}
+    assert old.local_rope is not None
+    assert old.local_rope.theta == 2e4 and not old.local_rope.scaling
+    assert list(old.ropes) == ["rope", "rope.local"] and list(from_hf(raw("llama")).ropes) == [
+        "rope"
+    ]
+
+
+def test_embeddings_of_gemma3_are_scaled_in_the_type_of_the_table() -> None:
+    base = {k: v for k, v in raw("gemma3_text", hidden_size=3072).items() if "dtype" not in k}
+    assert from_hf(base).embed_scale == np.float32(3072**0.5)
+    assert from_hf({**base, "dtype": "bfloat16"}).embed_scale == 55.5
+    assert from_hf({**base, "torch_dtype": "bfloat16"}).embed_scale == 55.5
+    assert from_hf({**base, "torch_dtype": "float16"}).embed_scale == np.float16(3072**0.5)
+    embed = program(from_hf({**base, "dtype": "bfloat16"}))[0]
+    assert isinstance(embed, Embed) and embed.multiplier == 55.5
+    with pytest.raises(ValueError, match="dtype must be float32, float16 or bfloat16, got 'int4'"):
+        from_hf({**base, "dtype": "int4"})
+
+
+def test_attention_of_gemma3_has_a_scale_of_its_own() -> None:
+    def scales(**changes: Any) -> set[float]:
+        steps = program(from_hf(raw("gemma3_text", **changes)))
+        return {s.scale for s in steps if isinstance(s, Attention)}
+
+    assert scales() == {1 / 16} == scales(head_dim=64)
+    assert scales(query_pre_attn_scalar=64) == {1 / 8}
 
 
 def test_rope_of_old_and_new_configurations() -> None:
@@ -164,15 +251,26 @@ def test_rope_of_old_and_new_configurations() -> None:
         ("llama", {"hidden_act": "swiglu_oai"}, "hidden_act = 'swiglu_oai'"),
         ("llama", {"sliding_window": 64}, "sliding_window = 64"),
         ("llama", {"num_local_experts": 8}, "num_local_experts = 8"),
-        (
-            "llama",
-            {"quantization_config": {"quant_method": "gptq", "bits": 4}},
-            "quantization_config = 'gptq'",
-        ),
         ("llama", {"hidden_size": None}, "lacks 'hidden_size'"),
         ("llama", {"hidden_size": "48"}, "hidden_size must be a number"),
-        ("llama", {"num_hidden_layers": 0}, "layers must be a positive integer, got 0"),
+        (
+            "llama",
+            {"num_hidden_layers": 0},
+            "num_hidden_layers must be from 1 to 4096 layers, got 0",
+        ),
         ("llama", {"num_key_value_heads": 3}, "4 query heads cannot share 3"),
+        ("gemma3_text", {"final_logit_softcapping": 30.0}, "final_logit_softcapping = 30.0"),
+        ("gemma3_text", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping = 50.0"),
+        ("gemma3_text", {"use_bidirectional_attention": True}, "use_bidirectional_attention"),
+        ("gemma3_text", {"hidden_activation": "gelu_fast"}, "hidden_activation = 'gelu_fast'"),
+        ("gemma3_text", {"layer_types": ["full_attention"]}, "must name 3 layers, got 1"),
+        ("gemma3_text", {"layer_types": ["chunked_attention"] * 3}, "'chunked_attention'"),
+        ("gemma3_text", {"query_pre_attn_scalar": 0}, "query_pre_attn_scalar must be positive"),
+        (
+            "gemma3_text",
+            {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}},
+            "must be given for full_attention and sliding_attention",
+        ),
         ("llama", {"rms_norm_eps": 0.0}, "norm_eps must be positive"),
         ("mistral", {"attention_bias": True}, "attention_bias = True"),
         ("qwen2", {"mlp_bias": True}, "mlp_bias = True"),
@@ -198,12 +296,15 @@ def test_options_without_code_are_refused_by_name(
 
 
 def test_unknown_families_are_refused_with_a_list() -> None:
-    with pytest.raises(UnsupportedModelError, match=r"'gemma3'.*llama, mistral, qwen2, qwen3"):
+    # the multimodal Gemma 3; its text model is a type of its own
+    with pytest.raises(
+        UnsupportedModelError, match=r"'gemma3'.*llama, mistral, qwen2, qwen3, gemma3_text"
+    ):
         family_of_hf("gemma3")
-    with pytest.raises(UnsupportedModelError, match=r"'mamba'.*llama, qwen2, qwen3"):
+    with pytest.raises(UnsupportedModelError, match=r"'mamba'.*llama, qwen2, qwen3, gemma3"):
         family_of_gguf("mamba")
     assert family_of_hf("qwen3") is family_of_gguf("llama") is LLAMA
-    assert len({name for family in FAMILIES for name in family.hf_types}) == 4
+    assert len({name for family in FAMILIES for name in family.hf_types}) == 5
 
 
 def gguf_metadata(architecture: str = "llama", **changes: Any) -> dict[str, Any]:
@@ -282,6 +383,43 @@ def test_gguf_rope() -> None:
         from_gguf(gguf_metadata(**yarn), gguf_shapes("rope_freqs.weight"), lambda name: factors)
     with pytest.raises(ValueError, match="expected 6 frequency factors, got 2"):
         from_gguf(gguf_metadata(), gguf_shapes("rope_freqs.weight"), lambda name: [1.0, 1.0])
+
+
+def test_gguf_gemma3() -> None:
+    def read(layers: int = 7, **changes: Any) -> Any:
+        values = {
+            "block_count": layers,
+            "rope.dimension_count": None,
+            "attention.sliding_window": 512,
+            "attention.key_length": 16,
+            **changes,
+        }
+        return from_gguf(gguf_metadata("gemma3", **values), gguf_shapes(), no_vector)
+
+    config = read()
+    assert config.windows == (512, 512, 512, 512, 512, 0, 512)
+    assert config.local_rope.theta == 1e4 and config.rope.theta == 5e4 and config.rope.dim == 16
+    assert config.embed_scale == np.float32(48**0.5) and config.attention_scale == 0.25
+    assert config.tied and config.qk_norm and config.activation == "gelu_tanh"
+    assert read(**{"rope.freq_base_swa": 2e4}).local_rope.theta == 2e4
+    assert read(**{"attention.sliding_window": None}).windows == (0,) * 7
+    assert read(**{"attention.sliding_window_pattern": 3}).windows == (512, 512, 0) * 2 + (512,)
+    flags = np.array([True, False] * 3 + [True])
+    assert read(**{"attention.sliding_window_pattern": flags}).windows == (512, 0) * 3 + (512,)
+    scaled = read(**{"rope.scaling.type": "linear", "rope.scaling.factor": 8.0})
+    assert scaled.rope.scaling["factor"] == 8.0 and not scaled.local_rope.scaling
+    # the 27B model's scale follows from its width, which only its number of layers tells
+    assert read(62).attention_scale == (48 / 4) ** -0.5
+    for changes, words in (
+        ({"attention.sliding_window_pattern": flags[:3]}, "must be for 7 layers, got 3"),
+        ({"attention.sliding_window_pattern": np.array([1, 7])}, "a boolean per layer"),
+        ({"attention.sliding_window_pattern": 0}, "must be a positive integer, got 0"),
+        ({"final_logit_softcapping": 30.0}, "final_logit_softcapping = 30.0"),
+        ({"attention.value_length": 32}, "value_length = 32"),
+        ({"wonderful_option": 3}, "gemma3.wonderful_option = 3"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            read(**changes)
 
 
 @pytest.mark.parametrize(

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from qkernels import backends
+from qkernels import backends, ops
 from qkernels.cache import PagedKVCache, rope_table
-from qkernels.nn.executor import ComposedExecutor, NativeExecutor
+from qkernels.nn.executor import ComposedExecutor, NativeExecutor, column_orders
 from qkernels.nn.program import (
     Attention,
     Embed,
@@ -15,12 +17,13 @@ from qkernels.nn.program import (
     KvAppend,
     Linear,
     Norm,
+    Permute,
     Quantize,
     Select,
     Step,
     lower,
 )
-from qkernels.quant import PackedWeight, QuantSpec, quantize
+from qkernels.quant import PackedWeight, PlainWeight, QuantSpec, quantize
 
 HIDDEN, HEADS, KV_HEADS, DIM, FFN, VOCAB = 96, 3, 1, 32, 160, 130
 
@@ -40,7 +43,7 @@ def block(layer: int, first: bool, qk_norm: bool, bias: bool) -> list[Step]:
         ]
     return [
         *steps,
-        KvAppend("rotated", "q", "k", "v", layer, **shape),
+        KvAppend("rotated", "q", "k", "v", layer, **shape, rope="rope.local" if layer else "rope"),
         Attention(
             "o", "rotated", layer, **shape, scale=DIM**-0.5, window=7 if layer else 0, softcap=5.0
         ),
@@ -53,15 +56,29 @@ def block(layer: int, first: bool, qk_norm: bool, bias: bool) -> list[Step]:
     ]
 
 
+# Weights of one input with the same number have the same order of columns.
+ORDERS = {"q": 0, "k": 0, "v": 1, "o": 2, "gate": 3, "up": 3, "down": 4}
+
+
+def act_order(plain: PlainWeight, seed: int) -> PlainWeight:
+    """The codes and scales of a weight, its columns spread over the groups at random."""
+    order = torch.randperm(plain.k, generator=torch.Generator().manual_seed(seed))
+    g_idx = torch.empty(plain.k, dtype=torch.int32)
+    g_idx[order] = (torch.arange(plain.k) // plain.spec.group(plain.k)).int()
+    return replace(plain, spec=replace(plain.spec, act_order=True), g_idx=g_idx)
+
+
 def model(specs: tuple[QuantSpec, QuantSpec], qk_norm: bool = True, bias: bool = True):
     torch.manual_seed(1)
 
-    def packed(n: int, k: int, spec: QuantSpec) -> PackedWeight:
-        return quantize(torch.randn(n, k) / k**0.5, spec).pack()
+    def packed(n: int, k: int, spec: QuantSpec, order: int | None = None) -> PackedWeight:
+        plain = quantize(torch.randn(n, k) / k**0.5, replace(spec, act_order=False))
+        return (act_order(plain, order) if spec.act_order and order is not None else plain).pack()
 
     steps: list[Step] = [Embed("h", "embed", multiplier=1.5)]
     weights: dict[str, PackedWeight | torch.Tensor] = {"embed": packed(VOCAB, HIDDEN, specs[1])}
     weights["rope"] = rope_table(DIM, 512, theta=1e4)
+    weights["rope.local"] = rope_table(DIM // 2, 512, theta=1e2)
     for i in range(2):
         steps += block(i, i == 0, qk_norm, bias)
         shapes = {
@@ -72,13 +89,17 @@ def model(specs: tuple[QuantSpec, QuantSpec], qk_norm: bool = True, bias: bool =
         }
         shapes |= {"gate": (FFN, HIDDEN), "up": (FFN, HIDDEN), "down": (HIDDEN, FFN)}
         for j, (r, (n, k)) in enumerate(shapes.items()):
-            weights[f"{i}.{r}"] = packed(n, k, specs[j % 2])
+            weights[f"{i}.{r}"] = packed(n, k, specs[j % 2], ORDERS[r])
             weights[f"{i}.bias_{r}"] = torch.randn(n)
         for r, n in {"norm": HIDDEN, "ffn_norm": HIDDEN, "q_norm": DIM, "k_norm": DIM}.items():
             weights[f"{i}.{r}"] = 1 + 0.1 * torch.randn(n)
     weights["final"] = 1 + 0.1 * torch.randn(HIDDEN)
     steps += [Norm("f", "r", "final", add="h"), Select("s", "f"), Linear("logits", "s", "embed")]
     return steps, weights
+
+
+def lowered_for(steps, weights, act: str) -> tuple[Step, ...]:
+    return lower(steps, act_group(weights, act), column_orders(weights).get)
 
 
 def act_group(weights, act: str):
@@ -93,6 +114,8 @@ SPECS = {
     "w4-min": (QuantSpec(4, 32, zero="minimum"), QuantSpec(8, 32)),
     "w4-mixed-groups": (QuantSpec(4, 16, zero="integer"), QuantSpec(4, 32)),
     "two-level": (QuantSpec(4, 32, scale="int8", zero="minimum"), QuantSpec(8, 16, scale="int8")),
+    "act-order": (QuantSpec(4, 32, zero="integer", act_order=True),) * 2,
+    "act-order-of-some": (QuantSpec(4, 32, act_order=True), QuantSpec(8, 32)),
 }
 
 
@@ -112,7 +135,7 @@ def test_native_step_is_bitwise_the_composed_ops(
     )
     backends.set_backend("isa")
     steps, weights = model(SPECS[spec])
-    lowered = lower(steps, act_group(weights, act))
+    lowered = lowered_for(steps, weights, act)
     executors = [
         ComposedExecutor(lowered, weights),
         NativeExecutor(lowered, weights, namespace=isa.namespace),
@@ -134,10 +157,11 @@ def test_native_step_is_bitwise_the_composed_ops(
         assert torch.equal(composed, native)
 
 
+@pytest.mark.parametrize("spec", ["w4-min", "act-order"])
 @pytest.mark.parametrize("act", ["int8", "float"])
-def test_native_step_does_not_depend_on_the_thread_count(act: str) -> None:
-    steps, weights = model(SPECS["w4-min"])
-    execute = NativeExecutor(lower(steps, act_group(weights, act)), weights)
+def test_native_step_does_not_depend_on_the_thread_count(act: str, spec: str) -> None:
+    steps, weights = model(SPECS[spec])
+    execute = NativeExecutor(lowered_for(steps, weights, act), weights)
     threads, results = torch.get_num_threads(), []
     try:
         for n in (1, 2, 3):
@@ -182,6 +206,72 @@ def test_a_register_written_again_is_quantized_again() -> None:
     ]
     lowered = lower(steps, lambda _: 32)
     assert [type(s) for s in lowered] == [Embed, Quantize, Linear, Embed, Quantize, Linear]
+
+
+def test_layers_rotate_by_the_table_they_name() -> None:
+    steps, weights = model(SPECS["w4-min"])
+    cache = PagedKVCache(2, KV_HEADS, DIM, dtype="float32", page_size=16, max_tokens=64)
+
+    def logits(**tables: torch.Tensor) -> torch.Tensor:
+        execute = NativeExecutor(lowered_for(steps, weights, "float"), {**weights, **tables})
+        seq = cache.add()
+        out = execute(torch.arange(9), cache.reserve([seq], [9]), torch.arange(9), cache)
+        cache.free(seq)
+        return out
+
+    usual = logits()
+    other = rope_table(DIM // 2, 512, theta=1e3)
+    assert not torch.equal(logits(**{"rope.local": other}), usual)
+    assert not torch.equal(logits(rope=other), usual)
+    assert torch.equal(logits(), usual)
+
+
+@pytest.mark.parametrize("act", ["int8", "float"])
+def test_a_sorted_linear_is_the_linear_of_an_act_order_weight(act: str) -> None:
+    torch.manual_seed(4)
+    plain = quantize(torch.randn(130, HIDDEN), QuantSpec(4, 32, zero="integer"))
+    weights: dict[str, PackedWeight | torch.Tensor] = {
+        "embed": quantize(torch.randn(VOCAB, HIDDEN), QuantSpec(8, 32)).pack(),
+        "head": act_order(plain, 7).pack(),
+    }
+    steps = lowered_for(
+        [Embed("h", "embed"), Select("s", "h"), Linear("logits", "s", "head")], weights, act
+    )
+    assert [type(s) for s in steps[2:-1]] == [Permute, Quantize][: 2 if act == "int8" else 1]
+    ids = torch.tensor([3, 99, 0, 41])
+    table, head = weights["embed"], weights["head"]
+    assert isinstance(table, PackedWeight) and isinstance(head, PackedWeight)
+    expected = ops.linear(ops.embedding(ids, table), head, act=act, act_group=32)
+    cache = PagedKVCache(1, 1, 16, dtype="float32", page_size=16, max_tokens=32)
+    batch = cache.reserve([cache.add()], [4])
+    execute = ComposedExecutor(steps, weights)
+    assert torch.equal(execute(ids, batch, torch.arange(4), cache), expected)
+
+
+def test_activations_are_sorted_once_for_weights_of_one_order() -> None:
+    steps, weights = model(SPECS["act-order"], qk_norm=False)
+    orders = column_orders(weights)
+    assert orders["1.k"] == orders["0.q"] and orders["1.up"] == orders["0.gate"]
+    assert orders["0.v"] == "0.v" and "embed" not in orders
+    lowered = lowered_for(steps, weights, "int8")
+    sorts = [(s.dst, s.src, s.order) for s in lowered if isinstance(s, Permute)]
+    one_layer = [("a@0", "a", "0.q"), ("a@1", "a", "0.v"), ("o@0", "o", "0.o")]
+    one_layer += [("a@0", "a", "0.gate"), ("m@0", "m", "0.down")]
+    assert sorts == one_layer * 2
+    assert [s.src for s in lowered if isinstance(s, Linear)][:4] == [
+        "a@0:32", "a@0:32", "a@1:32", "o@0:32",
+    ]  # fmt: skip
+    # nothing but the table's activations is quantized before it is sorted
+    assert {s.act_group for s in lowered if isinstance(s, (Norm, Gate))} == {0}
+
+
+def test_a_program_lowered_for_another_order_is_refused() -> None:
+    steps, weights = model(SPECS["act-order"])
+    for executor in (ComposedExecutor, NativeExecutor):
+        with pytest.raises(ValueError, match=r"0\.q has its columns in act-order"):
+            executor(lower(steps, act_group(weights, "int8")), weights)
+        with pytest.raises(ValueError, match=r"0\.q does not have the column order of 0\.v"):
+            executor(lower(steps, act_group(weights, "int8"), lambda name: "0.v"), weights)
 
 
 class TestBadInput:
@@ -318,18 +408,45 @@ class TestBadInput:
         with pytest.raises(RuntimeError, match=f"qkernels::decoder_plan: .*{message}"):
             self.plan(*steps)
 
+    @pytest.mark.parametrize(
+        ("order", "message"),
+        [
+            (torch.arange(32).int(), "a column order must be int64, got int32"),
+            (torch.arange(31), r"a column order must be .*32.*got .*31"),
+            (torch.arange(1, 33), "a column order must be from 0 to 31, got 32 at 31"),
+            (torch.arange(-1, 31), "a column order must be from 0 to 31, got -1 at 0"),
+        ],
+    )
+    def test_a_column_order_that_would_leave_the_row_is_refused(self, order, message) -> None:
+        weight = [*quantize(torch.randn(64, 32), QuantSpec(4, 32)).pack().op_args()[:6]]
+
+        def plan(*order: torch.Tensor, dst: int = 1) -> int:
+            code = [*self.EMBED, 9, dst, 0, 6, 7, 2, dst, 3, 4, 2, 0, *self.HEAD[1:]]
+            return torch.ops.qkernels.decoder_plan(
+                [*weight, *order], [32, 0] * 4 + [64, 0], code, [1.0]
+            )
+
+        torch.ops.qkernels.decoder_plan_free(plan(torch.arange(32)))
+        with pytest.raises(RuntimeError, match=f"qkernels::decoder_plan: .*{message}"):
+            plan(order)
+        with pytest.raises(RuntimeError, match="permute needs a register of its own"):
+            plan(torch.arange(32), dst=0)
+
     @pytest.mark.parametrize(("width", "group"), [(2**61, 0), (32, 2**32), (32, 2**32 - 32)])
     def test_a_register_beyond_all_memory_is_refused(self, width: int, group: int) -> None:
         with pytest.raises(RuntimeError, match="register 1 needs a width from 1 to"):
             self.plan(self.EMBED, registers=(32, 0, width, group))
 
+    @pytest.mark.parametrize("spec", ["w4-min", "act-order"])
     @pytest.mark.parametrize("seed", range(4))
-    def test_a_damaged_program_is_refused_or_runs_but_never_crashes(self, step, seed: int) -> None:
+    def test_a_damaged_program_is_refused_or_runs_but_never_crashes(
+        self, step, seed: int, spec: str
+    ) -> None:
         from qkernels.nn.executor import _Encoder
 
-        steps, weights = model(SPECS["w4-min"])
+        steps, weights = model(SPECS[spec])
         encoder = _Encoder(weights)
-        for s in lower(steps, act_group(weights, "int8")):
+        for s in lowered_for(steps, weights, "int8"):
             encoder.add(s)
         registers = [n for pair in encoder.registers for n in pair]
         generator = torch.Generator().manual_seed(seed)

@@ -22,7 +22,8 @@ enum Opcode : int64_t {
   kAttention,
   kGate,
   kSelect,
-  kQuantize
+  kQuantize,
+  kPermute
 };
 
 // One step, decoded. Registers and tensors are indices, -1 where there is none.
@@ -39,6 +40,7 @@ struct Step {
   const float* rope = nullptr;
   int64_t rope_positions = 0;
   int rotary_dim = 0;
+  std::vector<int32_t> order;  // permute: the column of src that goes to each of dst
   bool sync_before = false;
 };
 
@@ -210,7 +212,6 @@ class Decoder {
         is_float(s.dst, "a linear's output"), width_is(s.dst, s.weight.n, "a linear's output"),
             width_is(s.src, s.weight.k, "a linear's input");
         const int group = plan_.registers[size_t(s.src)].group;
-        check_linear_weight(kPlan, s.weight);
         if (group) check_linear_groups(kPlan, s.weight.group, group);
         differs(s.dst, s.src, "a linear");
         follow(s.dst, s.src);
@@ -273,6 +274,22 @@ class Decoder {
               "quantize needs a quantized register");
         follow(s.dst, s.src);
         break;
+      case kPermute: {
+        s.dst = reg(), s.src = reg();
+        const int64_t width = plan_.registers[size_t(s.src)].width;
+        const Tensor* order = tensor();
+        expect(kPlan, "a column order", *order, ScalarType::Long, {width});
+        for (int64_t i = 0; i < width; i++) {
+          const int64_t column = data<int64_t>(*order)[i];
+          check(column >= 0 && column < width, kPlan, "a column order must be from 0 to ",
+                width - 1, ", got ", column, " at ", i);
+          s.order.push_back(int32_t(column));  // a copy: what was checked cannot change
+        }
+        is_float(s.dst, "permute"), is_float(s.src, "permute"), width_is(s.dst, width, "permute");
+        differs(s.dst, s.src, "permute");
+        follow(s.dst, s.src);
+        break;
+      }
       default: fail(kPlan, "step ", op, " is unknown");
     }
     return s;

@@ -166,6 +166,15 @@ class Runner {
         return k_.quantize_act({values(s.src), Dtype::f32, rows(s.src), reg(s.src).width,
                                 reg(s.src).width, plan_.registers[size_t(s.dst)].act_out()},
                                team);
+      case kPermute: {
+        const int64_t width = reg(s.src).width;
+        const Range mine = team.share(rows(s.src) * width);
+        const float* x = values(s.src);
+        float* y = values(s.dst);
+        for (int64_t i = mine.begin; i < mine.end; i++)
+          y[i] = x[i / width * width + s.order[size_t(i % width)]];
+        return;
+      }
     }
   }
 

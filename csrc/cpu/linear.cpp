@@ -42,7 +42,6 @@ Tensor linear(const Tensor& x, const Tensor& codes, const Tensor& scale,
   const char* op = "linear";
   LinearArgs a{};
   a.w = make_weight(op, codes, scale, zero, block_scale, block_zero, table, bits, group, n, k);
-  check_linear_weight(op, a.w);
   a.x_stride = row_stride(op, "x", x);
   a.x_type = a.y_type = float_type(op, "x", x.scalar_type());
   check(x.size(1) == k, op, "x must be [M, ", k, "], got ", shape_of(x));
@@ -105,7 +104,6 @@ Tensor linear_quant(const Tensor& act_codes, const Tensor& act_scale, const Tens
   const char* op = "linear_quant";
   LinearArgs a{};
   a.w = make_weight(op, codes, scale, zero, block_scale, block_zero, table, bits, group, n, k);
-  check_linear_weight(op, a.w);
   a.y_type = float_type(op, "dtype", dtype);
   expect(op, "act_codes", act_codes, ScalarType::Char, {-1, -1});
   const int64_t m = act_codes.size(0), kx = act_codes.size(1);

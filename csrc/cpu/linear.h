@@ -8,15 +8,6 @@ namespace qk {
 // overflow: 32768 * 255 * 127 plus the symmetric start of 32768 * 128 * 127 stays below 2^31.
 constexpr int64_t kMaxSpan = 32768;
 
-inline void check_linear_weight(const char* op, const Weight& w) {
-  check(w.bits == 4 || w.bits == 8, op, "codes of ", w.bits,
-        " bits are not supported by the CPU kernels; they take 4 and 8");
-  check(!w.table, op, "a table of code values is not supported by the CPU kernels");
-  check(w.scale_kind != Scale::e8m0 && w.scale_kind != Scale::e4m3, op,
-        "scales of 8-bit floats are not supported by the CPU kernels; they take float32, float16, "
-        "bfloat16 and two-level scales");
-}
-
 inline void check_linear_groups(const char* op, int64_t group, int64_t act_group) {
   check_group(op, "act_group", act_group);
   check(group % act_group == 0 || act_group % group == 0, op,

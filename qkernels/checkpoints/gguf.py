@@ -17,9 +17,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..quant.spec import QuantSpec
 from ..quant.weight import PlainWeight
 from .errors import CheckpointError
-from .gguf_blocks import BY_NAME, DENSE, QUANTIZED, BlockType, nonfinite_group
+from .gguf_blocks import BY_NAME, DENSE, QUANTIZED, BlockType, refused
+from .gguf_fields import Plain
 from .gguf_header import Metadata, StringArray, TensorInfo, read_header, shorten
 
 __all__ = ["GGUFFile", "Metadata", "StringArray", "TensorInfo"]
@@ -206,52 +208,42 @@ class GGUFFile:
         order: np.ndarray | None,
         buffer: np.ndarray | None,
     ) -> Iterator[tuple[int, PlainWeight]]:
-        assert block.spec is not None and block.decode is not None
-        groups = info.shape[-1] // block.elements
+        spec, decode = block.spec, block.decode
+        assert spec is not None and decode is not None
+        count = info.shape[-1] // block.elements
+        unit = "group" if spec.group_size == block.elements else "block"
         n = prod(info.shape[:-1])
         total = n if order is None else order.size
         for start in range(0, total, rows):
             stop = min(start + rows, total)
             self._info(info.name)  # still there?
             stored = np.frombuffer(self._map, np.uint8, info.nbytes, info.offset).reshape(
-                n, groups, block.nbytes
+                n, count, block.nbytes
             )
-            shape = (stop - start, groups, block.elements)
-            codes = (
-                np.empty(shape, np.uint8)
-                if buffer is None
-                else buffer[: prod(shape)].reshape(shape)
-            )
-            parts: list[tuple[np.ndarray, np.ndarray | None]] = []
-            step = max(1, _DECODE_BYTES // (groups * block.nbytes))
+            size = (stop - start) * info.shape[-1]
+            codes = np.empty(size, np.uint8) if buffer is None else buffer[:size]
+            plain = block.empty(stop - start, count, codes)
+            step = max(1, _DECODE_BYTES // (count * block.nbytes))
             for first in range(start, stop, step):
                 last = min(first + step, stop)
                 raw = stored[first:last] if order is None else stored[order[first:last]]
-                if (bad := nonfinite_group(block, raw)) is not None:
-                    row = first + bad[0] if order is None else int(order[first + bad[0]])
+                if (bad := refused(block, raw)) is not None:
+                    row = first + bad.row if order is None else int(order[first + bad.row])
                     raise CheckpointError(
                         f"{self.path}: tensor {shorten(info.name)} ({info.type}): row {row}, "
-                        f"group {bad[1]}: expected finite scales, got infinity or NaN"
+                        f"{unit} {bad.block}: {bad.reason}"
                     )
-                parts.append(block.decode(raw, codes[first - start : last - start]))
-            scale = np.concatenate([part[0] for part in parts])
-            zeros = [zero for _, zero in parts if zero is not None]
-            zero = np.concatenate(zeros) if zeros else None
+                decode(raw, plain.rows(first - start, last - start))
             touched = (
                 (start, stop)
                 if order is None
                 else (int(order[start:stop].min()), int(order[start:stop].max()) + 1)
             )
             del raw, stored
-            row_bytes = groups * block.nbytes
+            row_bytes = count * block.nbytes
             self._forget(info.offset + touched[0] * row_bytes, info.offset + touched[1] * row_bytes)
-            weight = PlainWeight(
-                spec=block.spec,
-                codes=torch.from_numpy(codes.reshape(stop - start, -1)),
-                scale=torch.from_numpy(scale),
-                zero=None if zero is None else torch.from_numpy(zero),
-            )
-            del codes, scale, zero, zeros, parts
+            weight = _plain_weight(spec, plain)
+            del codes, plain
             yield start, weight
             del weight
 
@@ -263,3 +255,21 @@ class GGUFFile:
             last = stop // mmap.PAGESIZE * mmap.PAGESIZE
             if last > first:
                 self._map.madvise(mmap.MADV_DONTNEED, first, last - first)
+
+
+def _plain_weight(spec: QuantSpec, plain: Plain) -> PlainWeight:
+    def tensor(values: np.ndarray | None, dtype: torch.dtype | None) -> torch.Tensor | None:
+        if values is None or dtype is None:
+            return None
+        return torch.from_numpy(values.reshape(len(values), -1)).view(dtype)  # float8 is uint8 here
+
+    codes, scale = tensor(plain.codes, torch.uint8), tensor(plain.scale, spec.scale_dtype)
+    assert codes is not None and scale is not None
+    return PlainWeight(
+        spec,
+        codes,
+        scale,
+        tensor(plain.zero, spec.zero_dtype),
+        tensor(plain.block_scale, torch.float16),
+        tensor(plain.block_zero, torch.float16),
+    )

@@ -348,3 +348,60 @@ def evaluate(
             tuple(spec or ()), against, textfile, windows, window, skip_fraction, bos, as_json
         ),
     )
+
+
+@app.command()
+def quantize(
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL", help="Directory with a float model: config.json and safetensors."
+        ),
+    ],
+    out: Annotated[
+        Path, typer.Argument(metavar="OUT", help="Directory to write: compressed-tensors.")
+    ],
+    spec: Annotated[
+        str, typer.Option("--spec", help="Scheme of the linear layers: W2A16 to W8A16, W8A8.")
+    ] = "W4A16",
+    group_size: Annotated[
+        int | None,
+        typer.Option("--group-size", help="Columns per scale; default: 32, a row for 8 bits."),
+    ] = None,
+    algo: Annotated[
+        str, typer.Option("--algo", help="How weights are rounded: auto, rtn or hqq.")
+    ] = "auto",
+    embeddings: Annotated[
+        str | None,
+        typer.Option("--embeddings", help="Scheme of the tables too; only qkernels reads those."),
+    ] = None,
+    skip: Annotated[
+        list[str] | None,
+        typer.Option("--skip", help="A module that stays dense, beside lm_head; may be repeated."),
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is in OUT.")] = False,
+    max_shard_size: Annotated[
+        str, typer.Option("--max-shard-size", help="Of a safetensors file.")
+    ] = "5GB",
+    threads: Threads = None,
+    debug: Debug = False,
+) -> None:
+    """Quantize a float model of transformers, layer by layer, to a directory that transformers,
+    vLLM and this package load.
+    """
+    from .quantize import QuantizeOptions, run
+
+    run(
+        QuantizeOptions(
+            model,
+            out,
+            spec,
+            group_size,
+            algo,
+            embeddings,
+            tuple(skip or ()),
+            overwrite,
+            max_shard_size,
+            threads,
+        )
+    )

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from .config import Family, ModelConfig, RopeConfig, UnsupportedModelError, WeightDef
+from .config import Family, ModelConfig, RopeConfig, UnsupportedModelError, WeightDef, shown
+from .gemma import GEMMA
 from .llama import LLAMA
 
-FAMILIES: tuple[Family, ...] = (LLAMA,)
+FAMILIES: tuple[Family, ...] = (LLAMA, GEMMA)
 
 
 def family_of_hf(model_type: str) -> Family:
@@ -15,7 +16,7 @@ def family_of_hf(model_type: str) -> Family:
             return family
     supported = ", ".join(name for family in FAMILIES for name in family.hf_types)
     raise UnsupportedModelError(
-        f"model_type {model_type!r} is not supported; supported are {supported}"
+        f"model_type {shown(model_type)} is not supported; supported are {supported}"
     )
 
 
@@ -26,7 +27,7 @@ def family_of_gguf(architecture: str) -> Family:
             return family
     supported = ", ".join(name for family in FAMILIES for name in family.gguf_types)
     raise UnsupportedModelError(
-        f"GGUF architecture {architecture!r} is not supported; supported are {supported}"
+        f"GGUF architecture {shown(architecture)} is not supported; supported are {supported}"
     )
 
 

@@ -12,23 +12,16 @@ from .config import (
     Family,
     GgufKeys,
     ModelConfig,
-    UnsupportedModelError,
     WeightDef,
+    hf_activation,
+    hf_flag,
+    hf_layers,
     hf_number,
+    hf_windows,
     refuse_unknown_hf_options,
     rope_from_gguf,
     rope_from_hf,
 )
-
-# transformers' names of activations -> those of the op `gate`
-_ACTIVATIONS = {
-    "silu": "silu",
-    "swish": "silu",
-    "gelu": "gelu_erf",
-    "gelu_pytorch_tanh": "gelu_tanh",
-    "gelu_new": "gelu_tanh",
-    "relu": "relu",
-}
 
 
 def program(config: ModelConfig) -> tuple[Step, ...]:
@@ -147,7 +140,7 @@ def from_hf(raw: Mapping[str, Any]) -> ModelConfig:
         off["mlp_bias"] = (False,)
     if family == "llama":
         off["sliding_window"] = (0,)
-        off["layer_types"] = (["full_attention"] * hf_number(raw, "num_hidden_layers"),)
+        off["layer_types"] = (["full_attention"] * hf_layers(raw),)
     refuse_unknown_hf_options(raw, off)
 
     hidden, q_heads = hf_number(raw, "hidden_size"), hf_number(raw, "num_attention_heads")
@@ -155,13 +148,7 @@ def from_hf(raw: Mapping[str, Any]) -> ModelConfig:
     head_dim = hf_number(
         raw, "head_dim", int, 128 if family == "qwen3" else hidden // max(q_heads, 1)
     )
-    activation = raw.get("hidden_act", "silu")
-    if activation not in _ACTIVATIONS:
-        raise UnsupportedModelError(
-            f"config.json: hidden_act = {activation!r} is not supported; supported are "
-            f"{', '.join(_ACTIVATIONS)}"
-        )
-    bias = bool(raw.get("attention_bias", False))
+    bias = hf_flag(raw, "attention_bias")
     qkv_bias = bias or family == "qwen2"
     # transformers' default when the key is missing; null means none
     default_kv_heads = {"mistral": 8, "qwen3": 32, "qwen2": 32}.get(family, q_heads)
@@ -170,7 +157,7 @@ def from_hf(raw: Mapping[str, Any]) -> ModelConfig:
         family=family,
         vocab=hf_number(raw, "vocab_size"),
         hidden=hidden,
-        layers=hf_number(raw, "num_hidden_layers"),
+        layers=hf_layers(raw),
         q_heads=q_heads,
         kv_heads=q_heads
         if kv_heads is None
@@ -185,10 +172,10 @@ def from_hf(raw: Mapping[str, Any]) -> ModelConfig:
         k_bias=qkv_bias,
         v_bias=qkv_bias,
         o_bias=bias,
-        mlp_bias=bool(raw.get("mlp_bias", False)) and not qwen,
+        mlp_bias=hf_flag(raw, "mlp_bias") and not qwen,
         qk_norm=family == "qwen3",
-        activation=_ACTIVATIONS[activation],
-        tied=bool(raw.get("tie_word_embeddings", False)),
+        activation=hf_activation(raw, "hidden_act", "silu"),
+        tied=hf_flag(raw, "tie_word_embeddings"),
     )
 
 
@@ -196,32 +183,20 @@ def _windows_of_hf(raw: Mapping[str, Any], family: str) -> tuple[int, ...]:
     """Positions seen per layer, 0 for all: every layer in Mistral, those from max_window_layers on
     in Qwen.
     """
-    layers = hf_number(raw, "num_hidden_layers")
+    layers = hf_layers(raw)
     if family == "llama":
         return (0,) * layers
-    window = int(
-        raw.get("sliding_window", 4096) or 0
-    )  # 4096 is transformers' default when the key is missing
+    # transformers' default when the key is missing; null means off
+    window = hf_number(raw, "sliding_window", int, 0 if "sliding_window" in raw else 4096)
     kinds = raw.get("layer_types")
     if family == "mistral" and kinds is None:
         return (window,) * layers
-    if family != "mistral" and not raw.get("use_sliding_window", False):
+    if family != "mistral" and not hf_flag(raw, "use_sliding_window"):
         window = 0
     if kinds is None:
         first = hf_number(raw, "max_window_layers", int, 28)
         return tuple(window if i >= first else 0 for i in range(layers))
-    if len(kinds) != layers:
-        raise ValueError(f"config.json: layer_types must name {layers} layers, got {len(kinds)}")
-    unknown = sorted(set(kinds) - {"full_attention", "sliding_attention"})
-    if unknown:
-        raise UnsupportedModelError(
-            f"config.json: layer_types {', '.join(map(repr, unknown))} are not supported"
-        )
-    if "sliding_attention" in kinds and not window:
-        raise ValueError(
-            "config.json: layer_types asks for sliding_attention, but sliding_window is off"
-        )
-    return tuple(window if kind == "sliding_attention" else 0 for kind in kinds)
+    return hf_windows(kinds, layers, window)
 
 
 def from_gguf(
@@ -248,7 +223,7 @@ def from_gguf(
     )  # says that the rows of q and k are interleaved, as they are in every such file
 
     hidden, q_heads = keys.number("embedding_length"), keys.number("attention.head_count")
-    layers = keys.number("block_count")
+    layers = keys.layers()
     head_dim = keys.number("attention.key_length", int, hidden // max(q_heads, 1))
     keys.expect("attention.value_length", head_dim)
     table = shapes.get("token_embd.weight")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -24,21 +23,32 @@ from ..generate import (
     TextStream,
     check_prompt,
 )
-from ..loading import Checkpoint, Progress, Weight, load_gguf, load_hf_directory, load_hf_model
+from ..loading import Checkpoint, Progress, Weight
 from ..models import ModelConfig, RopeConfig
 from ..ops.linear import ACTS, default_act_group
 from ..quant import PackedWeight, QuantSpec, scheme_act
 from ..text import Text, text_of
+from .arguments import (
+    KV_DTYPES,
+    Prompt,
+    check_device,
+    check_input_ids,
+    check_values,
+    context_length,
+    dtype_name,
+    load,
+    one_of,
+    prompt_list,
+    spec_of,
+)
 from .embedding import DenseEmbedding, QuantEmbedding
-from .executor import ComposedExecutor, Executor, NativeExecutor
+from .executor import ComposedExecutor, Executor, NativeExecutor, column_orders
 from .keep import HoldsPacked
 from .linear import DenseLinear, QuantLinear
 from .norm import RMSNorm
 from .pool import ChatMemory, KvPool
-from .program import Embed, Linear, Norm, lower
+from .program import Embed, Linear, Norm, Step, lower
 
-# A context beyond this costs memory for positions few programs use; ask for it with max_seq_len.
-DEFAULT_CONTEXT = 32768
 # Ops of a step whose rows decide by the device alone.
 _STEP_OPS = (
     "norm",
@@ -51,9 +61,6 @@ _STEP_OPS = (
     "attention",
     "quantize_act",
 )
-KV_DTYPES = ("float32", "float16", "bfloat16", "int8", "int4")
-
-Prompt = str | Sequence[int] | torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -90,7 +97,8 @@ class QuantDecoder(nn.Module):
 
     config: its ModelConfig. act: "int8" or "float", how activations enter the matrices. kv_dtype:
     of the cache. max_seq_len: tokens of the longest sequence, prompt included. settings: defaults
-    of the generation.
+    of the generation. raw_config, generation: contents of the model's config.json and
+    generation_config.json, {} where it came with none.
     """
 
     def __init__(
@@ -108,9 +116,9 @@ class QuantDecoder(nn.Module):
         config = checkpoint.config
         self.config: ModelConfig = config
         self.source = checkpoint.source
-        self.act = _one_of("act", act, ACTS, auto="int8")
-        self.kv_dtype = _one_of("kv_dtype", _dtype_name(kv_dtype), KV_DTYPES, auto="float16")
-        self.max_seq_len = _context(max_seq_len, config)
+        self.act = one_of("act", act, ACTS, auto="int8")
+        self.kv_dtype = one_of("kv_dtype", dtype_name(kv_dtype), KV_DTYPES, auto="float16")
+        self.max_seq_len = context_length(max_seq_len, config)
         self._family = checkpoint.family
         steps = checkpoint.family.program(config)
         eps = {s.weight: s.eps for s in steps if isinstance(s, Norm)}
@@ -127,8 +135,8 @@ class QuantDecoder(nn.Module):
         source = replace(checkpoint, weights={})
         self._make_text: Callable[[], Text] = lambda: text_of(source, tokenizer)
         self._defaults: GenerationSettings | None = None
-        self._generation = checkpoint.generation
-        self._eos_in_config = checkpoint.raw_config.get("eos_token_id")
+        self.generation: dict[str, Any] = checkpoint.generation
+        self.raw_config: dict[str, Any] = checkpoint.raw_config
         self._chat: ChatMemory | None = None
         self.load_seconds = time.perf_counter() - started
 
@@ -168,13 +176,13 @@ class QuantDecoder(nn.Module):
         FileNotFoundError for a path.
         """
         started = time.perf_counter()
-        _check_device(device)
-        _one_of("act", act, ACTS, auto="int8")  # before minutes of loading
-        _one_of("kv_dtype", _dtype_name(kv_dtype), KV_DTYPES, auto="float16")
+        check_device(device)
+        one_of("act", act, ACTS, auto="int8")  # before minutes of loading
+        one_of("kv_dtype", dtype_name(kv_dtype), KV_DTYPES, auto="float16")
         if act == "auto" and isinstance(spec, str):
             # W4A16 asks for float activations, W4A8 for int8.
             act = scheme_act(spec)
-        checkpoint = _load(path_or_model, _spec(spec), _spec(embeddings), progress)
+        checkpoint = load(path_or_model, spec_of(spec), spec_of(embeddings), progress)
         return cls(
             checkpoint,
             act=act,
@@ -205,7 +213,8 @@ class QuantDecoder(nn.Module):
                     resolved[f"{path}.{part}"] = tensor.detach()
                     if isinstance(module, HoldsPacked) and part == "weight":
                         resolved[f"{path}.{part}"] = module.packed
-            resolved["rope"] = angles(self.config.rope, self.max_seq_len).to(self.device)
+            for name, rope in self.config.ropes.items():
+                resolved[name] = angles(rope, self.max_seq_len).to(self.device)
             self._resolved = resolved
         return self._resolved
 
@@ -232,19 +241,18 @@ class QuantDecoder(nn.Module):
         """What runs the program under the backend in force; made when first needed."""
         key = backends.current()
         if self._executor is None or self._executor[0] != key:
-            weights = self.weights()
-            steps = lower(self._steps, self._act_group)
-            native = self.composed_because() is None
-            self._executor = (
-                key,
-                NativeExecutor(steps, weights) if native else ComposedExecutor(steps, weights),
-            )
+            kind = NativeExecutor if self.composed_because() is None else ComposedExecutor
+            self._executor = (key, kind(self.lowered(), self.weights()))
         return self._executor[1]
+
+    def lowered(self) -> tuple[Step, ...]:
+        """The program as executors run it, with activations quantized as `act` says."""
+        return lower(self._steps, self._act_group, column_orders(self.weights()).get)
 
     def _act_group(self, name: str) -> int:
         """Columns per scale of the int8 activations that enter weight `name`; 0: float ones."""
         weight = self.weights()[name]
-        if self.act == "float" or not isinstance(weight, PackedWeight) or weight.perm is not None:
+        if self.act == "float" or not isinstance(weight, PackedWeight):
             return 0
         return default_act_group(weight)
 
@@ -274,8 +282,8 @@ class QuantDecoder(nn.Module):
         for use in self.uses():
             if not isinstance(use.weight, PackedWeight):
                 return f"{use.name} is dense ({use.weight.dtype})"
-            if use.op != "embedding" and use.weight.perm is not None:
-                return f"{use.name} has its columns in act-order"
+            if use.op == "embedding" and use.weight.perm is not None:
+                return f"{use.name}, the table, has its columns in act-order"
             choice = backends.choose(use.op, "cpu", use.case)
             if choice.row.name != "cpu":
                 why = "; ".join(reason for _, reason in choice.reasons)
@@ -311,29 +319,7 @@ class QuantDecoder(nn.Module):
         Raises ValueError for ids out of range or longer than the context, TypeError for other
         types.
         """
-        if not isinstance(input_ids, torch.Tensor) or input_ids.dtype not in (
-            torch.int64,
-            torch.int32,
-        ):
-            what = (
-                input_ids.dtype if isinstance(input_ids, torch.Tensor) else type(input_ids).__name__
-            )
-            raise TypeError(f"input_ids must be an int64 or int32 tensor, got {what}")
-        _check_values("input_ids", input_ids)
-        if input_ids.dim() != 2 or input_ids.shape[1] == 0:
-            raise ValueError(
-                f"input_ids must have shape [B, T] with T > 0, got {list(input_ids.shape)}"
-            )
-        count, length = input_ids.shape
-        if (
-            isinstance(logits_to_keep, bool)
-            or not isinstance(logits_to_keep, int)
-            or logits_to_keep < 0
-        ):
-            raise ValueError(
-                f"logits_to_keep must be a non-negative integer, got {logits_to_keep!r}"
-            )
-        keep = min(logits_to_keep or length, length)
+        count, length, keep = check_input_ids(input_ids, logits_to_keep)
         prompts = [
             check_prompt(row, self.config.vocab, self.max_seq_len, f"input_ids[{i}]")
             for i, row in enumerate(input_ids.tolist())
@@ -374,9 +360,9 @@ class QuantDecoder(nn.Module):
         its tokenizer.
         """
         if self._defaults is None:
-            settings = GenerationSettings.from_generation_config(self._generation)
+            settings = GenerationSettings.from_generation_config(self.generation)
             if not settings.eos_ids:
-                eos = self._eos_in_config
+                eos = self.raw_config.get("eos_token_id")
                 listed = (
                     tuple(eos) if isinstance(eos, (list, tuple)) else () if eos is None else (eos,)
                 )
@@ -398,7 +384,7 @@ class QuantDecoder(nn.Module):
                 raise ValueError(f"{which}: expected a text, got an empty one")
             ids = self.text.encode(prompt)
         elif isinstance(prompt, torch.Tensor):
-            _check_values(which, prompt)
+            check_values(which, prompt)
             if prompt.dim() != 1 or prompt.is_floating_point():
                 raise ValueError(
                     f"{which}: expected integer ids of shape [T], got {prompt.dtype} "
@@ -446,7 +432,7 @@ class QuantDecoder(nn.Module):
         """
         start = time.perf_counter()
         settings = self.settings.updated(**changes)
-        listed = _prompt_list(prompts)
+        listed = prompt_list(prompts)
         requests = []
         for i, prompt in enumerate(listed):
             which = "prompt" if len(listed) == 1 else f"prompt {i}"
@@ -525,107 +511,3 @@ def _module_of(
         if isinstance(weight, PackedWeight)
         else DenseLinear(weight, bias)
     )
-
-
-def _check_values(name: str, ids: torch.Tensor) -> None:
-    if ids.is_meta:
-        raise ValueError(f"{name}: expected token ids on the CPU, got a tensor on meta")
-
-
-def _prompt_list(prompts: Any) -> list[Any]:
-    if isinstance(prompts, str):
-        return [prompts]
-    if isinstance(prompts, torch.Tensor):
-        return [prompts] if prompts.dim() == 1 else list(prompts)
-    if not isinstance(prompts, Sequence):
-        raise TypeError(
-            f"prompts: expected a text, token ids or a list of them, got {type(prompts).__name__}"
-        )
-    if len(prompts) == 0:
-        raise ValueError("prompts: expected at least one, got an empty list")
-    return [prompts] if isinstance(prompts[0], int) else list(prompts)
-
-
-def _check_device(device: str | torch.device) -> None:
-    try:
-        kind = "cpu" if device == "auto" else torch.device(device).type
-    except (RuntimeError, TypeError):  # torch knows no such device
-        kind = ""
-    if kind != "cpu":
-        raise ValueError(
-            f"device {str(device)!r} is not supported: QuantDecoder runs on the CPU. On CUDA, this "
-            f"version has single ops "
-            "only; `qkernels info` lists them"
-        )
-
-
-def _one_of(name: str, value: Any, known: Sequence[str], auto: str) -> str:
-    if value == "auto":
-        return auto
-    if value not in known:
-        raise ValueError(
-            f"{name} must be auto, {' or '.join([', '.join(known[:-1]), known[-1]])}, got {value!r}"
-        )
-    return str(value)
-
-
-def _dtype_name(dtype: Any) -> Any:
-    return str(dtype).removeprefix("torch.") if isinstance(dtype, torch.dtype) else dtype
-
-
-def _context(max_seq_len: int | None, config: ModelConfig) -> int:
-    if max_seq_len is None:
-        return min(config.max_position, DEFAULT_CONTEXT)
-    if isinstance(max_seq_len, bool) or not isinstance(max_seq_len, int) or max_seq_len < 1:
-        raise ValueError(f"max_seq_len must be a positive integer, got {max_seq_len!r}")
-    if max_seq_len > config.max_position:
-        raise ValueError(
-            f"max_seq_len {max_seq_len} exceeds the {config.max_position} positions of the model"
-        )
-    return max_seq_len
-
-
-def _spec(spec: Any) -> QuantSpec | None:
-    if spec is None or isinstance(spec, QuantSpec):
-        return spec
-    if isinstance(spec, str):
-        return QuantSpec.from_scheme(spec)
-    raise TypeError(f"spec must be a QuantSpec, a scheme like 'W4A16', or None, got {spec!r}")
-
-
-def _load(
-    path_or_model: Any,
-    spec: QuantSpec | None,
-    embeddings: QuantSpec | None,
-    progress: Progress | None,
-) -> Checkpoint:
-    if isinstance(path_or_model, nn.Module):
-        if not hasattr(path_or_model, "config"):
-            raise TypeError(
-                f"expected a path or a transformers model, got a {type(path_or_model).__name__} "
-                f"without config"
-            )
-        return load_hf_model(path_or_model, spec, embeddings, progress)
-    if not isinstance(path_or_model, (str, Path)):
-        raise TypeError(
-            f"expected a path or a transformers model, got {type(path_or_model).__name__}"
-        )
-    path = Path(path_or_model).expanduser()
-    if not path.exists():
-        raise FileNotFoundError(f"{path}: no such file or directory")
-    if path.is_dir():
-        if (path / "config.json").exists():
-            return load_hf_directory(path, spec, embeddings, progress)
-        found = sorted(path.glob("*.gguf"))
-        if len(found) != 1:
-            names = ", ".join(p.name for p in found) or "neither"
-            raise ValueError(
-                f"{path}: expected config.json or exactly one GGUF file, found {names}"
-            )
-        path = found[0]
-    if spec is not None or embeddings is not None:
-        raise ValueError(
-            f"{path}: spec and embeddings are for float checkpoints; a GGUF file is quantized "
-            f"already"
-        )
-    return load_gguf(path, progress)

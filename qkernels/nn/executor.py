@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Protocol
 
 import torch
@@ -21,6 +22,7 @@ from qkernels.nn.program import (
     KvAppend,
     Linear,
     Norm,
+    Permute,
     Quantize,
     Select,
     Step,
@@ -48,13 +50,40 @@ def _packed(weights: Mapping[str, Weight], name: str) -> PackedWeight:
     return weight
 
 
-def _vector(weights: Mapping[str, Weight], name: str | None) -> torch.Tensor | None:
-    if name is None:
-        return None
+def _dense(weights: Mapping[str, Weight], name: str) -> torch.Tensor:
     weight = weights[name]
     if isinstance(weight, PackedWeight):
-        raise TypeError(f"{name} must be a vector, got a packed weight")
+        raise TypeError(f"{name} must be dense, got a packed weight")
     return weight
+
+
+def _vector(weights: Mapping[str, Weight], name: str | None) -> torch.Tensor | None:
+    return None if name is None else _dense(weights, name)
+
+
+def column_orders(weights: Mapping[str, Weight]) -> dict[str, str]:
+    """For every act-order weight the first one of the same order: what `lower` asks for."""
+    first: dict[bytes, str] = {}
+    orders: dict[str, str] = {}
+    for name, weight in weights.items():
+        if isinstance(weight, PackedWeight) and weight.perm is not None:
+            orders[name] = first.setdefault(weight.perm.cpu().numpy().tobytes(), name)
+    return orders
+
+
+def _sorted_columns(weights: Mapping[str, Weight], step: Linear) -> PackedWeight:
+    """The packed weight of a step as kernels see it, whose activations come in its own order.
+    Raises ValueError for a program that was lowered for another order.
+    """
+    weight = _packed(weights, step.weight)
+    if step.order is None:
+        if weight.perm is not None:
+            raise ValueError(f"{step.weight} has its columns in act-order; `lower` was not told")
+        return weight
+    perm = _packed(weights, step.order).perm
+    if weight.perm is None or perm is None or not torch.equal(weight.perm, perm):
+        raise ValueError(f"{step.weight} does not have the column order of {step.order}")
+    return replace(weight, perm=None)
 
 
 class ComposedExecutor:
@@ -63,6 +92,11 @@ class ComposedExecutor:
     def __init__(self, steps: Sequence[Step], weights: Mapping[str, Weight]) -> None:
         self.steps = tuple(steps)
         self.weights = weights
+        self._linears = {
+            step.weight: _sorted_columns(weights, step)
+            for step in steps
+            if isinstance(step, Linear) and isinstance(weights[step.weight], PackedWeight)
+        }
 
     def __call__(
         self, ids: torch.Tensor, batch: Batch, select: torch.Tensor, cache: PagedKVCache
@@ -94,12 +128,11 @@ class ComposedExecutor:
             case Norm():
                 self._norm(step, floats, acts)
             case Linear():
-                weight, bias = self.weights[step.weight], _vector(self.weights, step.bias)
-                if not isinstance(weight, PackedWeight):
-                    x = floats[step.src].to(
-                        weight.dtype
-                    )  # dense matrices compute in their own dtype
-                    y = torch.nn.functional.linear(x, weight).float()
+                weight, bias = self._linears.get(step.weight), _vector(self.weights, step.bias)
+                if weight is None:
+                    dense = _dense(self.weights, step.weight)
+                    x = floats[step.src].to(dense.dtype)  # they compute in their own dtype
+                    y = torch.nn.functional.linear(x, dense).float()
                     floats[step.dst] = y if bias is None else y + bias
                 elif step.act_group:
                     floats[step.dst] = ops.linear_quant(acts[step.src], weight, bias)
@@ -145,6 +178,10 @@ class ComposedExecutor:
                 floats[step.dst] = floats[step.src].index_select(0, select)
             case Quantize():
                 acts[step.dst] = ops.quantize_act(floats[step.src], step.act_group)
+            case Permute():
+                perm = _packed(self.weights, step.order).perm
+                assert perm is not None
+                floats[step.dst] = floats[step.src].index_select(1, perm)
 
     def _norm(
         self, step: Norm, floats: dict[str, torch.Tensor], acts: dict[str, ops.QuantAct]
@@ -180,7 +217,7 @@ class ComposedExecutor:
 _OPCODES = {
     kind: code
     for code, kind in enumerate(
-        (Embed, Norm, Linear, KvAppend, Attention, Gate, Select, Quantize), start=1
+        (Embed, Norm, Linear, KvAppend, Attention, Gate, Select, Quantize, Permute), start=1
     )
 }
 _ACTIVATIONS = ("silu", "gelu_tanh", "gelu_erf", "relu")  # order of enum Activation in csrc/args.h
@@ -262,19 +299,30 @@ class _Encoder:
             self.tensors.append(vector.detach())
         return self._base[name]
 
-    def _weight(self, name: str) -> tuple[PackedWeight, list[int]]:
-        weight = _packed(self.weights, name)
+    def _order(self, name: str) -> int:
+        perm = _packed(self.weights, name).perm
+        assert perm is not None
+        key = f"{name}:perm"
+        if key not in self._base:
+            self._base[key] = len(self.tensors)
+            self.tensors.append(perm)
+        return self._base[key]
+
+    def _weight(self, name: str, weight: PackedWeight) -> list[int]:
         *tensors, bits, group, n, k = weight.op_args()
         if name not in self._base:
             self._base[name] = len(self.tensors)
             self.tensors += [None if t is None else t.detach() for t in tensors]
-        return weight, [self._base[name], bits, group, n, k]
+        return [self._base[name], bits, group, n, k]
 
     def add(self, step: Step) -> None:
         code: list[int]
         match step:
             case Embed():
-                table, operands = self._weight(step.weight)
+                table = _packed(self.weights, step.weight)
+                if table.perm is not None:
+                    raise ValueError(f"{step.weight}: a table in act-order runs op by op only")
+                operands = self._weight(step.weight, table)
                 code = [self._write(step.dst, table.k), *operands, self._number(step.multiplier)]
             case Norm():
                 dst = self._write(step.dst, self.width[step.src], step.act_group)
@@ -286,7 +334,8 @@ class _Encoder:
                 ]
                 code += [self._read(step.add), self._number(step.eps), int(step.center), step.heads]
             case Linear():
-                weight, operands = self._weight(step.weight)
+                weight = _sorted_columns(self.weights, step)
+                operands = self._weight(step.weight, weight)
                 code = [
                     self._write(step.dst, weight.n),
                     self._read(step.src),
@@ -316,4 +365,7 @@ class _Encoder:
                     self._write(step.dst, self.width[step.src], step.act_group),
                     self._read(step.src),
                 ]
+            case Permute():
+                dst = self._write(step.dst, self.width[step.src])
+                code = [dst, self._read(step.src), self._order(step.order)]
         self.code += [_OPCODES[type(step)], *code]

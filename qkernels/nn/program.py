@@ -47,8 +47,8 @@ class Norm:
 
 @dataclass(frozen=True)
 class Linear:
-    """dst = src @ weight.T + bias. act_group, set by `lower`: 0 when src is float, else src is
-    quantized.
+    """dst = src @ weight.T + bias. Set by `lower`: act_group, 0 when src is float, else src is
+    quantized; order, the weight by whose column order src is sorted, None for natural order.
     """
 
     dst: str
@@ -56,6 +56,7 @@ class Linear:
     weight: str
     bias: str | None = None
     act_group: int = 0
+    order: str | None = None
 
 
 @dataclass(frozen=True)
@@ -122,7 +123,18 @@ class Quantize:
     act_group: int
 
 
-Step = Embed | Norm | Linear | KvAppend | Attention | Gate | Select | Quantize
+@dataclass(frozen=True)
+class Permute:
+    """dst = the columns of src in the order of the packed columns of weight `order`, whose
+    `PackedWeight.perm` has it; inserted by `lower`.
+    """
+
+    dst: str
+    src: str
+    order: str
+
+
+Step = Embed | Norm | Linear | KvAppend | Attention | Gate | Select | Quantize | Permute
 
 
 def reads(step: Step) -> tuple[str, ...]:
@@ -160,37 +172,87 @@ def _next_uses(steps: Sequence[Step], start: int, register: str) -> list[Step]:
     return uses
 
 
-def lower(steps: Sequence[Step], act_group_of: Callable[[str], int]) -> tuple[Step, ...]:
-    """Decides where activations are quantized.
+class _Made:
+    """What has been made of each float register since it was last written, by name."""
+
+    def __init__(self) -> None:
+        self._orders: dict[str, list[str]] = {}
+        self._quantized: dict[str, set[str]] = {}
+
+    def written(self, register: str) -> None:
+        self._orders.pop(register, None)
+        self._quantized.pop(register, None)
+
+    def emitted(self, register: str, group: int) -> str:
+        """The name of `register` quantized, which the step that writes it does itself."""
+        name = f"{register}:{group}"
+        self._quantized.setdefault(register, set()).add(name)
+        return name
+
+    def wanted(self, register: str, group: int, order: str | None) -> tuple[str, list[Step]]:
+        """The name of `register` sorted by `order` and quantized by `group`, and the steps that are
+        still needed for it. Sorted ones are numbered, so that all layers share their memory.
+        """
+        steps: list[Step] = []
+        name = register
+        if order is not None:
+            orders = self._orders.setdefault(register, [])
+            known = order in orders
+            if not known:
+                orders.append(order)
+            name = f"{register}@{orders.index(order)}"
+            if not known:
+                steps.append(Permute(name, register, order))
+        if group:
+            quantized = self._quantized.setdefault(register, set())
+            source, name = name, f"{name}:{group}"
+            if name not in quantized:
+                quantized.add(name)
+                steps.append(Quantize(name, source, group))
+        return name, steps
+
+
+def lower(
+    steps: Sequence[Step],
+    act_group_of: Callable[[str], int],
+    order_of: Callable[[str], str | None] = lambda _: None,
+) -> tuple[Step, ...]:
+    """Decides where activations are quantized, and where their columns are sorted.
 
     act_group_of(weight name) is the group of int8 activations that a linear on this weight takes, 0
     for float ones. A norm or gate whose result goes only to quantized linears of one group emits it
     quantized, so that the values are quantized once, where they are hot. Elsewhere a `Quantize`
     step is put before the first linear that needs it. Quantized registers are called
     `<name>:<group>`.
+
+    order_of(weight name) is None for columns in natural order, else the weight that stands for its
+    order: the same name for all weights of one order, so that their activations are sorted once.
+    Sorted registers are called `<name>@<number>`.
     """
     wanted = [
-        replace(s, act_group=act_group_of(s.weight)) if isinstance(s, Linear) else s for s in steps
+        replace(s, act_group=act_group_of(s.weight), order=order_of(s.weight))
+        if isinstance(s, Linear)
+        else s
+        for s in steps
     ]
     out: list[Step] = []
-    quantized: set[str] = set()  # quantized registers that are up to date
+    made = _Made()
     for i, step in enumerate(wanted):
-        if isinstance(step, Linear) and step.act_group:
-            name = f"{step.src}:{step.act_group}"
-            if name not in quantized:
-                out.append(Quantize(name, step.src, step.act_group))
-                quantized.add(name)
+        if isinstance(step, Linear):
+            name, before = made.wanted(step.src, step.act_group, step.order)
+            out += before
             step = replace(step, src=name)
         for register in writes(step):
-            quantized = {q for q in quantized if q.rpartition(":")[0] != register}
+            made.written(register)
         if isinstance(step, (Norm, Gate)):
             uses = _next_uses(wanted, i, step.dst)
-            groups = {use.act_group if isinstance(use, Linear) else 0 for use in uses}
+            groups = {
+                use.act_group if isinstance(use, Linear) and use.order is None else 0
+                for use in uses
+            }
             per_row = not (isinstance(step, Norm) and step.heads)
             if per_row and len(groups) == 1 and 0 not in groups:
                 group = groups.pop()
-                name = f"{step.dst}:{group}"
-                quantized.add(name)
-                step = replace(step, dst=name, act_group=group)
+                step = replace(step, dst=made.emitted(step.dst, group), act_group=group)
         out.append(step)
     return tuple(out)

@@ -10,11 +10,6 @@
 namespace qk::QK_ISA {
 namespace {
 
-constexpr int kPanelCols = 64;
-constexpr int64_t kFloatTokenBlock = 128;
-constexpr int64_t kPanelFloats = kPanelCols * 64;
-constexpr int64_t kSumFloats = kFloatTokenBlock * 64;
-
 #if defined(QK_ISA_AVX512)
 constexpr int kFloatTile = 8;
 constexpr int float_vectors(int tokens) { return 2; }
@@ -24,61 +19,54 @@ constexpr int kFloatTile = 6;
 constexpr int float_vectors(int tokens) { return tokens <= 3 ? 4 : 2; }
 #endif
 
-int64_t float_scratch(const LinearArgs& a, int team) {
-  const int64_t converted = a.x_type == Dtype::f32 ? 0 : a.m * a.w.k;
-  return (converted + team * (kPanelFloats + kSumFloats)) * int64_t(sizeof(float));
-}
-
-// Rows of x [M, K] as float32; tokens begin .. end - 1.
-void convert_rows(const LinearArgs& a, float* out, int64_t begin, int64_t end) {
-  with_type(a.x_type, [&](auto io) {
-    using X = decltype(io);
-    for (int64_t t = begin; t < end; t++) {
-      const typename X::type* x = (const typename X::type*)a.x + t * a.x_stride;
-      float* to = out + t * a.w.k;
-      int64_t k = 0;
-      for (; k + W <= a.w.k; k += W) store(to + k, X::load(x + k));
-      for (; k < a.w.k; k++) to[k] = X::get(x + k);
-    }
-  });
-}
-
 // Columns k .. k + cols - 1 (multiples of 16) of halves first .. last - 1 of a block, as panel
 // [cols, 64].
-template <int Bits, Zero Z>
+template <class C, Zero Z>
 void dequantize_panel(const Weight& w, int64_t block, int first, int last, int64_t k, int cols,
                       float* panel) {
-  constexpr int V = kVectors<Bits>, half = kHalfPieces<Bits>;
-  const VF middle = splat(float(1 << (Bits - 1)));
+  constexpr int V = C::vectors, half = C::half_pieces;
+  const VF middle = splat(C::table ? 0.f : float(1 << (C::bits - 1)));
+  Levels levels{};
+  if (C::table) levels = load_raw<Levels>(w.table);
   for (int u = 0; u < cols; u += 16) {
-    const uint8_t* unit = w.codes + layout::unit_offset(block * 64, k + u, w.kp, Bits);
+    const uint8_t* unit = w.codes + layout::unit_offset(block * 64, k + u, w.kp, C::bits);
     const int64_t at = layout::group_index(block * 64, (k + u) / w.group, w.kp / w.group);
     const int64_t block_at = w.block_scale
                                  ? layout::group_index(block * 64, (k + u) / layout::kBlockGroup,
                                                        w.kp / layout::kBlockGroup)
                                  : 0;
-    for (int piece = first * half; piece < last * half; piece++)
+    const uint8_t* planes[2];
+    piece_planes<C>(unit, 0, planes);
+    for (int piece = first * half; piece < last * half; piece++) {
+      GroupScale group[V];
       for (int v = 0; v < V; v++) {
-        const int row = piece_row<Bits>(piece, v);
-        const GroupScale group = load_group<Z>(w, at + row, block_at + row);
-        const VF zero = Z == Zero::symmetric ? middle : group.zero;
-        for (int i = 0; i < 4; i++) {
-          const VU codes = load_raw<VU>(unit + piece_byte<Bits>(piece) + 64 * i) >> (4 * v);
+        const int row = piece_row<C>(piece, v);
+        group[v] = load_group<Z>(w, at + row, block_at + row);
+        if (Z == Zero::symmetric) group[v].zero = middle;
+      }
+      for (int i = 0; i < 4; i++) {
+        const RawPiece<C> raw = load_piece<C>(planes, piece, i);
+        QK_UNROLL(2)
+        for (int v = 0; v < V; v++) {
+          const VC found = piece_codes<C>(raw, v);
+          const VU codes = (VU)(C::table ? look_up(levels, found) : found);
           QK_UNROLL(4)
           for (int j = 0; j < 4; j++) {
-            const VF code = to_float((VI)(codes >> (8 * j) & ((1 << Bits) - 1)));
+            const VI code =
+                C::table ? (VI)(codes << (24 - 8 * j)) >> 24 : (VI)(codes >> (8 * j) & 255);
             VF value;
             if (Z == Zero::minimum) {
-              VF scaled = group.scale * code;
+              VF scaled = group[v].scale * to_float(code);
               keep(scaled);  // two roundings, as scale * code - minimum is defined
-              value = scaled - zero;
+              value = scaled - group[v].zero;
             } else {
-              value = group.scale * (code - zero);
+              value = group[v].scale * (to_float(code) - group[v].zero);
             }
-            store(panel + (u + 4 * i + j) * 64 + row, value);
+            store(panel + (u + 4 * i + j) * 64 + piece_row<C>(piece, v), value);
           }
         }
       }
+    }
   }
 }
 
@@ -115,7 +103,7 @@ __attribute__((noinline)) void float_rows(const float* panel, int cols, const fl
     float_tile<R, T>(panel + row, cols, x, x_stride, sums + row);
 }
 
-template <int Bits, Zero Z>
+template <class C, Zero Z>
 void float_block(const LinearArgs& a, const float* x, int64_t x_stride, int64_t block, int first,
                  int last, float* panel, float* sums) {
   int row_of[64 / W];
@@ -125,7 +113,7 @@ void float_block(const LinearArgs& a, const float* x, int64_t x_stride, int64_t 
     for (int64_t i = 0; i < (end - token) * 64; i++) sums[i] = 0.f;
     for (int64_t k = 0; k < a.w.k; k += kPanelCols) {
       const int cols = int(a.w.k - k < kPanelCols ? a.w.k - k : kPanelCols);
-      dequantize_panel<Bits, Z>(a.w, block, first, last, k, int(layout::round_up(cols, 16)), panel);
+      dequantize_panel<C, Z>(a.w, block, first, last, k, int(layout::round_up(cols, 16)), panel);
       for (int64_t t = token; t < end;) {
         const int tile = int(end - t < kFloatTile ? end - t : kFloatTile);
         const float* from = x + t * x_stride + k;
@@ -151,38 +139,25 @@ void float_block(const LinearArgs& a, const float* x, int64_t x_stride, int64_t 
   }
 }
 
-template <int Bits>
-void float_block(const LinearArgs& a, const float* x, int64_t x_stride, int64_t block, int first,
-                 int last, float* panel, float* sums) {
-  switch (a.w.zero_kind) {
-    case Zero::symmetric:
-      return float_block<Bits, Zero::symmetric>(a, x, x_stride, block, first, last, panel, sums);
-    case Zero::integer:
-      return float_block<Bits, Zero::integer>(a, x, x_stride, block, first, last, panel, sums);
-    case Zero::minimum:
-      return float_block<Bits, Zero::minimum>(a, x, x_stride, block, first, last, panel, sums);
-  }
-}
-
-void float_linear(const LinearArgs& a, void* scratch, Team& team) {
-  float* panel = (float*)scratch + team.rank * (kPanelFloats + kSumFloats);
-  const float* x = (const float*)a.x;
-  int64_t x_stride = a.x_stride;
-  if (a.x_type != Dtype::f32) {
-    float* converted = (float*)scratch + team.size * (kPanelFloats + kSumFloats);
-    const Range tokens = team.share(a.m);
-    convert_rows(a, converted, tokens.begin, tokens.end);
-    team.sync();
-    x = converted, x_stride = a.w.k;
-  }
+template <class C, Zero Z>
+void float_linear(const FloatProblem& p, Team& team) {
+  const LinearArgs& a = p.args;
   const Range halves = team.share((a.w.n + 31) / 32);
   for (int64_t half = halves.begin; half < halves.end;) {
     const int64_t block = half / 2;
     const int first = int(half % 2), last = half + 1 < halves.end ? 2 : first + 1;
     half = block * 2 + last;
-    if (a.w.bits == 4)
-      float_block<4>(a, x, x_stride, block, first, last, panel, panel + kPanelFloats);
-    else float_block<8>(a, x, x_stride, block, first, last, panel, panel + kPanelFloats);
+    float_block<C, Z>(a, p.x, p.x_stride, block, first, last, p.panel, p.panel + kPanelFloats);
+  }
+}
+
+template <class C>
+void float_linear(const FloatProblem& p, Team& team) {
+  if constexpr (C::table) return float_linear<C, Zero::symmetric>(p, team);
+  switch (p.args.w.zero_kind) {
+    case Zero::symmetric: return float_linear<C, Zero::symmetric>(p, team);
+    case Zero::integer: return float_linear<C, Zero::integer>(p, team);
+    case Zero::minimum: return float_linear<C, Zero::minimum>(p, team);
   }
 }
 

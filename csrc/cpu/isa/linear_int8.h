@@ -4,9 +4,9 @@
 // Columns are taken in spans of min(G, Ga): in a span both the weight and the activation have one
 // scale, so its dot products are summed in int32 and turned into float once:
 //   y += scale_w * scale_x * dot - zero part,   the zero part being, with sum = the activations'
-//   codes added up, symmetric  scale_w * scale_x * 2^(bits - 1) * sum   (the int32 sum starts from
-//   -2^(bits - 1) * sum) integer    scale_w * scale_x * zero * sum minimum    minimum * scale_x *
-//   sum
+//   codes added up, symmetric  scale_w * scale_x * middle * sum   (the int32 sum starts from
+//   -middle * sum) integer    scale_w * scale_x * zero * sum minimum    minimum * scale_x * sum
+// The middle is 2^(bits - 1). Values of a table are multiplied as value + 128, so theirs is 128.
 #pragma once
 #include "linear_tile.h"
 
@@ -18,16 +18,23 @@ namespace {
 // and 10.9.
 constexpr int64_t kPrefetchBytes = 4096;
 
-// Asks for what P pieces of `Units` units will need later.
-template <int Bits, int P, int Units>
-QK_INLINE void prefetch_units(const uint8_t* w) {
-  QK_UNROLL(32)
-  for (int i = 0; i < 4 * Units; i++) QK_UNROLL(8)
-  for (int z = 0; z < P; z++)
-    if (z == 0 || piece_byte<Bits>(z) / 64 != piece_byte<Bits>(z - 1) / 64)
-      __builtin_prefetch(
-          w + kPrefetchBytes + i / 4 * layout::unit_bytes(Bits) + i % 4 * 64 + piece_byte<Bits>(z),
-          0, 2);
+// Asks for what P pieces from `first` of `Units` units at w will need later: whole units where the
+// pieces are most of them, the lines of the nibble or byte plane else.
+template <class C, int P, int Units>
+QK_INLINE void prefetch_units(const uint8_t* w, int first) {
+  constexpr int bytes = int(layout::unit_bytes(C::bits)), width = C::planes.plane[0].width;
+  if constexpr (P == 2 * C::half_pieces || C::planes.count > 1 || width < 4) {
+    QK_UNROLL(32)
+    for (int i = 0; i < Units * bytes; i += 64) __builtin_prefetch(w + kPrefetchBytes + i, 0, 2);
+  } else {
+    QK_UNROLL(32)
+    for (int i = 0; i < 4 * Units; i++) QK_UNROLL(8)
+    for (int z = 0; z < P; z++)
+      if (z == 0 || piece_byte(width, z) / 64 != piece_byte(width, z - 1) / 64)
+        __builtin_prefetch(w + kPrefetchBytes + i / 4 * bytes + i % 4 * 64 +
+                               piece_byte(width, first) + piece_byte(width, z),
+                           0, 2);
+  }
 }
 
 // The scales, `bytes` each, of R row vectors some groups later.
@@ -35,6 +42,11 @@ template <int R>
 QK_INLINE void prefetch_group(const void* scales, int64_t at, int bytes) {
   const char* from = (const char*)scales + at * bytes + 4096;
   for (int i = 0; i < R * W * bytes; i += 64) __builtin_prefetch(from + i, 0, 2);
+}
+
+// The table of a weight as the dot products take it: value + 128.
+QK_INLINE Levels shifted_levels(const Weight& w) {
+  return load_raw<Levels>(w.table) ^ (uint8_t)128;
 }
 
 }  // namespace
@@ -61,81 +73,27 @@ struct Ahead {
   }
 };
 
-// What a token contributes to a span beside its codes.
-struct SpanTerm {
-  float scale;  // of the activations
-  union {
-    int32_t start;  // symmetric: -2^(bits - 1) * sum
-    float shift;    // integer: -sum; minimum: -scale * sum
-  };
-};
-
-struct Int8Problem {
-  const LinearArgs& args;
-  const SpanTerm* terms;  // [M, spans]
-  int64_t spans, groups;  // spans of all columns; groups of a row of the weight
-  int span, spans_per_group;
-};
-
 // Tokens whose activations a thread goes through with one block of weights before it turns to the
 // next block.
 constexpr int64_t kTokenBlock = 240;
-// Up to this many terms each thread prepares its own copy, which saves a barrier. The threads'
-// places do not depend on the shapes, so that kernels that follow each other without a barrier may
-// share the scratch.
-constexpr int64_t kPrivateTerms = 4096;
-
-int span_columns(const LinearArgs& a) { return a.w.group < a.act.group ? a.w.group : a.act.group; }
-// Both lengths are whole groups, so whole spans. Beyond the shorter one there are only padded, zero
-// codes.
-int64_t span_count(const LinearArgs& a) {
-  return (a.w.kp < a.act.kx ? a.w.kp : a.act.kx) / span_columns(a);
-}
-bool terms_are_private(const LinearArgs& a) { return a.m * span_count(a) <= kPrivateTerms; }
-
-int64_t int8_scratch(const LinearArgs& a, int team) {
-  const int64_t terms = terms_are_private(a) ? team * kPrivateTerms : a.m * span_count(a);
-  return terms * int64_t(sizeof(SpanTerm));
-}
-
-// Fills terms [tokens, spans] of tokens begin .. end - 1; `terms` is token 0's.
-void prepare_terms(const LinearArgs& a, SpanTerm* terms, int64_t begin, int64_t end) {
-  const QuantAct& act = a.act;
-  const int64_t spans = span_count(a);
-  const int span = span_columns(a), units = span / 16, spans_per_scale = act.group / span;
-  const int zero = 1 << (a.w.bits - 1);
-  for (int64_t t = begin; t < end; t++) {
-    const float* scale = act.scale + t * (act.kx / act.group);
-    const int16_t* sums = act.sums + t * (act.kx / 16);
-    SpanTerm* out = terms + t * spans;
-    for (int64_t s = 0, left = spans_per_scale; s < spans; s++, sums += units) {
-      int32_t sum = 0;
-      for (int u = 0; u < units; u++) sum += sums[u];
-      out[s].scale = *scale;
-      if (a.w.zero_kind == Zero::symmetric) out[s].start = -zero * sum;
-      else if (a.w.zero_kind == Zero::integer) out[s].shift = float(-sum);
-      else out[s].shift = *scale * float(-sum);
-      if (--left == 0) scale++, left = spans_per_scale;
-    }
-  }
-}
 
 // Pieces first .. first + P - 1 of a block of 64 rows, T tokens, all columns.
 // Units: as for dot_span.
-template <int Bits, Zero Z, int Units, int P, int T>
+template <class C, Zero Z, int Units, int P, int T>
 __attribute__((noinline)) void int8_tile(const Int8Problem& p, int64_t block, int first,
                                          int64_t token, Ahead& ahead) {
-  constexpr int V = kVectors<Bits>, R = P * V;
+  constexpr int V = C::vectors, R = P * V;
   const LinearArgs& a = p.args;
   const int units = Units > 0 ? Units : p.span / 16;
-  const int64_t span_bytes = units * layout::unit_bytes(Bits), kx = a.act.kx;
-  const uint8_t* w =
-      a.w.codes + layout::unit_offset(block * 64, 0, a.w.kp, Bits) + piece_byte<Bits>(first);
+  const int64_t span_bytes = units * layout::unit_bytes(C::bits), kx = a.act.kx;
+  const uint8_t* w = a.w.codes + layout::unit_offset(block * 64, 0, a.w.kp, C::bits);
   const int8_t* x = a.act.codes + token * kx;
   const SpanTerm* terms = p.terms + token * p.spans;
-  const int row = piece_row<Bits>(first, 0);
+  const int row = piece_row<C>(first, 0);
   const int64_t block_groups = layout::kBlockGroup / a.w.group;  // used with two-level scales only
-  const int scale_bytes = a.w.scale_kind == Scale::f32 ? 4 : a.w.block_scale ? 1 : 2;
+  const int scale_bytes = scale_size(a.w.scale_kind);
+  Levels levels{};
+  if (C::table) levels = shifted_levels(a.w);
   VF acc[R][T];
   QK_UNROLL(16)
   for (int r = 0; r < R; r++) QK_UNROLL(8)
@@ -152,16 +110,16 @@ __attribute__((noinline)) void int8_tile(const Int8Problem& p, int64_t block, in
     for (int r = 0; r < R; r++) QK_UNROLL(8)
     for (int t = 0; t < T; t++)
       d[r][t] = splat_i(Z == Zero::symmetric ? terms[t * p.spans + s].start : 0);
-    dot_span<Bits, P, T, Units>(w, x, kx, units, d);
+    dot_span<C, P, T, Units>(w, first, x, kx, units, levels, d);
     if constexpr (T <= 2) {
       prefetch_group<R>(a.w.scale, at, scale_bytes);
-      if (Z == Zero::minimum) prefetch_group<R>(a.w.zero, at, scale_bytes);
+      if (Z == Zero::minimum && a.w.zero) prefetch_group<R>(a.w.zero, at, scale_bytes);
     } else {
       ahead.step();
     }
     QK_UNROLL(16)
     for (int r = 0; r < R; r++) {
-      const int offset = piece_row<Bits>(r / V, r % V);
+      const int offset = piece_row<C>(r / V, r % V);
       const GroupScale group = load_group<Z>(a.w, at + offset, block_at + offset);
       QK_UNROLL(8)
       for (int t = 0; t < T; t++) {
@@ -178,25 +136,25 @@ __attribute__((noinline)) void int8_tile(const Int8Problem& p, int64_t block, in
     }
   }
   int row_of[R];
-  for (int r = 0; r < R; r++) row_of[r] = piece_row<Bits>(r / V, r % V);
+  for (int r = 0; r < R; r++) row_of[r] = piece_row<C>(r / V, r % V);
   write_tile(a, (const float*)acc, row_of, block * 64 + row, R, token, T);
 }
 
 // Halves first .. last - 1 (0, 1: 32 rows each) of a block, T tokens.
-template <int Bits, Zero Z, int Units, int T>
+template <class C, Zero Z, int Units, int T>
 void int8_rows(const Int8Problem& p, int64_t block, int first, int last, int64_t token,
                Ahead& ahead) {
-  constexpr int half = kHalfPieces<Bits>, P = tile_pieces<Bits>(T);
+  constexpr int half = C::half_pieces, P = tile_pieces<C>(T);
   if constexpr (P > half) {
-    if (last - first == 2) int8_tile<Bits, Z, Units, P, T>(p, block, 0, token, ahead);
-    else int8_tile<Bits, Z, Units, half, T>(p, block, first * half, token, ahead);
+    if (last - first == 2) int8_tile<C, Z, Units, P, T>(p, block, 0, token, ahead);
+    else int8_tile<C, Z, Units, half, T>(p, block, first * half, token, ahead);
   } else {
     for (int piece = first * half; piece < last * half; piece += P)
-      int8_tile<Bits, Z, Units, P, T>(p, block, piece, token, ahead);
+      int8_tile<C, Z, Units, P, T>(p, block, piece, token, ahead);
   }
 }
 
-template <int Bits, Zero Z, int Units>
+template <class C, Zero Z, int Units>
 void int8_linear(const Int8Problem& p, Team& team) {
   const LinearArgs& a = p.args;
   const Range halves = team.share((a.w.n + 31) / 32);
@@ -206,25 +164,25 @@ void int8_linear(const Int8Problem& p, Team& team) {
       const int64_t block = half / 2;
       const int first = int(half % 2), last = half + 1 < halves.end ? 2 : first + 1;
       half = block * 2 + last;
-      const int64_t block_bytes = a.w.kp / 16 * layout::unit_bytes(Bits);
+      const int64_t block_bytes = a.w.kp / 16 * layout::unit_bytes(C::bits);
       const uint8_t* next = a.w.codes + (block + 1) * block_bytes;
       const int64_t tiles =
-          (end - token + 3) / 4 * ((last - first) * kHalfPieces<Bits>);  // or somewhat fewer
+          (end - token + 3) / 4 * ((last - first) * C::half_pieces);  // or somewhat fewer
       const int64_t lines =
           tiles > 64 ? 0 : (block_bytes / 64 + tiles * p.spans - 1) / (tiles * p.spans);
       Ahead ahead{next, half < halves.end ? next + block_bytes : next, int(lines)};
       for (int64_t t = token; t < end;) {
         const int tile = next_tile(end - t);
         switch (tile) {
-          case 1: int8_rows<Bits, Z, Units, 1>(p, block, first, last, t, ahead); break;
-          case 2: int8_rows<Bits, Z, Units, 2>(p, block, first, last, t, ahead); break;
+          case 1: int8_rows<C, Z, Units, 1>(p, block, first, last, t, ahead); break;
+          case 2: int8_rows<C, Z, Units, 2>(p, block, first, last, t, ahead); break;
 #if !defined(QK_ISA_SCALAR)
-          case 3: int8_rows<Bits, Z, Units, 3>(p, block, first, last, t, ahead); break;
+          case 3: int8_rows<C, Z, Units, 3>(p, block, first, last, t, ahead); break;
 #endif
-          case 4: int8_rows<Bits, Z, Units, 4>(p, block, first, last, t, ahead); break;
+          case 4: int8_rows<C, Z, Units, 4>(p, block, first, last, t, ahead); break;
 #if defined(QK_ISA_AVX512)
-          case 6: int8_rows<Bits, Z, Units, 6>(p, block, first, last, t, ahead); break;
-          case 8: int8_rows<Bits, Z, Units, 8>(p, block, first, last, t, ahead); break;
+          case 6: int8_rows<C, Z, Units, 6>(p, block, first, last, t, ahead); break;
+          case 8: int8_rows<C, Z, Units, 8>(p, block, first, last, t, ahead); break;
 #endif
         }
         t += tile;
@@ -233,37 +191,23 @@ void int8_linear(const Int8Problem& p, Team& team) {
   }
 }
 
-template <int Bits, Zero Z>
+// Spans that real files have need no loop: their sums never leave the registers. 2-, 3- and 6-bit
+// K-quants have groups of 16, everything else groups of 32 as a rule.
+template <class C, Zero Z>
 void int8_linear(const Int8Problem& p, Team& team) {
-  // Groups of 32 are what most checkpoints have: their sums need no loop, and never leave the
-  // registers.
-  if (p.span == 32) int8_linear<Bits, Z, 2>(p, team);
-  else int8_linear<Bits, Z, 0>(p, team);
+  constexpr int usual = C::bits == 2 || C::bits == 3 || C::bits == 6 ? 1 : 2;
+  if (p.span == 16 * usual) int8_linear<C, Z, usual>(p, team);
+  else int8_linear<C, Z, 0>(p, team);
 }
 
-template <int Bits>
+template <class C>
 void int8_linear(const Int8Problem& p, Team& team) {
+  if constexpr (C::table) return int8_linear<C, Zero::symmetric>(p, team);
   switch (p.args.w.zero_kind) {
-    case Zero::symmetric: return int8_linear<Bits, Zero::symmetric>(p, team);
-    case Zero::integer: return int8_linear<Bits, Zero::integer>(p, team);
-    case Zero::minimum: return int8_linear<Bits, Zero::minimum>(p, team);
+    case Zero::symmetric: return int8_linear<C, Zero::symmetric>(p, team);
+    case Zero::integer: return int8_linear<C, Zero::integer>(p, team);
+    case Zero::minimum: return int8_linear<C, Zero::minimum>(p, team);
   }
-}
-
-void int8_linear(const LinearArgs& a, void* scratch, Team& team) {
-  SpanTerm* terms = (SpanTerm*)scratch;
-  if (terms_are_private(a)) {
-    terms += team.rank * kPrivateTerms;
-    prepare_terms(a, terms, 0, a.m);
-  } else {
-    const Range tokens = team.share(a.m);
-    prepare_terms(a, terms, tokens.begin, tokens.end);
-    team.sync();
-  }
-  const int span = span_columns(a);
-  const Int8Problem p{a, terms, span_count(a), a.w.kp / a.w.group, span, a.w.group / span};
-  if (a.w.bits == 4) int8_linear<4>(p, team);
-  else int8_linear<8>(p, team);
 }
 
 }  // namespace

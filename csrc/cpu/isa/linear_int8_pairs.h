@@ -1,9 +1,9 @@
 // Integer dot products where the set has no u8 x s8 dot product of its own: AVX2 (vpmaddubsw) and
 // the scalar path.
 //
-// Codes are taken a nibble at a time, so that 16-bit sums suffice: a lane adds 8 products of pairs
-// in 32 columns, at most 8 * 2 * 15 * 128 = 30720 < 2^15. Bytes are two such nibbles, the high one
-// widened by 16.
+// Products of pairs of columns are summed in 16 bits, `run_steps` vectors of four columns at a
+// time, then widened. Codes of up to 6 bits are multiplied as they are; bytes, and the values of a
+// table, as two nibbles, the high one widened by 16.
 #pragma once
 #include "linear_tile.h"
 
@@ -19,15 +19,15 @@ constexpr int next_tile(int64_t remaining) {
 }
 // Pieces of a tile of T tokens. Small T is bound by memory: read a block's bytes in order, as whole
 // units.
-template <int Bits>
+template <class C>
 constexpr int tile_pieces(int tokens) {
-  return tokens <= 2 ? 2 * kHalfPieces<Bits> : 1;
+  return tokens <= 2 ? 2 * C::half_pieces : 1;
 }
 // Pieces whose 16-bit sums are in registers at once.
 constexpr int register_pieces(int tokens) { return tokens == 1 ? 4 : tokens == 2 ? 2 : 1; }
 
-QK_INLINE VS mul_pairs(VC nibbles, VI x) {
-  return (VS)_mm256_maddubs_epi16((__m256i)nibbles, (__m256i)x);
+QK_INLINE VS mul_pairs(VC codes, VI x) {
+  return (VS)_mm256_maddubs_epi16((__m256i)codes, (__m256i)x);
 }
 template <int Factor>
 QK_INLINE VI widen_pairs(VS sums) {
@@ -37,16 +37,16 @@ QK_INLINE VI widen_pairs(VS sums) {
 constexpr int next_tile(int64_t remaining) {
   return remaining >= 4 ? 4 : remaining >= 2 ? 2 : int(remaining);
 }
-template <int Bits>
+template <class C>
 constexpr int tile_pieces(int tokens) {
   return tokens == 1 ? 2 : 1;
 }
 constexpr int register_pieces(int tokens) { return tokens == 1 ? 2 : 1; }
 
 // Words hold columns (even, odd) as bytes; the sum of both products fits 16 bits.
-QK_INLINE VS mul_pairs(VC nibbles, VI x) {
+QK_INLINE VS mul_pairs(VC codes, VI x) {
   const VS even = (VS)x << 8 >> 8, odd = (VS)x >> 8;
-  return (VS)((VW)nibbles & 255) * even + (VS)((VW)nibbles >> 8) * odd;
+  return (VS)((VW)codes & 255) * even + (VS)((VW)codes >> 8) * odd;
 }
 template <int Factor>
 QK_INLINE VI widen_pairs(VS sums) {
@@ -54,63 +54,102 @@ QK_INLINE VI widen_pairs(VS sums) {
 }
 #endif
 
-// d[r][t] += sum over 16 * Units columns of codes * activations, for P pieces (R row vectors) x T
-// tokens. w: the first piece in its unit; x [T, kx]: activations of those columns.
-template <int Bits, int P, int T, int Units, int R>
-QK_INLINE void dot_run(const uint8_t* w, const int8_t* x, int64_t kx, VI (&d)[R][T]) {
-  static_assert(Units <= 2, "16-bit sums hold 32 columns");
-  constexpr int C = register_pieces(T) < P ? register_pieces(T) : P;
+// Vectors of four columns whose products with |x| <= 128 two 16-bit lanes can add up.
+template <class C>
+constexpr int run_steps() {
+  constexpr bool nibbles = C::table || C::bits == 8;
+  constexpr int top = nibbles ? 15 : (1 << C::bits) - 1, most = 32767 / (2 * top * 128);
+  return most >= 8 ? 8 : most >= 4 ? 4 : most >= 2 ? 2 : 1;
+}
+static_assert(run_steps<Codes<4, false>>() == 8 && run_steps<Codes<5, false>>() == 4 &&
+                  run_steps<Codes<6, false>>() == 2,
+              "codes of 4 bits are summed over 32 columns, of 5 over 16, of 6 over 8");
+
+// The two nibbles of value + 128 per code of a table.
+struct NibbleLevels {
+  Levels low, high;
+};
+QK_INLINE NibbleLevels nibble_levels(Levels levels) { return {levels & 15, levels >> 4}; }
+
+// d[r][t] += sum over 16 * Units columns of codes * activations, for P pieces (R row vectors) from
+// `first` x T tokens. w: the unit of the first columns; x [T, kx]: activations of those columns.
+template <class C, int P, int T, int Units, int R>
+QK_INLINE void dot_run(const uint8_t* w, int first, const int8_t* x, int64_t kx,
+                       const NibbleLevels& levels, VI (&d)[R][T]) {
+  constexpr int G = register_pieces(T) < P ? register_pieces(T) : P;
+  constexpr int steps = run_steps<C>() < 4 * Units ? run_steps<C>() : 4 * Units;
+  // Both row vectors of a piece of a table would need four sums each: they take turns.
+  constexpr int turns = C::table ? 2 : 1;
 #pragma GCC unroll 1
-  for (int first = 0; first < P; first += C) {
-    const uint8_t* from = w + piece_byte<Bits>(first);
-    VS sum[C][2][T];
-    QK_UNROLL(8)
-    for (int i = 0; i < 4 * Units; i++) QK_UNROLL(4)
-    for (int z = 0; z < C; z++) {
-      const VC v =
-          load_raw<VC>(from + i / 4 * layout::unit_bytes(Bits) + i % 4 * 64 + piece_byte<Bits>(z));
-      const VC low = v & 15, high = (VC)((VW)v >> 4) & 15;
+  for (int z0 = 0; z0 < P; z0 += G) {
+    const uint8_t* planes[2][2];
+    for (int u = 0; u < Units; u++)
+      piece_planes<C>(w + u * layout::unit_bytes(C::bits), first + z0, planes[u]);
+#pragma GCC unroll 1
+    for (int turn = 0; turn < turns; turn++) {
       QK_UNROLL(4)
-      for (int t = 0; t < T; t++) {
-        const VI four = splat_four(x + t * kx + 4 * i);
-        if (i == 0) {
-          sum[z][0][t] = mul_pairs(low, four);
-          sum[z][1][t] = mul_pairs(high, four);
-        } else {
-          sum[z][0][t] += mul_pairs(low, four);
-          sum[z][1][t] += mul_pairs(high, four);
+      for (int from = 0; from < 4 * Units; from += steps) {
+        VS sum[G][2][T];
+        QK_UNROLL(8)
+        for (int i = from; i < from + steps; i++) QK_UNROLL(4)
+        for (int z = 0; z < G; z++) {
+          const RawPiece<C> raw = load_piece<C>(planes[i / 4], z, i % 4);
+          VC part[2];
+          if constexpr (C::table) {
+            const VC code = piece_codes<C>(raw, turn);
+            part[0] = look_up(levels.low, code), part[1] = look_up(levels.high, code);
+          } else if constexpr (C::bits == 8) {
+            const VC v = (VC)raw.plane[0];
+            part[0] = v & 15, part[1] = (VC)((VW)v >> 4) & 15;
+          } else {
+            part[0] = piece_codes<C>(raw, 0), part[1] = piece_codes<C>(raw, 1);
+          }
+          QK_UNROLL(4)
+          for (int t = 0; t < T; t++) {
+            const VI four = splat_four(x + t * kx + 4 * i);
+            if (i == from) {
+              sum[z][0][t] = mul_pairs(part[0], four);
+              sum[z][1][t] = mul_pairs(part[1], four);
+            } else {
+              sum[z][0][t] += mul_pairs(part[0], four);
+              sum[z][1][t] += mul_pairs(part[1], four);
+            }
+            keep(sum[z][0][t]), keep(sum[z][1][t]);
+          }
         }
-        keep(sum[z][0][t]), keep(sum[z][1][t]);
-      }
-    }
-    QK_UNROLL(4)
-    for (int z = 0; z < C; z++) QK_UNROLL(4)
-    for (int t = 0; t < T; t++) {
-      if constexpr (Bits == 4) {
-        d[2 * (first + z)][t] += widen_pairs<1>(sum[z][0][t]);
-        d[2 * (first + z) + 1][t] += widen_pairs<1>(sum[z][1][t]);
-      } else {
-        d[first + z][t] += widen_pairs<1>(sum[z][0][t]) + widen_pairs<16>(sum[z][1][t]);
+        QK_UNROLL(4)
+        for (int z = 0; z < G; z++) QK_UNROLL(4)
+        for (int t = 0; t < T; t++) {
+          if constexpr (C::table || C::bits == 8) {
+            const int r = C::table ? 2 * (z0 + z) + turn : z0 + z;
+            d[r][t] += widen_pairs<1>(sum[z][0][t]) + widen_pairs<16>(sum[z][1][t]);
+          } else {
+            d[2 * (z0 + z)][t] += widen_pairs<1>(sum[z][0][t]);
+            d[2 * (z0 + z) + 1][t] += widen_pairs<1>(sum[z][1][t]);
+          }
+        }
       }
     }
   }
 }
 
 // Units: the 16 columns of a span, if known (1 or 2), else 0 and `units` says it.
-template <int Bits, int P, int T, int Units, int R>
-QK_INLINE void dot_span(const uint8_t* w, const int8_t* x, int64_t kx, int units, VI (&d)[R][T]) {
+template <class C, int P, int T, int Units, int R>
+QK_INLINE void dot_span(const uint8_t* w, int first, const int8_t* x, int64_t kx, int units,
+                        Levels table, VI (&d)[R][T]) {
+  const NibbleLevels levels = nibble_levels(table);
   if constexpr (Units > 0) {
-    if (T <= 2) prefetch_units<Bits, P, Units>(w);
-    dot_run<Bits, P, T, Units>(w, x, kx, d);
+    if (T <= 2) prefetch_units<C, P, Units>(w, first);
+    dot_run<C, P, T, Units>(w, first, x, kx, levels, d);
   } else {
 #pragma GCC unroll 1
-    for (; units >= 2; units -= 2, w += 2 * layout::unit_bytes(Bits), x += 32) {
-      if (T <= 2) prefetch_units<Bits, P, 2>(w);
-      dot_run<Bits, P, T, 2>(w, x, kx, d);
+    for (; units >= 2; units -= 2, w += 2 * layout::unit_bytes(C::bits), x += 32) {
+      if (T <= 2) prefetch_units<C, P, 2>(w, first);
+      dot_run<C, P, T, 2>(w, first, x, kx, levels, d);
     }
     if (units) {
-      if (T <= 2) prefetch_units<Bits, P, 1>(w);
-      dot_run<Bits, P, T, 1>(w, x, kx, d);
+      if (T <= 2) prefetch_units<C, P, 1>(w, first);
+      dot_run<C, P, T, 1>(w, first, x, kx, levels, d);
     }
   }
 }

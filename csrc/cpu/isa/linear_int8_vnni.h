@@ -14,9 +14,9 @@ constexpr int next_tile(int64_t remaining) {
   return remaining == 7 ? 4 : remaining == 5 ? 3 : int(remaining);
 }
 // Up to 3 tokens take the 64 rows of a block, more take 32.
-template <int Bits>
+template <class C>
 constexpr int tile_pieces(int tokens) {
-  return (tokens <= 3 ? 2 : 1) * kHalfPieces<Bits>;
+  return (tokens <= 3 ? 2 : 1) * C::half_pieces;
 }
 
 // acc + four products per lane, without saturation.
@@ -40,23 +40,29 @@ QK_HOT VI dot_four(VI acc, VC codes, VI x) {
 #endif
 }
 
-// d[r][t] += sum over 16 * units columns of codes * activations, for P pieces (R row vectors) x T
-// tokens. w: the first piece in its unit; x [T, kx]: activations of those columns. Units: the 16
-// columns of a span, if known, else 0 and `units` says it.
-template <int Bits, int P, int T, int Units, int R>
-QK_HOT void dot_span(const uint8_t* w, const int8_t* x, int64_t kx, int units, VI (&d)[R][T]) {
+// d[r][t] += sum over 16 * units columns of codes * activations, for P pieces (R row vectors) from
+// `first` x T tokens. w: the unit of the first columns; x [T, kx]: activations of those columns.
+// Units: the 16 columns of a span, if known, else 0 and `units` says it.
+template <class C, int P, int T, int Units, int R>
+QK_HOT void dot_span(const uint8_t* w, int first, const int8_t* x, int64_t kx, int units,
+                     Levels levels, VI (&d)[R][T]) {
   if (Units > 0) units = Units;
   QK_UNROLL(2)
-  for (; units > 0; units--, w += layout::unit_bytes(Bits), x += 16) {
-    if (T <= 2) prefetch_units<Bits, P, 1>(w);
+  for (; units > 0; units--, w += layout::unit_bytes(C::bits), x += 16) {
+    if (T <= 2) prefetch_units<C, P, 1>(w, first);
+    const uint8_t* planes[2];
+    piece_planes<C>(w, first, planes);
     QK_UNROLL(4)
     for (int i = 0; i < 4; i++) {
       VC codes[R];
       QK_UNROLL(4)
       for (int z = 0; z < P; z++) {
-        const VC v = load_raw<VC>(w + 64 * i + piece_byte<Bits>(z));
-        if constexpr (Bits == 4) codes[2 * z] = v & 15, codes[2 * z + 1] = (VC)((VW)v >> 4) & 15;
-        else codes[z] = v;
+        const RawPiece<C> raw = load_piece<C>(planes, z, i);
+        QK_UNROLL(2)
+        for (int v = 0; v < C::vectors; v++) {
+          const VC code = piece_codes<C>(raw, v);
+          codes[C::vectors * z + v] = C::table ? look_up(levels, code) : code;
+        }
       }
       QK_UNROLL(8)
       for (int t = 0; t < T; t++) {

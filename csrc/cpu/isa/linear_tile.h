@@ -1,69 +1,11 @@
-// What every linear kernel shares: how vectors of codes map to rows, scales of a group as floats,
-// and the epilogue.
-//
-// A piece is one vector of 4 W bytes of the packed layout: W rows x 4 columns. A piece of nibbles
-// holds two row vectors (rows r .. r + W - 1 in the low nibbles, r + 16 .. in the high ones), a
-// piece of bytes holds one. Pieces are numbered so that half a block (32 rows, the unit in which
-// threads share a matrix) is a contiguous range of them, and so that the offsets of pieces first ..
-// first + P - 1 do not depend on `first` when P (a power of two) divides it.
+// What every linear kernel shares: scales of a group as floats, and the epilogue. How vectors of
+// codes map to rows is in linear_codes.h.
 #pragma once
-#include "simd.h"
-
-#include "../../layout.h"
-
-// Emulated code is for tests: unrolled it takes minutes to compile.
-#if defined(QK_ISA_AVX512) && !defined(QK_NATIVE_AVX512)
-#define QK_UNROLL(n) _Pragma("GCC unroll 1")
-#define QK_HOT __attribute__((noinline))
-#else
-#define QK_UNROLL_(text) _Pragma(#text)
-#define QK_UNROLL(n) QK_UNROLL_(GCC unroll n)
-#define QK_HOT QK_INLINE
-#endif
+#include "linear_codes.h"
+#include "linear_kinds.h"
 
 namespace qk::QK_ISA {
 namespace {
-
-typedef uint8_t VC __attribute__((vector_size(4 * W)));   // codes: W rows x 4 columns
-typedef uint16_t VW __attribute__((vector_size(4 * W)));  // the same bits as words
-
-template <int Bits>
-constexpr int kVectors = Bits == 4 ? 2 : 1;  // row vectors in a piece
-template <int Bits>
-constexpr int kHalfPieces = 32 / (W * kVectors<Bits>);  // pieces in 32 rows
-
-// Offset of a piece in its unit, for columns 0 .. 3; those of columns 4 t .. 4 t + 3 are 64 t
-// further.
-template <int Bits>
-constexpr int piece_byte(int piece) {
-  constexpr int run = 16 / W;  // pieces in 64 contiguous bytes
-  if (Bits == 4) return piece / run * 256 + piece % run * 4 * W;
-  return piece / run % 2 * 512 + piece / (2 * run) * 256 + piece % run * 4 * W;
-}
-// First row, in the 64 of a block, of row vector `v` of a piece.
-template <int Bits>
-constexpr int piece_row(int piece, int v) {
-  constexpr int run = 16 / W;
-  if (Bits == 4) return piece / run * 32 + v * 16 + piece % run * W;
-  return piece * W;
-}
-
-// Every byte and row that a piece claims is where layout.h has it.
-template <int Bits>
-constexpr bool pieces_match_layout() {
-  for (int piece = 0; piece < 2 * kHalfPieces<Bits>; piece++)
-    for (int v = 0; v < kVectors<Bits>; v++)
-      for (int lane = 0; lane < W; lane++)
-        for (int col = 0; col < 16; col++) {
-          const layout::Position at = layout::position(Bits, piece_row<Bits>(piece, v) + lane, col);
-          if (at.byte != piece_byte<Bits>(piece) + 64 * (col / 4) + 4 * lane + col % 4 ||
-              at.shift != 4 * v)
-            return false;
-        }
-  return true;
-}
-static_assert(pieces_match_layout<4>() && pieces_match_layout<8>(),
-              "pieces do not follow the packed layout");
 
 // Keeps v in a register here. GCC otherwise delays sums and spills the products that they wait for;
 // it also stops a multiplication from being fused with the addition that follows where both
@@ -95,6 +37,24 @@ QK_INLINE VI load_u8(const uint8_t* p) {
   typedef uint8_t Bytes __attribute__((vector_size(W)));
   return __builtin_convertvector(load_raw<Bytes>(p), VI);
 #endif
+}
+
+// As in decode.h, lane by lane: 2^(e - 127), where 0 is the subnormal 2^-127 and 255 is NaN.
+QK_INLINE VF e8m0_to_float(VI e) {
+  const VI bits = e == 0 ? splat_i(0x00400000) : e << 23;
+  return (VF)(e == 255 ? splat_i(0x7fc00000) : bits);
+}
+// Sign, 4 bits of exponent with bias 7, 3 of mantissa. The fields of a float32 with an exponent
+// that is too small by 120, subnormals too; the product with 2^120 is exact.
+QK_INLINE VF e4m3_to_float(VI b) {
+  const VI magnitude = b & 0x7f;
+  const VI bits = (VI)((VF)(magnitude << 20) * splat(0x1p120f)) | (b & 0x80) << 24;
+  return (VF)(magnitude == 0x7f ? splat_i(0x7fc00000) | (b & 0x80) << 24 : bits);
+}
+
+// Bytes of a stored scale.
+constexpr int scale_size(Scale kind) {
+  return kind == Scale::f32 ? 4 : kind == Scale::f16 || kind == Scale::bf16 ? 2 : 1;
 }
 
 // Scales and zeros of rows at .. at + W - 1 of one group; `at` and `block_at` index scale and
@@ -130,7 +90,8 @@ QK_HOT GroupScale load_group(const Weight& w, int64_t at, int64_t block_at) {
       if (minimum) out.zero = load_half(w.block_zero + block_at) * to_float(pair >> 4);
       break;
     }
-    default: break;  // the boundary refuses e8m0 and e4m3
+    case Scale::e8m0: out.scale = e8m0_to_float(load_u8((const uint8_t*)w.scale + at)); break;
+    case Scale::e4m3: out.scale = e4m3_to_float(load_u8((const uint8_t*)w.scale + at)); break;
   }
   if (Z == Zero::integer) out.zero = to_float(load_u8((const uint8_t*)w.zero + at));
   return out;

@@ -1,0 +1,10 @@
+// Linear on codes of 5 bits.
+#include "linear_float.h"
+#include "linear_int8.h"
+
+namespace qk::QK_ISA {
+
+void int8_w5(const Int8Problem& p, Team& team) { int8_linear<Codes<5, false>>(p, team); }
+void float_w5(const FloatProblem& p, Team& team) { float_linear<Codes<5, false>>(p, team); }
+
+}  // namespace qk::QK_ISA
