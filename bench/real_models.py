@@ -58,11 +58,20 @@ def gemma_file() -> Path:
 
 def causal_from_gguf(path: Path, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
     """(model, tokenizer) of transformers, the weights of a GGUF file decoded to floats."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=dtype)
+    # Without the configuration, transformers may keep the blocks packed, with kernels of its own.
+    model = AutoModelForCausalLM.from_pretrained(
+        path.parent,
+        gguf_file=path.name,
+        dtype=torch.float32,
+        quantization_config=GgufConfig(dequantize=True),
+    )
+    packed = [n for n, p in model.named_parameters() if p.dtype != torch.float32]
+    if packed:
+        raise Missing(f"{path}: {packed[0]} is not in float32 after loading")
     tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-    return model.eval(), tokenizer
+    return model.to(dtype).eval(), tokenizer
 
 
 def minilm() -> tuple[Any, Any]:

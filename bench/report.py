@@ -134,12 +134,100 @@ def accuracy(results: list[Result]) -> str:
     return table(head, rows) + "\n\n" + "\n".join(notes)
 
 
+def transformers(results: list[Result]) -> str:
+    """Models of transformers before and after `qk.quantize_`."""
+    rows, notes = [], []
+    for result in results:
+        for row in result["rows"]:
+            for what in ("prefill", "decode", "encode"):
+                if what not in row:
+                    continue
+                ratio = row[f"{what}_ratio"]
+                amount = f" {result[what]}" if what in result else f" {result['batch']}"
+                rows.append(
+                    [
+                        result["model"],
+                        row["name"],
+                        f"{row['mb']:.1f}",
+                        f"{row['linear_mb']:.1f}",
+                        f"{what}{amount}",
+                        spread(row[what]),
+                        f"{ratio:.2f}x" + ("" if ratio >= 1 else " (slower)"),
+                    ]
+                )
+        notes.append(machine(result))
+    head = ["model", "weights", "model, MB", "linears, MB", "what", "per second", "ratio"]
+    text = "Tokens per second, of the encoder sentences; ratio to the first row of each model."
+    return table(head, rows) + "\n\n" + text + "\n" + "\n".join(dict.fromkeys(notes))
+
+
+def _quality_cells(row: Result | None) -> dict[str, str]:
+    """The metrics of one row, by their headings."""
+    if row is None:
+        return {}
+    if "cosine_mean" in row:
+        return {"cosine, mean": f"{row['cosine_mean']:.5f}", "worst": f"{row['cosine_worst']:.5f}"}
+    cells = {}
+    if "perplexity" in row:
+        change, error = 100 * (row["ratio"] - 1), 100 * row["ratio_error"]
+        beside = "" if row["name"] == "float" else f" ({change:+.2f} ± {error:.2f}%)"
+        cells["perplexity"] = f"{row['perplexity']:.3f}{beside}"
+    kl = "0" if row["kl_mean"] == 0 else f"{row['kl_mean']:.2g}"
+    return {**cells, "KL": kl, "top-1": f"{100 * row['top1']:.1f}%"}
+
+
+def quality(results: list[Result]) -> str:
+    """Metrics of every scheme and model against its float self; then bits per weight."""
+    # The order of the longest list, which is a decoder's; what only others have comes last.
+    names = max(([row["name"] for row in result["rows"]] for result in results), key=len)
+    names = list(dict.fromkeys([*names, *(r["name"] for x in results for r in x["rows"])]))
+    by_name = [{row["name"]: row for row in result["rows"]} for result in results]
+    heads = [
+        list(dict.fromkeys(k for row in result["rows"] for k in _quality_cells(row)))
+        for result in results
+    ]
+    head = ["linear layers"]
+    for result, columns in zip(results, heads, strict=True):
+        head += [f"{result['model']}: {columns[0]}", *columns[1:]]
+    rows, bits = [], []
+    for name in names:
+        cells, sizes = [name], [name]
+        for rows_of, columns in zip(by_name, heads, strict=True):
+            row = rows_of.get(name)
+            found = _quality_cells(row)
+            cells += [found.get(column, "-") for column in columns]
+            has = row is not None and "linear_bits" in row
+            sizes.append(f"{row['linear_bits']:.2f} / {row['bits']:.2f}" if row and has else "-")
+        rows.append(cells)
+        if any(size != "-" for size in sizes[1:]):
+            bits.append(sizes)
+    said = [
+        f"{result['model']}: {result['input']}; weights from {result['source']}. "
+        f"{result['note']}".rstrip()
+        for result in results
+    ]
+    explained = (
+        "KL(float || quantized) in nats per token; top-1: both think the same token likeliest; ±: "
+        "paired standard error. Rows of weights alone are simulated (the weights are packed and "
+        "decoded, and transformers runs them in float32), since packed weights decode to the same "
+        "floats; W4A8, W8A8 and KV rows run through the kernels."
+    )
+    sized = table(["bits per weight: linears / whole model", *(r["model"] for r in results)], bits)
+    whole = "Whole model: embeddings, norms and biases counted at 16 bits."
+    parts = [table(head, rows), explained, "\n".join(said), sized, whole]
+    notes = "\n".join(dict.fromkeys(machine(result) for result in results))
+    return "\n\n".join([*parts, notes])
+
+
 KINDS: dict[str, Callable[[list[Result]], str]] = {
     "peer": peer,
     "decoder": decoder,
     "loading": loading,
     "accuracy": accuracy,
+    "quality": quality,
+    "transformers": transformers,
 }
+NOT_MEASURED = "*Not measured yet.*"
 
 
 def load_results(folder: Path = RESULTS) -> dict[str, list[Result]]:
@@ -152,16 +240,16 @@ def load_results(folder: Path = RESULTS) -> dict[str, list[Result]]:
 
 
 def render(results: dict[str, list[Result]]) -> dict[str, str]:
-    return {
-        kind: KINDS[kind](items) if items else "*Not measured yet.*"
-        for kind, items in results.items()
-    }
+    return {kind: KINDS[kind](items) if items else NOT_MEASURED for kind, items in results.items()}
 
 
 def fill(text: str, sections: dict[str, str]) -> str:
-    """`text` with what stands between the markers replaced. A missing marker is an error."""
+    """`text` with what stands between the markers replaced. A missing marker is an error, but for
+    what has not been measured."""
     for kind, body in sections.items():
         begin, end = BEGIN.format(kind), END.format(kind)
+        if body == NOT_MEASURED and begin not in text and end not in text:
+            continue
         if text.count(begin) != 1 or text.count(end) != 1:
             raise ValueError(f"expected {begin} and {end} once each")
         before, _, rest = text.partition(begin)

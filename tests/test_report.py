@@ -94,3 +94,57 @@ def test_every_kind_makes_a_table() -> None:
 def test_a_missing_marker_is_an_error() -> None:
     with pytest.raises(ValueError, match="bench:peer:begin"):
         report.fill("nothing", {"peer": "x"})
+
+
+def test_an_unmeasured_section_needs_no_marker() -> None:
+    assert report.fill("nothing", {"peer": report.NOT_MEASURED}) == "nothing"
+
+
+def quality_result(model: str, rows: list[dict[str, object]]) -> dict[str, object]:
+    return {
+        **PLACE,
+        "model": model,
+        "input": "some text",
+        "source": "float32",
+        "note": "",
+        "rows": rows,
+    }
+
+
+def test_quality_puts_models_side_by_side() -> None:
+    bits = {"linear_bits": 4.5, "bits": 10.25}
+    against = {"ratio": 1.025, "ratio_error": 0.003, "kl_mean": 0.0421, "top1": 0.91234}
+    whole = {"ratio": 1.0, "ratio_error": 0.0, "kl_mean": 0.0, "top1": 1.0}
+    encoder = quality_result(
+        "E",
+        [
+            {"name": "float", "cosine_mean": 1.0, "cosine_worst": 1.0, **bits},
+            {"name": "W4 g32", "cosine_mean": 0.96875, "cosine_worst": 0.95, **bits},
+        ],
+    )
+    decoder = quality_result(
+        "D",
+        [
+            {"name": "float", "perplexity": 20.0, **whole, **bits},
+            {"name": "W4 g32", "perplexity": 20.5, **against, **bits},
+            {"name": "KV int8", "perplexity": 20.1, **against},
+        ],
+    )
+    lines = report.quality([encoder, decoder]).splitlines()
+    assert lines[0] == "| linear layers | E: cosine, mean | worst | D: perplexity | KL | top-1 |"
+    assert lines[2] == "| float | 1.00000 | 1.00000 | 20.000 | 0 | 100.0% |"
+    ppl = "20.500 (+2.50 ± 0.30%)"
+    assert lines[3] == f"| W4 g32 | 0.96875 | 0.95000 | {ppl} | 0.042 | 91.2% |"
+    assert lines[4].startswith("| KV int8 | - | - | 20.100")
+    assert "| W4 g32 | 4.50 / 10.25 | 4.50 / 10.25 |" in lines
+    assert not any(line.startswith("| KV int8 | - | - |") and "20" not in line for line in lines)
+
+
+def test_transformers_says_where_it_loses() -> None:
+    row = {"name": "W4A16", "mb": 120.0, "linear_mb": 60.0}
+    row |= {"decode": sample(50.0), "decode_ratio": 1.75, "prefill": sample(9.0)}
+    row |= {"prefill_ratio": 0.9}
+    result = {**PLACE, "model": "D", "decode": 64, "prefill": 512, "rows": [row]}
+    text = report.transformers([result])
+    assert "| D | W4A16 | 120.0 | 60.0 | decode 64 | 50.0 (49.0 to 51.0) | 1.75x |" in text
+    assert "| prefill 512 | 9.0 (8.0 to 10.0) | 0.90x (slower) |" in text
