@@ -363,7 +363,8 @@ def _kind(d: WeightDef) -> str:
 
 def _quantized_weight(source: TensorSource, d: WeightDef, stored: QuantizedFormat) -> PackedWeight:
     n, k = d.shape
-    matrix, step = stored.open(source, _path(d), n, k, _kind(d)), rows_per_block(k)
+    # A quarter of a block: the words and shifts on the way to codes take a few times their size.
+    matrix, step = stored.open(source, _path(d), n, k, _kind(d)), rows_per_block(4 * k)
     blocks = ((at, matrix.read(at, min(at + step, n))) for at in range(0, n, step))
     return pack_blocks(matrix.spec, n, k, blocks)
 
