@@ -9,13 +9,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from cases import random_plain
+from cases import FORMATS, random_plain
 from test_decoder import make
 from torch import Tensor, nn
 
 import qkernels as qk
 from qkernels import backends, ops
 from qkernels.backends import FallbackError, FallbackWarning, Row
+from qkernels.ops.linear import default_act_group
 from qkernels.quant import PackedWeight, QuantSpec
 
 CPU = torch.device("cpu")
@@ -26,10 +27,13 @@ def four(generator: torch.Generator) -> PackedWeight:
     return random_plain(QuantSpec(4, 32), 64, 64, generator).pack()
 
 
+WIDE = 32784  # columns of one group: one more unit than the CPU's int8 sums take
+
+
 @pytest.fixture
-def six(generator: torch.Generator) -> PackedWeight:
-    """6-bit codes: linear has no CPU kernel for them."""
-    return random_plain(QuantSpec(6, 16, "int8"), 64, 256, generator).pack()
+def wide(generator: torch.Generator) -> PackedWeight:
+    """A scale per row, longer than the CPU kernels sum in int32."""
+    return random_plain(QuantSpec(4, -1), 64, WIDE, generator).pack()
 
 
 @pytest.fixture
@@ -80,57 +84,56 @@ def test_a_choice_is_made_once_per_case(
         assert len(seen) == 2
 
 
-def test_a_fallback_is_said_once_with_its_reasons(six: PackedWeight) -> None:
-    x = torch.randn(2, 256)
+def test_a_fallback_is_said_once_with_its_reasons(
+    wide: PackedWeight, generator: torch.Generator
+) -> None:
+    x = torch.randn(2, WIDE)
     with qk.backend("auto", on_fallback="warn"):
         with pytest.warns(
             FallbackWarning,
-            match=r"linear of W6 g16 int8.* runs on the 'reference' row.*cpu: .*8-bit codes, not 6",
+            match=r"linear of W4 row float16.* on the 'reference' row.*cpu: .*more than 32768 col",
         ):
-            y = ops.linear(x, six)
+            y = ops.linear(x, wide)
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            assert torch.equal(ops.linear(x, six), y)
-        with pytest.warns(FallbackWarning, match="act float"):  # another case
-            ops.linear(x, six, act="float")
+            assert torch.equal(ops.linear(x, wide), y)
+        other = random_plain(QuantSpec(8, -1), 64, WIDE, generator).pack()
+        with pytest.warns(FallbackWarning, match="W8 row"):  # another case
+            ops.linear(x, other)
 
 
-def test_a_fallback_can_be_an_error_or_silent(six: PackedWeight) -> None:
-    x = torch.randn(2, 256)
+def test_a_fallback_can_be_an_error_or_silent(wide: PackedWeight) -> None:
+    x = torch.randn(2, WIDE)
     with qk.backend("auto", on_fallback="error"):
         for _ in range(2):
-            with pytest.raises(FallbackError, match="4- and 8-bit codes, not 6"):
-                ops.linear(x, six)
+            with pytest.raises(FallbackError, match="more than 32768 columns could overflow"):
+                ops.linear(x, wide)
+        ops.linear(x, wide, act="float")  # nothing is passed over
     with qk.backend("auto", on_fallback="ignore"), warnings.catch_warnings():
         warnings.simplefilter("error")
-        ops.linear(x, six)
+        ops.linear(x, wide)
 
 
-@pytest.mark.parametrize(
-    "spec, reason",
-    [
-        (QuantSpec(4, 32, "e8m0"), "no e8m0 scales"),
-        (QuantSpec(4, 32, table=(0, 1, *range(-14, 0))), "no table"),
-        (QuantSpec(3, 32), "not 3"),
-    ],
-)
-def test_what_the_cpu_kernels_refuse(
-    spec: QuantSpec, reason: str, generator: torch.Generator
-) -> None:
-    weight = random_plain(spec, 64, 64, generator).pack()
-    choice = backends.choose(
-        "linear", "cpu", {"weight": weight.kind, "act": "int8", "group": 32, "act_group": 32}
-    )
-    assert choice.row.name == "reference" and reason in choice.reasons[0][1]
-    with pytest.raises(
-        RuntimeError, match="not supported by the CPU kernels"
-    ):  # said by the kernel too
-        torch.ops.qkernels.linear(torch.randn(1, 64), *weight.op_args(), None, "int8", 32)
+def test_what_the_cpu_kernels_refuse(wide: PackedWeight) -> None:
+    case = {"weight": wide.kind, "act": "int8", "group": WIDE, "act_group": WIDE}
+    choice = backends.choose("linear", "cpu", case)
+    assert choice.row.name == "reference" and "could overflow" in choice.reasons[0][1]
+    with pytest.raises(RuntimeError, match="at most 32768, got 32784"):  # said by the kernel too
+        torch.ops.qkernels.linear(torch.randn(1, WIDE), *wide.op_args(), None, "int8", WIDE)
+
+
+@pytest.mark.parametrize("spec", [form.spec for form in FORMATS.values()], ids=list(FORMATS))
+def test_every_format_has_a_cpu_kernel(spec: QuantSpec, generator: torch.Generator) -> None:
+    weight = random_plain(spec, 64, 256, generator).pack()
+    for act in ("int8", "float"):
+        group = default_act_group(weight) if act == "int8" else 0
+        case = {"weight": weight.kind, "act": act, "group": weight.group, "act_group": group}
+        assert backends.choose("linear", "cpu", case).row.name == "cpu"
 
 
 def test_sums_that_could_overflow_are_not_tried() -> None:
     kind = SimpleNamespace(bits=8, table=False, scale="float16", zero="symmetric", group_size=-1)
-    for span, reason in ((32768, False), (32784, True)):
+    for span, reason in ((32768, False), (WIDE, True)):
         case = {"weight": kind, "act": "int8", "group": span, "act_group": span}
         assert (backends._cpu_linear(case) is not None) == reason
 

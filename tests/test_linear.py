@@ -3,7 +3,7 @@ result."""
 
 import pytest
 import torch
-from cases import LINEAR_SPECS, SHAPES, TOKENS, random_plain, random_x
+from cases import LINEAR_SPECS, SHAPES, STEEP, TOKENS, random_plain, random_x
 from conftest import Isa
 from numerics import assert_within, linear_exact
 from torch import Tensor
@@ -11,6 +11,7 @@ from torch import Tensor
 from qkernels import ops, reference
 from qkernels.ops.linear import default_act_group
 from qkernels.quant import E2M1, PackedWeight, PlainWeight, QuantSpec
+from qkernels.quant.spec import BITS
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 ACTS = ["int8", "float"]
@@ -105,30 +106,36 @@ def test_groups_of_activations_and_weights_may_differ(
             )
 
 
-def test_largest_codes_do_not_saturate(isa: Isa) -> None:
-    """All codes and activations at their ends, over long rows: 8-bit products overflow int16 pairs
-    where split wrongly."""
-    for bits in (4, 8):
+@pytest.mark.parametrize("bits", BITS)
+def test_largest_codes_do_not_saturate(isa: Isa, bits: int) -> None:
+    """All codes and activations at their ends, over long rows: sums of 16 bits overflow where they
+    are not widened in time, and pairs of 8-bit products where they are split wrongly."""
+    k = 4096
+    specs = [QuantSpec(bits, -1), QuantSpec(bits, 16, zero="minimum"), QuantSpec(bits, 32)]
+    if bits == 4:
+        specs += [QuantSpec(4, -1, table=STEEP), QuantSpec(4, 32, table=STEEP)]
+    for spec in specs:
         for code in (0, (1 << bits) - 1):
-            spec = QuantSpec(bits, -1)
+            groups = spec.groups(k)
             plain = PlainWeight(
-                spec, torch.full((64, 4096), code, dtype=torch.uint8), torch.ones(64, 1).half()
+                spec,
+                torch.full((64, k), code, dtype=torch.uint8),
+                torch.ones(64, groups).half(),
+                torch.zeros(64, groups).half() if spec.zero == "minimum" else None,
             )
+            packed = plain.pack()
             for sign in (1.0, -1.0):
-                check(
-                    isa.ops.linear,
-                    torch.full((3, 4096), sign),
-                    plain,
-                    plain.pack(),
-                    None,
-                    "int8",
-                    4096,
-                )
+                x = torch.full((5, k), sign)
+                check(isa.ops.linear, x, plain, packed, None, "int8", default_act_group(packed))
 
 
 def test_one_hot_activations_read_single_weights(isa: Isa, generator: torch.Generator) -> None:
     """Row k of the result is column k of the weight: a misplaced code shows as itself."""
-    for spec in (QuantSpec(4, 32), QuantSpec(8, 32), QuantSpec(4, 32, "int8")):
+    for spec in (
+        *(QuantSpec(bits, 32) for bits in BITS),
+        QuantSpec(4, 32, "int8"),
+        QuantSpec(4, 32, table=STEEP),
+    ):
         plain = random_plain(spec, 70, 96, generator)
         got = isa.ops.linear(torch.eye(96), *plain.pack().op_args(), None, "float", 0)
         exact, bound = linear_exact(torch.eye(96), plain, None, torch.float32)
@@ -139,7 +146,7 @@ def test_one_hot_activations_read_single_weights(isa: Isa, generator: torch.Gene
 def test_bitwise_for_any_number_of_threads(
     isa: Isa, act: str, with_threads, generator: torch.Generator
 ) -> None:
-    for name in (str(MIN), "W8 g32 float16", "W4 g32 int8 min"):
+    for name in (str(MIN), "W8 g32 float16", "W4 g32 int8 min", "W6 g16 int8", "W5 g32 float16"):
         packed = random_plain(LINEAR_SPECS[name], 330, 600, generator).pack()
         for m in (1, 6, 70):
             x = random_x(m, 600, torch.bfloat16, generator)

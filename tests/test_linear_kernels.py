@@ -14,6 +14,7 @@ from torch import Tensor
 
 import qkernels  # noqa: F401  (defines the ops and loads the native library)
 from qkernels.quant import PackedWeight, PlainWeight, QuantSpec
+from qkernels.quant.spec import BITS
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -195,7 +196,7 @@ def test_int8_many_tokens(ops) -> None:
     check_int8(ops, QuantSpec(8, 32, "float16"), 250, 64, 64, 32)
 
 
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("bits", BITS)
 def test_int8_extreme_codes(ops, bits: int) -> None:
     """Every weight code at its top against +-127: 16-bit sums must not saturate, int32 sums of a
     long group not wrap.
@@ -308,27 +309,6 @@ def test_not_a_number_reaches_the_result(ops) -> None:
     for act in ("int8", "float"):
         y = ops.linear(x, *weight.op_args(), None, act, 32)
         assert torch.isfinite(y[0]).all() and y[1].isnan().all() and not torch.isfinite(y[2]).any()
-
-
-@pytest.mark.parametrize(
-    "spec, message",
-    [
-        (QuantSpec(6, 16, "int8"), "codes of 6 bits are not supported by the CPU kernels"),
-        (QuantSpec(3, 32), "codes of 3 bits are not supported by the CPU kernels"),
-        (QuantSpec(4, 32, "e8m0"), "scales of 8-bit floats are not supported by the CPU kernels"),
-        (
-            QuantSpec(4, 32, table=tuple(range(-8, 8))),
-            "a table of code values is not supported by the CPU kernels",
-        ),
-    ],
-)
-def test_unsupported_weights_are_refused(ops, spec: QuantSpec, message: str) -> None:
-    weight = PackedWeight.empty(spec, 64, 64)
-    x = torch.randn(2, 64)
-    with pytest.raises(RuntimeError, match=f"qkernels::linear: {message}"):
-        ops.linear(x, *weight.op_args(), None, "int8", 32)
-    with pytest.raises(RuntimeError, match=f"qkernels::linear_quant: {message}"):
-        ops.linear_quant(*quantized(x, 32)[0], *weight.op_args(), None, torch.float32)
 
 
 def test_bad_arguments_are_named() -> None:

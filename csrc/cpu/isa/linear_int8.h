@@ -191,12 +191,18 @@ void int8_linear(const Int8Problem& p, Team& team) {
   }
 }
 
-// Spans that real files have need no loop: their sums never leave the registers. 2-, 3- and 6-bit
-// K-quants have groups of 16, everything else groups of 32 as a rule.
+// The span that most weights of a kind have needs no loop: its sums never leave the registers. 2-,
+// 3- and 6-bit K-quants have groups of 16, everything else groups of 32 as a rule. Zero points come
+// with 4 and 8 bits, nearly always; the scalar set is there to be right, and to build fast.
 template <class C, Zero Z>
 void int8_linear(const Int8Problem& p, Team& team) {
+#if defined(QK_ISA_SCALAR)
+  constexpr bool worth_it = false;
+#else
+  constexpr bool worth_it = Z != Zero::integer || C::bits == 4 || C::bits == 8;
+#endif
   constexpr int usual = C::bits == 2 || C::bits == 3 || C::bits == 6 ? 1 : 2;
-  if (p.span == 16 * usual) int8_linear<C, Z, usual>(p, team);
+  if (worth_it && p.span == 16 * usual) int8_linear<C, Z, worth_it ? usual : 0>(p, team);
   else int8_linear<C, Z, 0>(p, team);
 }
 
