@@ -23,7 +23,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from gguf_writer import TYPES, Tensor, Typed, random_blocks, write_gguf, write_llama
+from gguf_writer import (
+    TYPES,
+    Tensor,
+    Typed,
+    bpe_tokenizer,
+    random_blocks,
+    write_gguf,
+    write_llama,
+)
 
 from qkernels.checkpoints import CheckpointError, GGUFFile
 from qkernels.checkpoints.gguf import StringArray
@@ -205,17 +213,23 @@ def check_decoder(path: Path) -> bool:
     return True
 
 
-class GgufModel(Gguf):
+class GgufModel(Target):
     """The header of a model: sizes, options, tokenizer, names and shapes."""
 
+    prefix = b"llama."
+
+    def make(self) -> Path:
+        return write_llama(self.folder / "x.gguf", layers=1, vocab=280, ffn=256)
+
     def whole(self) -> None:
-        self.path = write_llama(self.folder / "x.gguf", layers=1, vocab=280, ffn=256)
+        self.path = self.make()
         self.raw = self.path.read_bytes()
         with GGUFFile(self.path) as file:
             self.header = file.tensors["token_embd.weight"].offset
-            keys = [key.encode() for key in file.metadata if key.startswith("llama.")]
+            keys = [key.encode() for key in file.metadata]
         # Most of the header is vocabulary, which other tests damage: look for the rest.
-        self.values = [self.raw.index(key) + len(key) for key in keys]
+        options = [key for key in keys if key.startswith(self.prefix)]
+        self.values = [self.raw.index(key) + len(key) for key in options]
         self.parts = [
             (4, self.raw.index(b"tokenizer.ggml.tokens")),
             (self.raw.index(b"token_embd.weight"), self.header),
@@ -235,6 +249,43 @@ class GgufModel(Gguf):
 
     def read(self) -> bool:
         return check_decoder(self.path)
+
+
+class GgufGemma(GgufModel):
+    """The same of Gemma 3, with windows and two rotations."""
+
+    prefix = b"gemma3."
+
+    def make(self) -> Path:
+        from qkernels.models import family_of_gguf
+
+        options = {
+            "block_count": 2,
+            "context_length": 64,
+            "embedding_length": 32,
+            "feed_forward_length": 64,
+            "attention.head_count": 2,
+            "attention.head_count_kv": 1,
+            "attention.key_length": 16,
+            "attention.value_length": 16,
+            "attention.layer_norm_rms_epsilon": 1e-6,
+            "attention.sliding_window": 8,
+            "attention.sliding_window_pattern": Typed(9, [1, 0], 7),
+            "rope.freq_base": 1e6,
+            "rope.scaling.type": "linear",
+            "rope.scaling.factor": 8.0,
+        }
+        metadata = {"general.architecture": "gemma3"}
+        metadata |= {f"gemma3.{key}": value for key, value in options.items()}
+        family = family_of_gguf("gemma3")
+        vocab = bpe_tokenizer(280)
+        plain = {k: v.value if isinstance(v, Typed) else v for k, v in metadata.items()}
+        config = family.from_gguf(plain, {"token_embd.weight": (280, 32)}, lambda _: ())
+        tensors = [
+            Tensor(d.gguf, "Q8_0" if d.is_matrix else "F32", d.shape)
+            for d in sorted(family.weights(config), key=lambda d: d.gguf != "token_embd.weight")
+        ]
+        return write_gguf(self.folder / "x.gguf", {**metadata, **vocab}, tensors)
 
 
 def run_fuzz(name: str, count: int, folder: Path) -> int:
@@ -266,6 +317,7 @@ def main(name: str, count: int, folder: Path, seed: int) -> None:
         "gguf": Gguf,
         "gguf-data": GgufData,
         "gguf-model": GgufModel,
+        "gguf-gemma": GgufGemma,
         "safetensors": fuzz_safetensors.Safetensors,
         "index": fuzz_safetensors.Index,
         "config": fuzz_safetensors.Config,

@@ -60,7 +60,7 @@ def damaged_json(value: dict[str, Any], rng: random.Random, textual: float = 0.2
             inside = inside[key]
         kind = rng.random()
         if kind < 0.6:
-            odd = rng.choice(ODD) if rng.random() < 0.5 else rng.choice(EDGES)
+            odd = copy.deepcopy(rng.choice(ODD)) if rng.random() < 0.5 else rng.choice(EDGES)
             if isinstance(inside[last], int) and rng.random() < 0.3:
                 odd = inside[last] + rng.choice((-1, 1, 8, -64))
             inside[last] = odd
@@ -68,9 +68,9 @@ def damaged_json(value: dict[str, Any], rng: random.Random, textual: float = 0.2
             del inside[last]
         elif isinstance(inside, dict):
             names = ("", "x", "__metadata__", f"{last}2", "\0", "quantization_config")
-            inside[rng.choice(names)] = rng.choice((inside[last], rng.choice(ODD)))
+            inside[rng.choice(names)] = copy.deepcopy(rng.choice((inside[last], rng.choice(ODD))))
         else:
-            inside.append(inside[last])
+            inside.append(copy.deepcopy(inside[last]))
     text = json.dumps(value)
     if rng.random() < textual / 2 and len(value) > 1:  # one key twice, which JSON allows
         key = rng.choice(list(value))

