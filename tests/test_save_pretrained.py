@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import qkernels as qk
 from qkernels.checkpoints.safetensors_directory import INDEX, SINGLE
@@ -200,6 +201,12 @@ def test_a_decoder_comes_back_bit_for_bit(scheme: str, case: str, tmp_path: Path
         if isinstance(module, HoldsPacked):
             same_packed(module.packed, modules[path].packed)
             packed += 1
+    scales = {
+        tensor.dtype
+        for name, tensor in load_file(tmp_path / "out" / SINGLE).items()
+        if name.endswith("scale")
+    }
+    assert scales == {torch.float32}  # on disk, as the model; 16 bits here
     assert packed == 7 * TINY["num_hidden_layers"] + ("tied" not in case)
     assert torch.equal(again(ids_of()).logits, decoder(ids_of()).logits)
     assert again.settings == decoder.settings and again.settings.repetition_penalty == 1.5
