@@ -327,3 +327,20 @@ def test_sizes() -> None:
     for size in ("big", "0GB", -1, True, None, "5XB"):
         with pytest.raises(ValueError, match="max_shard_size must be like '5GB'"):
             size_in_bytes(size)  # type: ignore[arg-type]
+
+
+def test_groups_name_their_layers_and_the_class_comes_last(tmp_path: Path) -> None:
+    model = model_of("llama")
+    qk.quantize_(model, "W4A16", overrides={"down_proj": "W8A8", r"layers\.1\..*o_proj": None})
+    qk.save_pretrained(model, tmp_path / "out")
+    config = config_of(tmp_path / "out")
+    assert config["format"] == "mixed-precision"
+    named, most = config["config_groups"].values()
+    assert named["targets"] == [f"model.layers.{i}.mlp.down_proj" for i in range(3)]
+    assert (named["format"], most["format"]) == ("int-quantized", "pack-quantized")
+    assert most["targets"] == ["Linear"]
+    assert config["ignore"] == ["lm_head", "model.layers.1.self_attn.o_proj"]
+    decoder = QuantDecoder.from_pretrained(tmp_path / "out")
+    assert decoder.layers[0].down.packed.spec.bits == 8
+    assert decoder.layers[0].q.packed.spec.bits == 4
+    assert not isinstance(decoder.layers[1].o, HoldsPacked)

@@ -95,11 +95,12 @@ def quantization_config(layers: Iterable[Layer], dense: Iterable[str]) -> dict[s
     def linears(entry: tuple[dict[str, Any], list[Layer]]) -> int:
         return sum(layer.kind == "Linear" for layer in entry[1])
 
-    ordered = sorted(schemes.values(), key=linears, reverse=True)
+    # The class comes last: the package reports names behind it as matching nothing.
+    *named, most = sorted(schemes.values(), key=linears)
     groups = {}
-    for i, (scheme, found) in enumerate(ordered):
+    for i, (scheme, found) in enumerate([*named, most]):
         names = [layer.path for layer in found]
-        if i == 0 and linears((scheme, found)):
+        if found is most[1] and linears(most):
             names = ["Linear", *(layer.path for layer in found if layer.kind != "Linear")]
         groups[f"group_{i}"] = {"targets": names, **scheme}
     formats = {group["format"] for group in groups.values()}
