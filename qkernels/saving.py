@@ -48,6 +48,12 @@ class _Model:
     generation: dict[str, Any]
     source: Path | None
 
+    @property
+    def dtype(self) -> str:
+        """As config.json says it; transformers takes float32 where it says nothing."""
+        said = self.config.get("dtype") or self.config.get("torch_dtype") or "float32"
+        return str(_plain(said))
+
 
 def save_pretrained(
     model: nn.Module,
@@ -72,10 +78,11 @@ def save_pretrained(
         and QuantDecoder reads them; transformers 5 does not load them.
     progress: called as progress(layers done, layers, name).
 
-    Values are exactly those of the packed weights: transformers dequantizes in the type of the
-    model, so a float32 model computes with the same weights, and a bfloat16 one rounds scales and
-    products to 8 bits. Layers of 8 bits with a scale per row and act="int8" become W8A8; others say
-    nothing of activations. All or nothing: until everything is written, `directory` is as it was.
+    Values are exactly those of the packed weights. transformers dequantizes in the type of the
+    model, so a float32 model (whose scales are written in float32) computes with the same weights,
+    and a bfloat16 one rounds scales and products to 8 bits. Layers of 8 bits with a scale per row
+    and act="int8" become W8A8; others say nothing of activations. All or nothing: until everything
+    is written, `directory` is as it was.
 
     Raises TypeError for another model; ValueError for layers in a format that compressed-tensors
     cannot hold (tables, two-level scales, minima, groups that do not divide a row; layers that
@@ -87,7 +94,7 @@ def save_pretrained(
     with new_directory(Path(directory).expanduser(), overwrite) as partial:
         writer = ShardWriter(partial, limit)
         for done, layer in enumerate(found.layers):
-            for name, tensor in tensors(layer).items():
+            for name, tensor in tensors(layer, found.dtype == "float32").items():
                 writer.add(name, tensor)
             if progress is not None:
                 progress(done + 1, len(found.layers), layer.path)
@@ -116,9 +123,7 @@ def _write_json(path: Path, value: dict[str, Any]) -> None:
 
 def _plain(value: Any) -> Any:
     """What JSON has no word for: types of torch, and enumerations."""
-    if isinstance(value, torch.dtype):
-        return str(value).removeprefix("torch.")
-    return getattr(value, "value", str(value))
+    return getattr(value, "value", str(value).removeprefix("torch."))
 
 
 def _check(found: _Model, packed_embeddings: bool) -> None:
@@ -251,7 +256,8 @@ def _of_decoder(decoder: QuantDecoder) -> _Model:
             f"save_pretrained: {decoder.source} is no transformers model: a GGUF file is a "
             "quantized checkpoint already, in formats of its own"
         )
-    dtype = getattr(torch, str(config.get("dtype") or config.get("torch_dtype")), None)
+    said = config.get("dtype") or config.get("torch_dtype")
+    dtype = said if isinstance(said, torch.dtype) else getattr(torch, str(said), None)
     layers: list[Layer] = []
     dense: list[tuple[str, torch.Tensor]] = []
     linears: list[str] = []

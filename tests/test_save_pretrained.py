@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import qkernels as qk
 from qkernels.checkpoints.safetensors_directory import INDEX, SINGLE
@@ -36,6 +37,9 @@ MODELS: dict[str, Any] = {
     ),
     "qwen2-tied": transformers.Qwen2Config(**SIZES, tie_word_embeddings=True),
     "qwen3": transformers.Qwen3Config(**SIZES, head_dim=32),
+    "gemma3-tied": transformers.Gemma3TextConfig(
+        **SIZES, head_dim=32, sliding_window=16, query_pre_attn_scalar=32
+    ),
 }
 STOCK = """
 import sys, torch, transformers
@@ -197,7 +201,13 @@ def test_a_decoder_comes_back_bit_for_bit(scheme: str, case: str, tmp_path: Path
         if isinstance(module, HoldsPacked):
             same_packed(module.packed, modules[path].packed)
             packed += 1
-    assert packed == 7 * TINY["num_hidden_layers"] + (case != "qwen2-tied")
+    scales = {
+        tensor.dtype
+        for name, tensor in load_file(tmp_path / "out" / SINGLE).items()
+        if name.endswith("scale")
+    }
+    assert scales == {torch.float32}  # on disk, as the model; 16 bits here
+    assert packed == 7 * TINY["num_hidden_layers"] + ("tied" not in case)
     assert torch.equal(again(ids_of()).logits, decoder(ids_of()).logits)
     assert again.settings == decoder.settings and again.settings.repetition_penalty == 1.5
     assert (tmp_path / "out" / "tokenizer_config.json").exists()
@@ -317,3 +327,20 @@ def test_sizes() -> None:
     for size in ("big", "0GB", -1, True, None, "5XB"):
         with pytest.raises(ValueError, match="max_shard_size must be like '5GB'"):
             size_in_bytes(size)  # type: ignore[arg-type]
+
+
+def test_groups_name_their_layers_and_the_class_comes_last(tmp_path: Path) -> None:
+    model = model_of("llama")
+    qk.quantize_(model, "W4A16", overrides={"down_proj": "W8A8", r"layers\.1\..*o_proj": None})
+    qk.save_pretrained(model, tmp_path / "out")
+    config = config_of(tmp_path / "out")
+    assert config["format"] == "mixed-precision"
+    named, most = config["config_groups"].values()
+    assert named["targets"] == [f"model.layers.{i}.mlp.down_proj" for i in range(3)]
+    assert (named["format"], most["format"]) == ("int-quantized", "pack-quantized")
+    assert most["targets"] == ["Linear"]
+    assert config["ignore"] == ["lm_head", "model.layers.1.self_attn.o_proj"]
+    decoder = QuantDecoder.from_pretrained(tmp_path / "out")
+    assert decoder.layers[0].down.packed.spec.bits == 8
+    assert decoder.layers[0].q.packed.spec.bits == 4
+    assert not isinstance(decoder.layers[1].o, HoldsPacked)

@@ -80,7 +80,7 @@ class AWQ(QuantizedFormat):
         if f"{path}.qzeros" in source.shapes:
             zero = unpack_bits(source.whole(f"{path}.qzeros"), BITS, n, ORDER).T
             zero = None if bool((zero == 1 << (BITS - 1)).all()) else zero
-        spec = make_spec(source, path, BITS, self._group_size, scale.dtype, zero is not None)
+        spec = make_spec(source, path, BITS, self._group_size, k, scale.dtype, zero is not None)
 
         def read(start: int, stop: int) -> PlainWeight:
             # Blocks begin at multiples of 64, so at a word.

@@ -150,7 +150,7 @@ class CompressedTensors(QuantizedFormat):
         unset = name in source.shapes and bool((source.whole(name) == -1).all())
         g_idx = None if unset else group_index(source, name, group_size, k, scheme.act_order)
         spec = make_spec(
-            source, path, bits, group_size, scale.dtype, zero is not None, g_idx is not None
+            source, path, bits, group_size, k, scale.dtype, zero is not None, g_idx is not None
         )
 
         def read(start: int, stop: int) -> PlainWeight:
@@ -187,6 +187,8 @@ def _scheme(group: Settings, default_format: Any) -> _Scheme | None:
         raise CheckpointError(f"{where}: output_activations are not supported")
     inputs = group.raw.get("input_activations")
     if inputs is not None:
+        if not isinstance(inputs, Mapping):
+            raise group.fail("input_activations", inputs, "a mapping")
         at = Settings(inputs, f"{where}.input_activations")
         at.text("type", "int", "int")
         if at.raw.get("dynamic") is not True:

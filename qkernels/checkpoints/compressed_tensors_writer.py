@@ -43,9 +43,13 @@ def reason_against(spec: QuantSpec, k: int) -> str | None:
     return None
 
 
-def tensors(layer: Layer) -> dict[str, Tensor]:
+def tensors(layer: Layer, float32_scales: bool = False) -> dict[str, Tensor]:
     """The tensors of a matrix by their full names. Padding of the packed layout is left out, values
-    are exactly those of the packed weight."""
+    are exactly those of the packed weight.
+
+    float32_scales: for a float32 model, as the compressed-tensors package dequantizes in the type
+    of the scales and would round the products to it. The reader finds that 16 bits are enough.
+    """
     packed, path = layer.packed, layer.path
     spec, n, k = packed.spec, packed.n, packed.k
     plain_int8 = _is_w8a8(layer)
@@ -59,7 +63,8 @@ def tensors(layer: Layer) -> dict[str, Tensor]:
             if plain_int8
             else pack_bits(plain.codes, spec.bits)
         )
-        scales.append(plain.scale if spec.scale in _FLOATS else plain.scale.float())
+        own = spec.scale in _FLOATS and not float32_scales
+        scales.append(plain.scale if own else plain.scale.float())
         if plain.zero is not None:
             zeros.append(plain.zero)
         g_idx = plain.g_idx
@@ -90,11 +95,12 @@ def quantization_config(layers: Iterable[Layer], dense: Iterable[str]) -> dict[s
     def linears(entry: tuple[dict[str, Any], list[Layer]]) -> int:
         return sum(layer.kind == "Linear" for layer in entry[1])
 
-    ordered = sorted(schemes.values(), key=linears, reverse=True)
+    # The class comes last: the package reports names behind it as matching nothing.
+    *named, most = sorted(schemes.values(), key=linears)
     groups = {}
-    for i, (scheme, found) in enumerate(ordered):
+    for i, (scheme, found) in enumerate([*named, most]):
         names = [layer.path for layer in found]
-        if i == 0 and linears((scheme, found)):
+        if found is most[1] and linears(most):
             names = ["Linear", *(layer.path for layer in found if layer.kind != "Linear")]
         groups[f"group_{i}"] = {"targets": names, **scheme}
     formats = {group["format"] for group in groups.values()}

@@ -123,7 +123,7 @@ class GPTQ(QuantizedFormat):
             zero = (zero + 1) & ((1 << bits) - 1)
         zeros = bool((zero != middle).any())
         spec = make_spec(
-            source, path, bits, layer.group_size, scale.dtype, zeros, g_idx is not None
+            source, path, bits, layer.group_size, k, scale.dtype, zeros, g_idx is not None
         )
 
         def read(start: int, stop: int) -> PlainWeight:

@@ -183,16 +183,18 @@ def make_spec(
     path: str,
     bits: int,
     group_size: int,
+    k: int,
     scale: torch.dtype,
     zeros: bool,
     act_order: bool = False,
 ) -> QuantSpec:
-    """The QuantSpec of a matrix with flat scales; a combination that does not exist becomes a
-    CheckpointError."""
+    """The QuantSpec of a matrix of k columns with flat scales; a combination that does not exist
+    becomes a CheckpointError."""
     try:
         return QuantSpec(
             bits,
-            group_size,
+            # One group is the whole row: packing need not pad it to a size that a file made up.
+            group_size if group_size < k else -1,
             SCALE_NAMES[scale],
             "integer" if zeros else "symmetric",
             act_order=act_order,
