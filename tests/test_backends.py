@@ -246,14 +246,14 @@ def test_traces_follow_the_backend(four: PackedWeight, monkeypatch: pytest.Monke
     assert "ops.qkernels.linear" in graphs[0] and "ops.qkernels_reference.linear" in graphs[1]
 
 
-def test_a_refused_case_says_so_in_a_trace(six: PackedWeight) -> None:
-    run = torch.compile(lambda x: ops.linear(x, six), fullgraph=True, backend="aot_eager")
-    x = torch.randn(2, 256)
+def test_a_refused_case_says_so_in_a_trace(wide: PackedWeight) -> None:
+    run = torch.compile(lambda x: ops.linear(x, wide), fullgraph=True, backend="aot_eager")
+    x = torch.randn(2, WIDE)
     with qk.backend("auto", on_fallback="ignore"):
-        assert torch.equal(run(x), ops.linear(x, six))
+        assert torch.equal(run(x), ops.linear(x, wide))
 
 
-def test_info(four: PackedWeight, six: PackedWeight) -> None:
+def test_info(four: PackedWeight, wide: PackedWeight) -> None:
     build = qk.info()
     assert (
         build.isa in build.isas
@@ -270,15 +270,15 @@ def test_info(four: PackedWeight, six: PackedWeight) -> None:
             super().__init__()
             self.packed, self.act = packed, act
 
-    model = nn.Sequential(Layer(four), Layer(six, "float"))
+    model = nn.Sequential(Layer(four, "float"), Layer(wide, "int8"))
     with qk.backend("auto"):
         said = qk.info(model)
     assert [(layer.name, layer.row, layer.act) for layer in said.layers] == [
-        ("0", "cpu", "int8"),
-        ("1", "reference", "float"),
+        ("0", "cpu", "float"),
+        ("1", "reference", "int8"),
     ]
-    assert said.nbytes == four.nbytes + six.nbytes
-    assert "not 6" in str(said) and "W4 g32 float16" in str(said)
+    assert said.nbytes == four.nbytes + wide.nbytes
+    assert "could overflow" in str(said) and "W4 g32 float16" in str(said)
     assert qk.info({"w": four}).layers[0].name == "w"
     with pytest.raises(TypeError, match="got int"):
         qk.info(3)

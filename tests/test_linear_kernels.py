@@ -13,7 +13,7 @@ from conftest import Isa
 from torch import Tensor
 
 import qkernels  # noqa: F401  (defines the ops and loads the native library)
-from qkernels.quant import PackedWeight, PlainWeight, QuantSpec
+from qkernels.quant import PackedWeight, PlainWeight, QuantSpec, layout
 from qkernels.quant.spec import BITS
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
@@ -82,8 +82,9 @@ def vars_of(weight: PackedWeight) -> dict[str, object]:
 
 
 def _filled(weight: PackedWeight, code: int) -> Tensor:
-    byte = code if weight.spec.bits == 8 else code * 0x11
-    return torch.full_like(weight.codes.view(torch.uint8), byte).view(torch.int8)
+    """Codes of the weight, all of them `code`."""
+    every = torch.full((weight.n, weight.k), code, dtype=torch.uint8)
+    return layout.pack(every, weight.spec.bits, weight.group, weight.spec.two_level)
 
 
 def quantized(x: Tensor, group: int) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:

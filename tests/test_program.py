@@ -23,7 +23,7 @@ from qkernels.nn.program import (
     Step,
     lower,
 )
-from qkernels.quant import PackedWeight, PlainWeight, QuantSpec, quantize
+from qkernels.quant import IQ4_NL, PackedWeight, PlainWeight, QuantSpec, quantize
 
 HIDDEN, HEADS, KV_HEADS, DIM, FFN, VOCAB = 96, 3, 1, 32, 160, 130
 
@@ -114,6 +114,8 @@ SPECS = {
     "w4-min": (QuantSpec(4, 32, zero="minimum"), QuantSpec(8, 32)),
     "w4-mixed-groups": (QuantSpec(4, 16, zero="integer"), QuantSpec(4, 32)),
     "two-level": (QuantSpec(4, 32, scale="int8", zero="minimum"), QuantSpec(8, 16, scale="int8")),
+    "q5-and-q6": (QuantSpec(5, 32), QuantSpec(6, 16, scale="int8")),
+    "table-and-3-bits": (QuantSpec(4, 32, table=IQ4_NL), QuantSpec(3, 16, scale="int8")),
     "act-order": (QuantSpec(4, 32, zero="integer", act_order=True),) * 2,
     "act-order-of-some": (QuantSpec(4, 32, act_order=True), QuantSpec(8, 32)),
 }
