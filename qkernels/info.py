@@ -128,7 +128,7 @@ def info(model: Any = None) -> BuildInfo | ModelInfo:
         if isinstance(weight, PackedWeight):
             used.append(_layer(name, module, weight))
             # Tied modules hold the same parameter: its weight is there once.
-            sizes[id(weight if module is None else module.weight)] = weight.nbytes
+            sizes[id(getattr(module, "weight", weight))] = weight.nbytes
     return ModelInfo(tuple(used), sum(sizes.values()))
 
 
