@@ -267,6 +267,7 @@ def run_whisper(options: argparse.Namespace) -> dict[str, Any]:
         same = (truth.argmax(1) == given.argmax(1)).double()
         return {
             "kl_mean": kl.mean().item(),
+            "kl_error": kl.std().item() / kl.numel() ** 0.5,
             "kl_p99": kl.quantile(0.99).item(),
             "kl_max": kl.max().item(),
             "top1": same.mean().item(),
