@@ -68,6 +68,8 @@ def variants() -> list[Variant]:
             for algo in ("rtn", "hqq"):
                 name = f"W4 g{group}{said}" + (" hqq" if algo == "hqq" else "")
                 rows.append(Variant(name, "weights", spec(4, group, zero), algo))
+    rows.append(Variant("W4 g16", "weights", spec(4, 16)))
+    rows.append(Variant("W4 g32 min", "weights", spec(4, 32, "minimum")))
     rows.append(Variant("MXFP4", "weights", qk.QuantSpec.from_scheme("MXFP4")))
     rows += [Variant("GGUF Q4_0", "gguf", "Q4_0"), Variant("GGUF Q4_1", "gguf", "Q4_1")]
     rows += [Variant("default W8A8", "act", "W8A8", "auto")]
