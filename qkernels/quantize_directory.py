@@ -148,7 +148,9 @@ def _spec(
     """The format, and the activations that a scheme asks for."""
     if isinstance(spec, QuantSpec):
         return spec, "auto"
-    chosen = QuantSpec.from_scheme(spec, group_size)
+    # A scale per row is what compressed-tensors, and those who read it, call W8A8.
+    row = group_size is None and spec.upper() == "W8A8"
+    chosen = QuantSpec.from_scheme(spec, -1 if row else group_size)
     if chosen.scale == "float16" and dtype == torch.bfloat16:
         chosen = replace(chosen, scale="bfloat16")
     return chosen, scheme_act(spec)

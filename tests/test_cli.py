@@ -172,7 +172,7 @@ def test_no_second_newline(run: Run, model: Path, monkeypatch: pytest.MonkeyPatc
         ),
         (
             ["eval", "{model}", "{text}", "--window", "33", "--windows", "1"],
-            "exceeds the decoder's context of 32",
+            "context of 32",
         ),
         (["chat", "{missing}"], "no such file or directory"),
         (["info", "{missing}"], "no such file or directory"),

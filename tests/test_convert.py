@@ -148,7 +148,8 @@ def test_group_sizes_fall_back() -> None:
     assert group(48, "W4A16", 64) == (48, "group size 48: 64 does not divide 48")
     assert group(48, "W4A16") == (16, "group size 16: 32 does not divide 48")
     assert group(100, "W4A16") == (32, "no group size divides 100: the last group has 4 columns")
-    assert group(576, "W8A16") == (-1, "")
+    assert group(576, "W8A16", -1) == (-1, "")
+    assert group(576, "W8A16") == (32, "")
     # With two levels a group must divide 256 too.
     assert group(576, QuantSpec(4, 128, "int8")) == (64, "group size 64: 128 does not divide 576")
 

@@ -79,7 +79,7 @@ SPECS: dict[str, dict[str, Any]] = {
     "W5": {"spec": "W5A16"},
     "W6": {"spec": "W6A16"},
     "W8-groups": {"spec": "W8A16", "group_size": 16},
-    "W8-row": {"spec": "W8A16"},
+    "W8-row": {"spec": "W8A16", "group_size": -1},
     "e8m0-scales": {"spec": qk.QuantSpec(4, 16, "e8m0")},
     "mixed": {
         "spec": "W4A16",
@@ -107,7 +107,7 @@ def cases() -> dict[str, tuple[str, torch.dtype, dict[str, Any]]]:
         for case in ("llama", "qwen2-tied")
         for name, spec in SPECS.items()
     }
-    found["w8a8"] = ("llama", torch.float32, {"spec": "W8A8"})
+    found["w8a8"] = ("llama", torch.float32, {"spec": "W8A8", "group_size": -1})
     for scale in ("bfloat16", "float16"):
         spec = {"spec": qk.QuantSpec(4, 32, scale), "act": "float"}
         found[f"bfloat16.{scale}"] = ("qwen2-tied", torch.bfloat16, spec)
@@ -331,7 +331,8 @@ def test_sizes() -> None:
 
 def test_groups_name_their_layers_and_the_class_comes_last(tmp_path: Path) -> None:
     model = model_of("llama")
-    qk.quantize_(model, "W4A16", overrides={"down_proj": "W8A8", r"layers\.1\..*o_proj": None})
+    dense = {r"layers\.1\..*o_proj": None}
+    qk.quantize_(model, "W4A8", overrides={"down_proj": qk.QuantSpec(8, -1), **dense}, act="int8")
     qk.save_pretrained(model, tmp_path / "out")
     config = config_of(tmp_path / "out")
     assert config["format"] == "mixed-precision"

@@ -52,7 +52,7 @@ def test_unknown_fields_are_refused() -> None:
 def test_schemes() -> None:
     assert QuantSpec.from_scheme("W4A16", group_size=64) == QuantSpec(4, 64)
     assert QuantSpec.from_scheme("w4a8") == QuantSpec(4, 32)
-    assert QuantSpec.from_scheme("W8A8") == QuantSpec(8, -1)
+    assert QuantSpec.from_scheme("W8A8") == QuantSpec(8, 32)
     assert QuantSpec.from_scheme("W8A16", group_size=128, zero="integer") == QuantSpec(
         8, 128, zero="integer"
     )

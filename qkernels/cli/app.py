@@ -366,7 +366,7 @@ def quantize(
     ] = "W4A16",
     group_size: Annotated[
         int | None,
-        typer.Option("--group-size", help="Columns per scale; default: 32, a row for 8 bits."),
+        typer.Option("--group-size", help="Columns per scale; default: 32, and a row for W8A8."),
     ] = None,
     algo: Annotated[
         str, typer.Option("--algo", help="How weights are rounded: auto, rtn or hqq.")

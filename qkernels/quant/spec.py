@@ -205,7 +205,7 @@ class QuantSpec:
         """The weights of a scheme: "W4A16", "W8A8", "w6a16", "MXFP4", "NVFP4"; `scheme_act` tells
         of the activations.
 
-        group_size: None is 32 up to 6 bits and the whole row (-1) at 8. choices: further fields of
+        group_size: None is 32; -1 at 8 bits is what others call W8A8. choices: further fields of
         QuantSpec.
         Raises ValueError for an unknown scheme.
         """
@@ -219,7 +219,7 @@ class QuantSpec:
             group = named.group_size if group_size is None else group_size
             return replace(named, group_size=group, **choices)
         bits, _ = _parse_scheme(scheme)
-        return cls(bits, (-1 if bits == 8 else 32) if group_size is None else group_size, **choices)
+        return cls(bits, 32 if group_size is None else group_size, **choices)
 
 
 def scheme_act(scheme: str) -> str:
