@@ -143,6 +143,38 @@ def test_one_hot_activations_read_single_weights(isa: Isa, generator: torch.Gene
 
 
 @pytest.mark.parametrize("act", ACTS)
+@pytest.mark.parametrize("scale", ["e8m0", "e4m3"])
+def test_minima_of_8_bit_floats(isa: Isa, scale: str, act: str, generator: torch.Generator) -> None:
+    """No QuantSpec has them, but the ops take them: they must not be ignored."""
+    weight = list(random_plain(QuantSpec(4, 32, scale), 70, 96, generator).pack().op_args())
+    weight[2] = weight[1].view(torch.uint8).flip(2).view(weight[1].dtype)  # of another row
+    x = random_x(3, 96, torch.float32, generator)
+    got = isa.ops.linear(x, *weight, None, act, 32)
+    dense = torch.ops.qkernels_reference.dequantize(*weight, torch.float32).double()
+    minima = weight[2].float().abs().max().double()
+    seen, width = seen_by_kernel(x, act, 32), dense.abs() + 2 * minima
+    assert_within(got, seen @ dense.T, 96 * 2.0**-23 * (seen.abs() @ width.T))
+
+
+@pytest.mark.parametrize("flush", [False, True])
+def test_every_e4m3_scale_is_exact(isa: Isa, flush: bool, with_threads) -> None:
+    """Bit for bit what dequantize has, also where the CPU flushes subnormal numbers to zero."""
+    generator = torch.Generator().manual_seed(1)
+    packed = random_plain(QuantSpec(4, 16, "e4m3"), 64, 64, generator).pack()
+    every = torch.arange(256, dtype=torch.uint8).view(1, 4, 64)
+    packed.scale.view(torch.uint8).copy_(every.masked_fill((every & 0x7F) == 0x7F, 0))  # no NaN
+    want = torch.ops.qkernels_reference.dequantize(*packed.op_args(), torch.float32)
+    with_threads(1)  # the setting is a thread's own
+    if not torch.set_flush_denormal(flush):
+        pytest.skip("this CPU cannot flush subnormal numbers")
+    try:
+        got = isa.ops.linear(torch.eye(64), *packed.op_args(), None, "float", 0)
+    finally:
+        torch.set_flush_denormal(False)
+    assert torch.equal(got.T, want)
+
+
+@pytest.mark.parametrize("act", ACTS)
 def test_bitwise_for_any_number_of_threads(
     isa: Isa, act: str, with_threads, generator: torch.Generator
 ) -> None:

@@ -215,6 +215,20 @@ def test_int8_extreme_codes(ops, bits: int) -> None:
         torch.testing.assert_close(y, want, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("value", [-128, 127])
+def test_int8_extreme_tables(ops, value: int) -> None:
+    """The same with a table's ends: -128 must not be taken for 128, nor 128 * 127 * 2 saturate."""
+    k = 32768
+    weight = random_weight(QuantSpec(4, -1, "float32", table=(*range(14), -128, 127)), 64, k)
+    weight.codes.copy_(_filled(weight, 14 if value < 0 else 15))
+    for sign in (1, -1):
+        codes = torch.full((5, k), 127 * sign, dtype=torch.int8)
+        sums = torch.full((5, k // 16), 16 * 127 * sign, dtype=torch.int16)
+        y = ops.linear_quant(codes, torch.ones(5, 1), sums, *weight.op_args(), None, torch.float32)
+        want = weight.scale[0, 0].expand(5, 64) * torch.tensor(float(k * 127 * sign * value))
+        torch.testing.assert_close(y, want, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("spec", SPECS)
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_float(ops, spec: QuantSpec, dtype: torch.dtype) -> None:

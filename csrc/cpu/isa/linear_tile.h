@@ -48,8 +48,10 @@ QK_INLINE VF e8m0_to_float(VI e) {
 // that is too small by 120, subnormals too; the product with 2^120 is exact.
 QK_INLINE VF e4m3_to_float(VI b) {
   const VI magnitude = b & 0x7f;
-  const VI bits = (VI)((VF)(magnitude << 20) * splat(0x1p120f)) | (b & 0x80) << 24;
-  return (VF)(magnitude == 0x7f ? splat_i(0x7fc00000) | (b & 0x80) << 24 : bits);
+  // Not a product with 2^120 of the shifted bits: that is 0 where subnormals are flushed.
+  const VF subnormal = to_float(magnitude) * splat(0.001953125f);  // units of 2^-9
+  const VI bits = magnitude < 8 ? (VI)subnormal : (magnitude << 20) + (120 << 23);
+  return (VF)((magnitude == 0x7f ? splat_i(0x7fc00000) : bits) | (b & 0x80) << 24);
 }
 
 // Bytes of a stored scale.
@@ -90,8 +92,14 @@ QK_HOT GroupScale load_group(const Weight& w, int64_t at, int64_t block_at) {
       if (minimum) out.zero = load_half(w.block_zero + block_at) * to_float(pair >> 4);
       break;
     }
-    case Scale::e8m0: out.scale = e8m0_to_float(load_u8((const uint8_t*)w.scale + at)); break;
-    case Scale::e4m3: out.scale = e4m3_to_float(load_u8((const uint8_t*)w.scale + at)); break;
+    case Scale::e8m0:
+      out.scale = e8m0_to_float(load_u8((const uint8_t*)w.scale + at));
+      if (minimum) out.zero = e8m0_to_float(load_u8((const uint8_t*)w.zero + at));
+      break;
+    case Scale::e4m3:
+      out.scale = e4m3_to_float(load_u8((const uint8_t*)w.scale + at));
+      if (minimum) out.zero = e4m3_to_float(load_u8((const uint8_t*)w.zero + at));
+      break;
   }
   if (Z == Zero::integer) out.zero = to_float(load_u8((const uint8_t*)w.zero + at));
   return out;
