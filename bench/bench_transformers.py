@@ -69,7 +69,24 @@ def generate(model: Any, prompt: torch.Tensor, count: int) -> torch.Tensor:
     return out
 
 
+def native_speeds(decoder: Any, turn: int) -> dict[str, float]:
+    """The same of a QuantDecoder."""
+    vocab = decoder.config.vocab
+    prompt = ids(vocab, 1, PROMPT, seed=turn)[0].tolist()
+
+    def run(count: int) -> None:
+        out = decoder.generate([prompt], max_new_tokens=count, temperature=0, stop_at_eos=False)
+        assert len(out.tokens[0]) == count
+
+    one, many = seconds(lambda: run(1)), seconds(lambda: run(NEW + 1))
+    long = ids(vocab, 1, PREFILL, seed=turn)
+    prefill = seconds(lambda: decoder(long, logits_to_keep=1))
+    return {"decode": NEW / (many - one), "prefill": PREFILL / prefill}
+
+
 def decoder_speeds(model: Any, turn: int) -> dict[str, float]:
+    if isinstance(model, qk.QuantDecoder):
+        return native_speeds(model, turn)
     vocab = model.config.vocab_size
     prompt, long = ids(vocab, 1, PROMPT, seed=turn), ids(vocab, 1, PREFILL, seed=turn)
     one = seconds(lambda: generate(model, prompt, 1))
@@ -121,6 +138,10 @@ def measure(
     for name, arguments in VARIANTS.items():
         models[name] = quantized(model, arguments)
         check(name, models[name])
+    if speeds is decoder_speeds:  # the same model and scheme, outside transformers
+        models["QuantDecoder, W4A8, embeddings W8"] = qk.QuantDecoder.from_pretrained(
+            model, "W4A8", embeddings="W8A16"
+        )
     samples = interleaved(models, speeds, rounds)
     rows = []
     for name, taken in samples.items():
