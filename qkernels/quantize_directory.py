@@ -68,8 +68,8 @@ def quantize_directory(
     size_in_bytes(max_shard_size)
     raw = _config(source)
     check_target(out, overwrite)
-    if out.exists() and out.samefile(source):
-        raise ValueError(f"{out}: expected another directory than that of the model")
+    if out.resolve() in (source.resolve(), *source.resolve().parents):
+        raise ValueError(f"{out}: expected another directory than that of the model or above")
     dtype = _dtype(raw, source)
     chosen, act = _spec(spec, group_size, dtype)
     table = None if embeddings is None else _spec(embeddings, None, dtype)[0]

@@ -178,12 +178,13 @@ def _of_model(model: Any) -> _Model:
             f"{type(model).__name__}"
         )
     layers, linears, within = [], [], []
-    first: dict[int, str] = {}  # the path of each packed weight: a tied one is written once
-    for path, module in model.named_modules():
+    first: dict[int, str] = {}  # the path of each packed weight
+    for path, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, HoldsPacked):
             within.append(f"{path}.")
             _check_class(path, module)
-            if id(module.weight) not in first:
+            # Once, if the class of the model ties it; else every path gets its own.
+            if id(module.weight) not in first or f"{path}.weight" not in _ties(model):
                 first[id(module.weight)] = path
                 layers.append(_layer(path, module))
         elif isinstance(module, nn.Linear):
@@ -198,6 +199,11 @@ def _of_model(model: Any) -> _Model:
         json.loads(generation.to_json_string()) if generation and model.can_generate() else {},
         Path(name) if name and Path(name).is_dir() else None,
     )
+
+
+def _ties(model: Any) -> set[str]:
+    """Names of tensors that the class of the model ties to others when it is loaded."""
+    return set(getattr(model, "all_tied_weights_keys", None) or ())
 
 
 def _is_of_transformers(model: object) -> bool:
@@ -243,7 +249,7 @@ def _dense_of_model(model: Any, within: tuple[str, ...]) -> Iterator[tuple[str, 
         key = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.device)
         if tensor.is_meta:
             raise ValueError(f"save_pretrained: {name} is on meta: it has no values")
-        if tensor.numel() and key in seen:
+        if tensor.numel() and key in seen and name in _ties(model):
             continue
         seen.add(key)
         yield name, tensor

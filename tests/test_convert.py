@@ -169,7 +169,7 @@ def test_overrides_and_names() -> None:
     kinds = {layer.names[0]: (layer.spec, layer.act) for layer in report.layers}
     assert kinds == {
         "layers.0.down": ("W4 g32 float16", "float"),
-        "layers.1.up": ("W8 row float16", "int8"),
+        "layers.1.up": ("W8 g32 float16", "int8"),
         "lm_head": ("W4 g64 float16 zero", "auto"),
     }
     reasons = {s.name: s.reason for s in report.skipped}
@@ -181,7 +181,9 @@ def test_overrides_and_names() -> None:
     "arguments, error, said",
     [
         ({"overrides": {"layers.9": None}}, ValueError, r"override 'layers\.9' matches no layer"),
-        ({"overrides": {"embed": "W8A16"}}, ValueError, "override 'embed' matches no layer"),
+        ({"overrides": {"embed": "W8A16"}}, ValueError, "embed is no .* embedding without embeddi"),
+        ({"overrides": {"nowhere": "W8A16"}}, ValueError, "'nowhere' matches no layer"),
+        ({"overrides": {"up|down": "W8A16", "up": None}}, ValueError, "an earlier override"),
         ({"overrides": {"(": "W8A16"}}, ValueError, r"override '\(': "),
         ({"overrides": {"up": "W9A16"}}, ValueError, "override 'up': unknown scheme 'W9A16'"),
         ({"modules_to_not_convert": ["head"]}, ValueError, "names 'head', which is no module"),
@@ -436,7 +438,7 @@ def test_other_modules_are_left_and_reported() -> None:
     assert reasons == {
         "scaled": "it has a forward of its own",
         "wrapped": "its weight is not a parameter of its own (a parametrization, or none)",
-        "patched": "it has a forward of its own",
+        "patched": "its forward was replaced on the instance, as device_map does: quantize before",
         "float64": "its weight is float64",
         "empty": "its weight is [32, 0]",
         "renorm": "it rescales its rows (max_norm)",

@@ -286,3 +286,13 @@ def test_info_of_a_plain_model() -> None:
     model = nn.ModuleDict({"a": make(), "b": QuantEmbedding(make().packed)})
     names = [layer.name for layer in qk.info(model).layers]
     assert names == ["a", "b"]
+
+
+def test_forward_mode_derivatives_are_not_lost() -> None:
+    layer = QuantLinear.from_linear(nn.Linear(64, 64), "W8A16")
+    x, tangent = torch.randn(2, 64), torch.randn(2, 64)
+    with (
+        torch.autograd.forward_ad.dual_level(),
+        pytest.raises(RuntimeError, match="no forward-mode derivative"),
+    ):
+        layer(torch.autograd.forward_ad.make_dual(x, tangent))

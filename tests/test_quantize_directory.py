@@ -105,6 +105,7 @@ def test_what_is_no_float_model_is_refused_before_anything_is_read(
     refused("expected config.json and safetensors, found no config", model=tmp_path)
     refused("exists already (--overwrite replaces it)", target=source)
     refused("expected another directory than that of", "--overwrite", target=source)
+    refused("not replaced", "--overwrite", target=source.parent)  # the model lies in it
     refused("unknown scheme 'W7A16'", "--spec", "W7A16")
     refused("codes mean values of a table; choose W2 to W8", "--spec", "MXFP4")
     refused("group_size must be a positive multiple of 16", "--group-size", 24)

@@ -38,6 +38,6 @@ def test_damaged_quantized_models(tmp_path: Path) -> None:
 def test_activations_that_are_no_mapping(tmp_path: Path) -> None:
     group = {**group_config(4, strategy="channel"), "input_activations": 1}
     with pytest.raises(
-        CheckpointError, match=r"group_0\.input_activations must be a mapping, got 1"
+        CheckpointError, match=r"group_0: input_activations must be a mapping, got 1"
     ):
         CompressedTensors(ct_config("pack-quantized", group), "here")

@@ -322,6 +322,45 @@ def test_directories_change_only_in_the_end(tmp_path: Path, monkeypatch: Any) ->
     assert not (out / "stale.txt").exists() and (out / SINGLE).read_bytes() == good
 
 
+def test_only_directories_of_models_are_replaced(tmp_path: Path) -> None:
+    model = model_of("llama")
+    qk.quantize_(model)
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "thesis.txt").write_text("x")
+    with pytest.raises(FileExistsError, match="not replaced: it is no model"):
+        qk.save_pretrained(model, out, overwrite=True)
+    (out / "config.json").write_text("{}")
+    (out / "inner").mkdir()
+    with pytest.raises(FileExistsError, match="not replaced: the directory inner in it"):
+        qk.save_pretrained(model, out, overwrite=True)
+    assert (out / "thesis.txt").exists()
+    # A link stays a link, and what it points to is written.
+    disk, link = tmp_path / "disk", tmp_path / "link"
+    disk.mkdir()
+    link.symlink_to(disk)
+    qk.save_pretrained(model, link)
+    assert link.is_symlink() and (disk / SINGLE).exists()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["disk", "link", "out"]
+
+
+@pytest.mark.parametrize("how", ["module", "weight"])
+def test_shared_layers_are_written_at_every_path(how: str, tmp_path: Path) -> None:
+    """A tie that the class of the model does not make is not made again by whoever loads it."""
+    model = model_of("llama")
+    first, second = model.model.layers[0], model.model.layers[1]
+    if how == "module":
+        second.mlp = first.mlp
+    else:
+        second.mlp.up_proj.weight = first.mlp.up_proj.weight
+    qk.quantize_(model)
+    qk.save_pretrained(model, tmp_path / "out")
+    decoder = QuantDecoder.from_pretrained(tmp_path / "out", act="float", kv_dtype="float32")
+    same_packed(decoder.layers[1].up.packed, decoder.layers[0].up.packed)
+    difference = decoder(ids_of()).logits - logits_of(model, ids_of())
+    assert difference.abs().max() < 1e-3
+
+
 def test_sizes() -> None:
     assert [size_in_bytes(s) for s in ("5GB", "300 MB", "1KiB", "7", 9)] == [5e9, 3e8, 1024, 7, 9]
     for size in ("big", "0GB", -1, True, None, "5XB"):

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 import struct
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -35,11 +35,16 @@ def size_in_bytes(size: int | str) -> int:
 
 def check_target(path: Path, overwrite: bool) -> None:
     """Raises FileExistsError for a path that is a file, or a directory that holds something unless
-    `overwrite`."""
+    `overwrite`, which replaces directories of a model only: a config.json, and no directories."""
     if path.exists() and not path.is_dir():
         raise FileExistsError(f"{path}: expected a directory, it is a file")
-    if path.is_dir() and any(path.iterdir()) and not overwrite:
+    held = sorted(path.iterdir()) if path.is_dir() else []
+    if held and not overwrite:
         raise FileExistsError(f"{path}: the directory is not empty (overwrite=True replaces it)")
+    if held and not (path / "config.json").is_file():
+        raise FileExistsError(f"{path}: not replaced: it is no model, without a config.json")
+    if inner := [entry.name for entry in held if entry.is_dir()]:
+        raise FileExistsError(f"{path}: not replaced: the directory {inner[0]} in it would be lost")
 
 
 @contextmanager
@@ -47,11 +52,11 @@ def new_directory(path: Path, overwrite: bool) -> Iterator[Path]:
     """A directory beside `path` to write to, which becomes `path` in the end: an error, or a crash,
     leaves what was there before. Raises FileExistsError as `check_target` does.
     """
-    path = Path(os.path.abspath(path))
+    path = path.resolve()  # a link stays, and what it points to is written
     check_target(path, overwrite)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    old = path.with_name(f".{path.name}.{os.getpid()}.old")
+    work = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    partial, old = work / "new", work / "old"
     partial.mkdir()
     try:
         yield partial
@@ -59,11 +64,11 @@ def new_directory(path: Path, overwrite: bool) -> Iterator[Path]:
             path.rename(old)
         partial.rename(path)
     except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
         if old.exists() and not path.exists():
             old.rename(path)
+        shutil.rmtree(work, ignore_errors=True)
         raise
-    shutil.rmtree(old, ignore_errors=True)
+    shutil.rmtree(work, ignore_errors=True)
 
 
 @dataclass(frozen=True)

@@ -210,9 +210,9 @@ def plan(model: nn.Module, request: Request) -> Plan:
         if kind == "embedding":
             tables.append(target)
     _follow_tables(modules, paths, parents, tables, targets, request, result)
-    for pattern, _, _ in request.overrides:
+    for pattern, compiled, _ in request.overrides:
         if pattern not in used:
-            raise ValueError(f"quantize_: override {pattern!r} matches no layer of the model")
+            raise ValueError(f"quantize_: {_unused(pattern, compiled, paths)}")
     for name in request.keep:
         if name not in used and name != "lm_head":
             raise ValueError(
@@ -237,6 +237,17 @@ def plan(model: nn.Module, request: Request) -> Plan:
     return result
 
 
+def _unused(pattern: str, compiled: re.Pattern[str], paths: dict[int, list[str]]) -> str:
+    """What is wrong with an override that decides nothing."""
+    found = [name for names in paths.values() for name in names if name and compiled.search(name)]
+    if not found:
+        return f"override {pattern!r} matches no layer of the model"
+    return (
+        f"override {pattern!r} matches no layer that it could decide: {found[-1]} is no linear "
+        "layer of a known kind, or an embedding without embeddings=, or an earlier override decides"
+    )
+
+
 def kind_of(module: nn.Module) -> str | None:
     """What `quantize_` takes it for; None for everything else."""
     if isinstance(module, nn.Linear):
@@ -259,6 +270,8 @@ def _looks_like_linear(module: nn.Module) -> str | None:
     if isinstance(module, NonDynamicallyQuantizableLinear):
         return "its weight is read directly, by nn.MultiheadAttention"
     if isinstance(module, nn.Linear) or is_conv1d(module):
+        if "forward" in vars(module):
+            return "its forward was replaced on the instance, as device_map does: quantize before"
         return "it has a forward of its own"
     return None
 

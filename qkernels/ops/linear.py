@@ -196,10 +196,16 @@ def apply(
     return y if x.dim() == 2 else y.reshape(*x.shape[:-1], n)
 
 
+def _has_tangent(x: Tensor) -> bool:
+    return torch.autograd.forward_ad.unpack_dual(x).tangent is not None
+
+
 def _needs_autograd(x: Tensor, bias: Tensor | None) -> bool:
     """Whether the op must be called through autograd, also by those who trace it."""
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return True
+    if torch.autograd.forward_ad._current_level >= 0 and _has_tangent(x):
+        checks.fail("linear", "x has a tangent, and there is no forward-mode derivative")
     return torch.is_grad_enabled() and (
         x.requires_grad or (bias is not None and bias.requires_grad)
     )
