@@ -179,12 +179,13 @@ def _of_model(model: Any) -> _Model:
         )
     layers, linears, within = [], [], []
     first: dict[int, str] = {}  # the path of each packed weight
+    ties = _ties(model)
     for path, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, HoldsPacked):
             within.append(f"{path}.")
             _check_class(path, module)
             # Once, if the class of the model ties it; else every path gets its own.
-            if id(module.weight) not in first or f"{path}.weight" not in _ties(model):
+            if id(module.weight) not in first or f"{path}.weight" not in ties:
                 first[id(module.weight)] = path
                 layers.append(_layer(path, module))
         elif isinstance(module, nn.Linear):
@@ -239,6 +240,7 @@ def _saved_config(model: Any) -> dict[str, Any]:
 def _dense_of_model(model: Any, within: tuple[str, ...]) -> Iterator[tuple[str, torch.Tensor]]:
     """What the state dict holds beside packed weights: a tied tensor under its first name."""
     seen: set[tuple[Any, ...]] = set()
+    ties = _ties(model)
     for name, tensor in model.state_dict().items():
         path, _, part = name.rpartition(".")
         if name.startswith(within):
@@ -249,7 +251,7 @@ def _dense_of_model(model: Any, within: tuple[str, ...]) -> Iterator[tuple[str, 
         key = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.device)
         if tensor.is_meta:
             raise ValueError(f"save_pretrained: {name} is on meta: it has no values")
-        if tensor.numel() and key in seen and name in _ties(model):
+        if tensor.numel() and key in seen and name in ties:
             continue
         seen.add(key)
         yield name, tensor
