@@ -33,7 +33,7 @@ BATCH, LENGTH = 32, 64
 VARIANTS: dict[str, dict[str, Any]] = {
     "W4A16": {},
     "W4A8": {"spec": "W4A8"},
-    "W4A8, embeddings W8": {"spec": "W4A8", "embeddings": "W8A16"},
+    "W4A8, embeddings W8": {"spec": "W4A8", "embeddings": "W8A8"},
     "W8A8": {"spec": "W8A8"},
 }
 
