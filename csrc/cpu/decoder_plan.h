@@ -41,35 +41,41 @@ struct Step {
   int64_t rope_positions = 0;
   int rotary_dim = 0;
   std::vector<int32_t> order;  // permute: the column of src that goes to each of dst
-  bool sync_before = false;
+  // The same for a step of many tokens and for one of a single token, where `replicated` steps are
+  // done by every thread for itself.
+  bool sync_before = false, sync_before_one = false, replicated = false;
 };
 
 struct Register {
   int64_t width;
-  int group;      // 0: float32; else int8 in groups of this many columns
-  bool selected;  // one row per selected token instead of one per token
+  int group;        // 0: float32; else int8 in groups of this many columns
+  bool selected;    // one row per selected token instead of one per token
+  bool replicated;  // a step of a single token keeps a copy per thread
   std::vector<float> values;
   std::vector<int8_t> codes;
   std::vector<float> scale;
   std::vector<int16_t> sums;
 
   int64_t kx() const { return layout::round_up(width, group); }
+  // Elements from a thread's copy to the next; never on the same cache line.
+  int64_t stride() const { return layout::round_up(group ? kx() : width, 64) + 64; }
   // Grows only, so that a decode step allocates nothing. At least one row: to a kernel, null means
-  // an argument that is not there.
-  void reserve(int64_t rows) {
+  // an argument that is not there. copies: of a single row.
+  void reserve(int64_t rows, int copies) {
     rows = std::max<int64_t>(rows, 1);
-    if (group == 0) {
-      if (int64_t(values.size()) < rows * width) values.resize(size_t(rows * width));
-      return;
-    }
-    if (int64_t(codes.size()) < rows * kx()) {
-      codes.resize(size_t(rows * kx()));
-      scale.resize(size_t(rows * (kx() / group)));
-      sums.resize(size_t(rows * (kx() / 16)));
-    }
+    const auto grow = [](auto& to, int64_t size) {
+      if (int64_t(to.size()) < size) to.resize(size_t(size));
+    };
+    const int64_t replicas = replicated ? copies * stride() : 0;
+    if (group == 0) return grow(values, std::max(rows * width, replicas));
+    grow(codes, std::max(rows * kx(), replicas));
+    grow(scale, std::max(rows * (kx() / group), replicas));
+    grow(sums, std::max(rows * (kx() / 16), replicas));
   }
-  QuantAct act() const { return {codes.data(), scale.data(), sums.data(), kx(), group}; }
-  QuantActOut act_out() { return {codes.data(), scale.data(), sums.data(), kx(), group}; }
+  float* values_at(int64_t at) { return values.data() + at; }
+  QuantActOut act_at(int64_t at) {
+    return {codes.data() + at, scale.data() + at, sums.data() + at, kx(), group};
+  }
 };
 
 struct Plan {
@@ -94,7 +100,9 @@ class Decoder {
     check(plan_.registers[size_t(plan_.steps.back().src)].selected, kPlan,
           "the head must read what select wrote: logits have a row per selected token");
     plan_.vocab = plan_.steps.back().weight.n;
-    place_barriers();
+    replicate();
+    place_barriers(false, &Step::sync_before);
+    place_barriers(true, &Step::sync_before_one);
   }
 
  private:
@@ -314,25 +322,74 @@ class Decoder {
     plan_.layers = std::max(plan_.layers, s.layer + 1);
   }
 
-  // A barrier stands before a step that touches what another step since the last barrier wrote, or
-  // writes what it read. The cache counts as one register more, and attention as a writer of it:
-  // two attentions must not share the counter that hands out their work.
-  void place_barriers() {
+  // Registers that a step reads, and those that it writes. The cache counts as one register more,
+  // and attention as a writer of it: two attentions must not share the counter that hands out their
+  // work.
+  struct Uses {
+    std::set<int> in, out;
+  };
+  Uses uses(const Step& s) const {
     const int cache = int(plan_.registers.size());
-    std::set<int> read, written;
+    Uses u{{}, {s.dst}};
+    for (int r : {s.src, s.second, s.third})
+      if (r >= 0) u.in.insert(r);
+    if (s.op == kNorm && s.second >= 0) u.out.insert(s.second);
+    if (s.op == kKvAppend || s.op == kAttention) u.out.insert(cache);
+    return u;
+  }
+
+  // With a single token, what one thread would do while the others wait is done by each for itself,
+  // into registers of its own, if these are written by such steps alone.
+  void replicate() {
+    const auto cheap = [](Opcode op) {
+      return op == kEmbed || op == kNorm || op == kSelect || op == kQuantize || op == kPermute;
+    };
+    for (Register& r : plan_.registers) r.replicated = true;
+    for (Step& s : plan_.steps) s.replicated = cheap(s.op);
+    for (bool changed = true; changed;) {
+      changed = false;
+      for (Step& s : plan_.steps) {
+        if (s.op == kLinear && &s == &plan_.steps.back()) continue;  // it writes the logits
+        for (int r : uses(s).out) {
+          if (r == int(plan_.registers.size())) continue;
+          Register& written = plan_.registers[size_t(r)];
+          if (!s.replicated && written.replicated) written.replicated = false, changed = true;
+          if (s.replicated && !written.replicated) s.replicated = false, changed = true;
+        }
+      }
+    }
+  }
+
+  // A barrier stands before a step that touches what another step since the last barrier wrote, or
+  // writes what it read.
+  void place_barriers(bool one, bool Step::* sync_before) {
+    std::set<int> read, written, by_linear;
+    const auto meets = [](const std::set<int>& a, const std::set<int>& b) {
+      return std::any_of(a.begin(), a.end(), [&](int r) { return b.count(r) > 0; });
+    };
+    const auto shared = [&](const std::set<int>& all) {
+      std::set<int> kept;
+      for (int r : all)
+        if (!one || r == int(plan_.registers.size()) || !plan_.registers[size_t(r)].replicated)
+          kept.insert(r);
+      return kept;
+    };
     for (Step& s : plan_.steps) {
-      std::set<int> in, out{s.dst};
-      for (int r : {s.src, s.second, s.third})
-        if (r >= 0) in.insert(r);
-      if (s.op == kNorm && s.second >= 0) out.insert(s.second);
-      if (s.op == kKvAppend || s.op == kAttention) out.insert(cache);
-      const auto meets = [](const std::set<int>& a, const std::set<int>& b) {
-        return std::any_of(a.begin(), a.end(), [&](int r) { return b.count(r) > 0; });
-      };
-      s.sync_before = meets(in, written) || meets(out, written) || meets(out, read);
-      if (s.sync_before) read.clear(), written.clear();
+      const Uses all = uses(s);
+      const std::set<int> in = shared(all.in), out = shared(all.out);
+      // The columns of a gate that is quantized by 32 are dealt out as the rows of the linears are:
+      // every thread finds its own.
+      std::set<int> foreign = in;
+      if (one && s.op == kGate && plan_.registers[size_t(s.dst)].group == 32)
+        for (int r : by_linear) foreign.erase(r);
+      s.*sync_before = meets(foreign, written) || meets(out, written) || meets(out, read);
+      if (s.*sync_before) read.clear(), written.clear(), by_linear.clear();
       read.insert(in.begin(), in.end());
       written.insert(out.begin(), out.end());
+      for (int r : out) {
+        if (s.op == kLinear) by_linear.insert(r);
+        else by_linear.erase(r);
+      }
     }
   }
 

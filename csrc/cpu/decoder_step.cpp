@@ -13,6 +13,12 @@ namespace qk {
 namespace {
 
 constexpr const char* kStep = "decoder_step";
+// Of the next weight, per thread, while it waits.
+constexpr int64_t kUpcomingBytes = 128 << 10;
+
+constexpr int64_t scale_bytes(Scale kind) {
+  return kind == Scale::f32 ? 4 : kind == Scale::f16 || kind == Scale::bf16 ? 2 : 1;
+}
 
 std::mutex g_plans_mutex;
 std::map<int64_t, std::shared_ptr<Plan>>& plans() {
@@ -43,7 +49,8 @@ int64_t decoder_plan(const std::vector<std::optional<Tensor>>& tensors,
           kPlan, "register ", i / 2, " needs a width from 1 to ", kMaxSize,
           " and a group of 0 or a multiple of 16 up to ", kMaxGroup, ", got ", registers[i],
           " and ", registers[i + 1]);
-    plan->registers.push_back(Register{registers[i], int(registers[i + 1]), false, {}, {}, {}, {}});
+    plan->registers.push_back(
+        Register{registers[i], int(registers[i + 1]), false, false, {}, {}, {}, {}});
   }
   Decoder(*plan, code, numbers).run();
   std::lock_guard<std::mutex> lock(g_plans_mutex);
@@ -99,6 +106,8 @@ struct Inputs {
   Ragged batch;
   LayeredPages pages;
   float* logits;  // [S, vocab]
+
+  bool one() const { return tokens == 1 && selected == 1; }
 };
 
 // Builds the argument structs of a step and hands them to `run(kernel args)`; used twice, to size
@@ -111,13 +120,36 @@ class Runner {
   int64_t rows(int r) const { return reg(r).selected ? in_.selected : in_.tokens; }
 
   int64_t scratch_bytes(const Step& s, int team) const {
-    if (s.op == kLinear) return layout::round_up(k_.linear_scratch(linear_args(s), team), 64);
+    if (s.op == kLinear) return layout::round_up(k_.linear_scratch(linear_args(s, 0), team), 64);
     if (s.op == kAttention)
-      return layout::round_up(k_.attention_scratch(attention_args(s), team), 64);
+      return layout::round_up(k_.attention_scratch(attention_args(s, 0), team), 64);
     return 0;
   }
 
-  void operator()(const Step& s, char* scratch, Team& team) {
+  // What a thread of a single token's step reads first of the linear step `s`: as much as fits its
+  // cache beside what it works on.
+  Upcoming first_lines(const Step& s, const Team& team) const {
+    const Weight& w = s.weight;
+    const Range halves = team.share((w.n + 31) / 32);  // as the kernel deals them out
+    const int64_t block = halves.begin / 2, blocks = (halves.end + 1) / 2 - block;
+    const int64_t units = w.kp / 16, groups = w.kp / w.group * 64;
+    const auto part = [&](const void* from, int64_t per_block, int64_t most) {
+      const char* at = static_cast<const char*>(from) + block * per_block;
+      return Upcoming::Part{from ? at : nullptr,
+                            from ? at + std::min(blocks * per_block, most) : nullptr};
+    };
+    const int64_t scale = scale_bytes(w.scale_kind);
+    return {
+        {part(w.codes, units * layout::unit_bytes(w.bits), kUpcomingBytes),
+         part(w.scale, groups * scale, kUpcomingBytes / 8),
+         part(w.zero, groups * (w.zero_kind == Zero::integer ? 1 : scale), kUpcomingBytes / 8)}};
+  }
+
+  void operator()(const Step& s, char* scratch, Team& all) {
+    const int rank = all.rank;
+    Team alone{0, 1, all.barrier};
+    Team& team = in_.one() && s.replicated ? alone : all;
+    const auto values = [&](int r) { return this->values(r, rank); };
     switch (s.op) {
       case kEmbed:
         return k_.embedding({in_.ids, s.weight, values(s.dst), Dtype::f32, in_.tokens, s.number},
@@ -129,11 +161,11 @@ class Runner {
         a.m = rows(s.src) * heads, a.k = width, a.x_stride = a.residual_stride = width;
         a.eps = s.number, a.center = s.center;
         if (s.second >= 0) a.residual = values(s.second), a.sum = values(s.second);
-        if (reg(s.dst).group) a.act = plan_.registers[size_t(s.dst)].act_out();
+        if (reg(s.dst).group) a.act = act_out(s.dst, rank);
         else a.y = values(s.dst);
         return k_.norm(a, team);
       }
-      case kLinear: return k_.linear(linear_args(s), scratch, team);
+      case kLinear: return k_.linear(linear_args(s, rank), scratch, team);
       case kKvAppend: {
         KvAppendArgs a{};
         a.q = values(s.src), a.k = values(s.second), a.v = values(s.third), a.q_out = values(s.dst),
@@ -144,14 +176,14 @@ class Runner {
         a.pages = pages(s.layer), a.batch = in_.batch;
         return k_.kv_append(a, team);
       }
-      case kAttention: return k_.attention(attention_args(s), scratch, team);
+      case kAttention: return k_.attention(attention_args(s, rank), scratch, team);
       case kGate: {
         GateArgs a{};
         a.gate = values(s.src), a.up = s.second >= 0 ? values(s.second) : nullptr,
         a.type = Dtype::f32;
         a.m = rows(s.src), a.k = a.gate_stride = a.up_stride = reg(s.src).width,
         a.activation = s.activation;
-        if (reg(s.dst).group) a.act = plan_.registers[size_t(s.dst)].act_out();
+        if (reg(s.dst).group) a.act = act_out(s.dst, rank);
         else a.y = values(s.dst);
         return k_.gate(a, team);
       }
@@ -164,7 +196,7 @@ class Runner {
       }
       case kQuantize:
         return k_.quantize_act({values(s.src), Dtype::f32, rows(s.src), reg(s.src).width,
-                                reg(s.src).width, plan_.registers[size_t(s.dst)].act_out()},
+                                reg(s.src).width, act_out(s.dst, rank)},
                                team);
       case kPermute: {
         const int64_t width = reg(s.src).width;
@@ -180,7 +212,16 @@ class Runner {
 
  private:
   const Register& reg(int r) const { return plan_.registers[size_t(r)]; }
-  float* values(int r) const { return plan_.registers[size_t(r)].values.data(); }
+  // Where the copy of a thread begins.
+  int64_t copy(int r, int rank) const {
+    return in_.one() && reg(r).replicated ? rank * reg(r).stride() : 0;
+  }
+  float* values(int r, int rank) const {
+    return plan_.registers[size_t(r)].values_at(copy(r, rank));
+  }
+  QuantActOut act_out(int r, int rank) const {
+    return plan_.registers[size_t(r)].act_at(copy(r, rank));
+  }
   KvPages pages(int64_t layer) const {
     KvPages p = in_.pages.first;
     p.k = static_cast<char*>(p.k) + layer * in_.pages.k_bytes;
@@ -191,20 +232,24 @@ class Runner {
     }
     return p;
   }
-  LinearArgs linear_args(const Step& s) const {
+  LinearArgs linear_args(const Step& s, int rank) const {
     LinearArgs a{};
     a.w = s.weight;
-    if (reg(s.src).group) a.act = reg(s.src).act();
-    else a.x = values(s.src), a.x_type = Dtype::f32, a.x_stride = reg(s.src).width;
+    if (reg(s.src).group) {
+      const QuantActOut act = act_out(s.src, rank);
+      a.act = {act.codes, act.scale, act.sums, act.kx, act.group};
+    } else {
+      a.x = values(s.src, rank), a.x_type = Dtype::f32, a.x_stride = reg(s.src).width;
+    }
     a.bias = s.bias, a.y_type = Dtype::f32, a.m = rows(s.src), a.y_stride = s.weight.n;
     const bool head = &s == &plan_.steps.back();
-    a.y = head ? in_.logits : values(s.dst);
+    a.y = head ? in_.logits : values(s.dst, rank);
     return a;
   }
-  AttentionArgs attention_args(const Step& s) const {
+  AttentionArgs attention_args(const Step& s, int rank) const {
     AttentionArgs a{};
-    a.q = values(s.src), a.out = values(s.dst), a.type = Dtype::f32, a.q_stride = s.heads * s.dim,
-    a.q_heads = s.heads;
+    a.q = values(s.src, rank), a.out = values(s.dst, rank), a.type = Dtype::f32,
+    a.q_stride = s.heads * s.dim, a.q_heads = s.heads;
     a.scale = s.number, a.causal = true, a.window = s.window, a.softcap = s.softcap;
     a.pages = pages(s.layer), a.batch = in_.batch;
     return a;
@@ -250,15 +295,19 @@ Tensor decoder_step(int64_t handle, const Tensor& ids, const Tensor& query_start
   const Tensor logits = torch::stable::new_empty(ids, {in.selected, vocab}, ScalarType::Float);
   in.logits = mutable_data<float>(logits);
   if (in.tokens == 0) return logits;
-  for (Register& r : plan->registers) r.reserve(r.selected ? in.selected : in.tokens);
-
   const int size = team_size();
+  for (Register& r : plan->registers)
+    r.reserve(r.selected ? in.selected : in.tokens, in.one() ? size : 1);
+
   Runner run(*plan, in, kernels());
+  const auto sync_before = [&](const Step& s) {
+    return in.one() ? s.sync_before_one : s.sync_before;
+  };
   // Steps between two barriers run side by side, so each has its own part of the scratch.
   std::vector<int64_t> offset(plan->steps.size());
   int64_t used = 0, most = 0;
   for (size_t i = 0; i < plan->steps.size(); i++) {
-    if (plan->steps[i].sync_before) used = 0;
+    if (sync_before(plan->steps[i])) used = 0;
     offset[i] = used;
     used += run.scratch_bytes(plan->steps[i], size);
     most = std::max(most, used);
@@ -266,9 +315,15 @@ Tensor decoder_step(int64_t handle, const Tensor& ids, const Tensor& query_start
   if (int64_t(plan->scratch.size()) < most + 64) plan->scratch.resize(size_t(most + 64));
   char* scratch = reinterpret_cast<char*>(
       layout::round_up(reinterpret_cast<intptr_t>(plan->scratch.data()), 64));
+  // The next linear step at or after each.
+  std::vector<const Step*> linear(plan->steps.size() + 1, nullptr);
+  for (size_t i = plan->steps.size(); i-- > 0;)
+    linear[i] = plan->steps[i].op == kLinear ? &plan->steps[i] : linear[i + 1];
   run_team(size, [&](Team& team) {
     for (size_t i = 0; i < plan->steps.size(); i++) {
-      if (plan->steps[i].sync_before) team.sync();
+      if (in.one() && linear[i] && (i == 0 || linear[i] != linear[i - 1]))
+        team.upcoming = run.first_lines(*linear[i], team);
+      if (sync_before(plan->steps[i])) team.sync();
       run(plan->steps[i], scratch + offset[i], team);
     }
   });

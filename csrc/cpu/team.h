@@ -24,10 +24,31 @@ struct alignas(64) Barrier {
   alignas(64) std::atomic<int64_t> next{0};  // for work handed out dynamically; reset by Team::sync
 };
 
+// Memory that a thread will read soon. It is asked for while the thread waits for others, when the
+// memory bus has nothing else to do.
+struct Upcoming {
+  struct Part {
+    const char *at, *end;
+  };
+  Part parts[3] = {};  // the codes of a weight, its scales, its zeros
+
+  // Asks for one more line; false when there is none.
+  bool step() {
+    for (Part& p : parts) {
+      if (p.at >= p.end) continue;
+      __builtin_prefetch(p.at, 0, 2);
+      p.at += 64;
+      return true;
+    }
+    return false;
+  }
+};
+
 struct Team {
   int rank;
   int size;
   Barrier* barrier;
+  Upcoming upcoming{};
 
   // The static share of this thread in `count` items, in whole multiples of `grain`.
   Range share(int64_t count, int64_t grain = 1) const {
@@ -49,6 +70,7 @@ struct Team {
     }
     for (int spins = 0; barrier->generation.load(std::memory_order_acquire) == generation;
          spins++) {
+      if (upcoming.step()) continue;
       if (spins < 2000) QK_PAUSE();
       else std::this_thread::yield();
     }
