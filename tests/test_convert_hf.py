@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 import warnings
@@ -370,12 +371,14 @@ def test_peak_from_meta_is_the_quantized_size_and_one_layer(tmp_path: Path) -> N
         text=True,
         check=False,
         timeout=600,
+        # Freed blocks go back at once: how many glibc keeps differs by 20 MB from run to run.
+        env={**os.environ, "MALLOC_MMAP_THRESHOLD_": str(2**20)},
     )
     assert run.returncode == 0, run.stderr
     found = json.loads(run.stdout.splitlines()[-1])
     largest = 4 * 2816 * 1024  # a layer in float32
     assert found["before"] > 270e6
     assert found["settled"] > 0.8 * found["packed"]
-    # One layer, read as floats; 24 MB for the buffers of its row blocks.
-    assert found["peak"] < found["packed"] + largest + 24e6
+    # One layer, read as floats; 8 MB for the buffers of its row blocks.
+    assert found["peak"] < found["packed"] + largest + 8e6
     assert found["peak"] < 0.35 * found["before"]
