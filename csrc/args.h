@@ -25,6 +25,10 @@ enum class Scale : int32_t {
   two_nibble,  // scale: uint8, low nibble the scale, high nibble the minimum (Q2_K); block_scale,
                // block_zero as above
 };
+// Bytes of a stored scale; minima have the same.
+constexpr int scale_size(Scale kind) {
+  return kind == Scale::f32 ? 4 : kind == Scale::f16 || kind == Scale::bf16 ? 2 : 1;
+}
 
 struct Weight {
   const uint8_t* codes;         // [Nb, Kp/16, 128 * bits] bytes, see layout.h; Nb = ceil(N / 64)

@@ -8,6 +8,7 @@
 #include "../check.h"
 #include "attention.h"
 #include "linear.h"
+#include "team.h"
 
 namespace qk {
 namespace {
@@ -41,9 +42,9 @@ struct Step {
   int64_t rope_positions = 0;
   int rotary_dim = 0;
   std::vector<int32_t> order;  // permute: the column of src that goes to each of dst
-  // The same for a step of many tokens and for one of a single token, where `replicated` steps are
-  // done by every thread for itself.
-  bool sync_before = false, sync_before_one = false, replicated = false;
+  bool replicated = false;     // with a single token, every thread does it for itself
+  bool sync_before[2] = {};    // [1]: with a single token
+  int next_linear = -1;        // the linear that follows, if this is the first step before it
 };
 
 struct Register {
@@ -101,8 +102,8 @@ class Decoder {
           "the head must read what select wrote: logits have a row per selected token");
     plan_.vocab = plan_.steps.back().weight.n;
     replicate();
-    place_barriers(false, &Step::sync_before);
-    place_barriers(true, &Step::sync_before_one);
+    for (bool one : {false, true}) place_barriers(one);
+    find_linears();
   }
 
  private:
@@ -362,7 +363,7 @@ class Decoder {
 
   // A barrier stands before a step that touches what another step since the last barrier wrote, or
   // writes what it read.
-  void place_barriers(bool one, bool Step::* sync_before) {
+  void place_barriers(bool one) {
     std::set<int> read, written, by_linear;
     const auto meets = [](const std::set<int>& a, const std::set<int>& b) {
       return std::any_of(a.begin(), a.end(), [&](int r) { return b.count(r) > 0; });
@@ -377,19 +378,28 @@ class Decoder {
     for (Step& s : plan_.steps) {
       const Uses all = uses(s);
       const std::set<int> in = shared(all.in), out = shared(all.out);
-      // The columns of a gate that is quantized by 32 are dealt out as the rows of the linears are:
-      // every thread finds its own.
+      // Such a gate's columns are dealt out as the rows of linears are (Team::share_rows): every
+      // thread finds its own.
       std::set<int> foreign = in;
-      if (one && s.op == kGate && plan_.registers[size_t(s.dst)].group == 32)
+      if (one && s.op == kGate && plan_.registers[size_t(s.dst)].group == kRowUnit)
         for (int r : by_linear) foreign.erase(r);
-      s.*sync_before = meets(foreign, written) || meets(out, written) || meets(out, read);
-      if (s.*sync_before) read.clear(), written.clear(), by_linear.clear();
+      s.sync_before[one] = meets(foreign, written) || meets(out, written) || meets(out, read);
+      if (s.sync_before[one]) read.clear(), written.clear(), by_linear.clear();
       read.insert(in.begin(), in.end());
       written.insert(out.begin(), out.end());
       for (int r : out) {
         if (s.op == kLinear) by_linear.insert(r);
         else by_linear.erase(r);
       }
+    }
+  }
+
+  void find_linears() {
+    int first = 0;  // the step after the last linear
+    for (int i = 0; i < int(plan_.steps.size()); i++) {
+      if (plan_.steps[size_t(i)].op != kLinear) continue;
+      plan_.steps[size_t(first)].next_linear = i;
+      first = i + 1;
     }
   }
 

@@ -16,10 +16,6 @@ constexpr const char* kStep = "decoder_step";
 // Of the next weight, per thread, while it waits.
 constexpr int64_t kUpcomingBytes = 128 << 10;
 
-constexpr int64_t scale_bytes(Scale kind) {
-  return kind == Scale::f32 ? 4 : kind == Scale::f16 || kind == Scale::bf16 ? 2 : 1;
-}
-
 std::mutex g_plans_mutex;
 std::map<int64_t, std::shared_ptr<Plan>>& plans() {
   static auto* all =
@@ -130,7 +126,7 @@ class Runner {
   // cache beside what it works on.
   Upcoming first_lines(const Step& s, const Team& team) const {
     const Weight& w = s.weight;
-    const Range halves = team.share((w.n + 31) / 32);  // as the kernel deals them out
+    const Range halves = team.share_rows(w.n);
     const int64_t block = halves.begin / 2, blocks = (halves.end + 1) / 2 - block;
     const int64_t units = w.kp / 16, groups = w.kp / w.group * 64;
     const auto part = [&](const void* from, int64_t per_block, int64_t most) {
@@ -138,7 +134,7 @@ class Runner {
       return Upcoming::Part{from ? at : nullptr,
                             from ? at + std::min(blocks * per_block, most) : nullptr};
     };
-    const int64_t scale = scale_bytes(w.scale_kind);
+    const int64_t scale = scale_size(w.scale_kind);
     return {
         {part(w.codes, units * layout::unit_bytes(w.bits), kUpcomingBytes),
          part(w.scale, groups * scale, kUpcomingBytes / 8),
@@ -300,14 +296,11 @@ Tensor decoder_step(int64_t handle, const Tensor& ids, const Tensor& query_start
     r.reserve(r.selected ? in.selected : in.tokens, in.one() ? size : 1);
 
   Runner run(*plan, in, kernels());
-  const auto sync_before = [&](const Step& s) {
-    return in.one() ? s.sync_before_one : s.sync_before;
-  };
   // Steps between two barriers run side by side, so each has its own part of the scratch.
   std::vector<int64_t> offset(plan->steps.size());
   int64_t used = 0, most = 0;
   for (size_t i = 0; i < plan->steps.size(); i++) {
-    if (sync_before(plan->steps[i])) used = 0;
+    if (plan->steps[i].sync_before[in.one()]) used = 0;
     offset[i] = used;
     used += run.scratch_bytes(plan->steps[i], size);
     most = std::max(most, used);
@@ -315,16 +308,13 @@ Tensor decoder_step(int64_t handle, const Tensor& ids, const Tensor& query_start
   if (int64_t(plan->scratch.size()) < most + 64) plan->scratch.resize(size_t(most + 64));
   char* scratch = reinterpret_cast<char*>(
       layout::round_up(reinterpret_cast<intptr_t>(plan->scratch.data()), 64));
-  // The next linear step at or after each.
-  std::vector<const Step*> linear(plan->steps.size() + 1, nullptr);
-  for (size_t i = plan->steps.size(); i-- > 0;)
-    linear[i] = plan->steps[i].op == kLinear ? &plan->steps[i] : linear[i + 1];
   run_team(size, [&](Team& team) {
     for (size_t i = 0; i < plan->steps.size(); i++) {
-      if (in.one() && linear[i] && (i == 0 || linear[i] != linear[i - 1]))
-        team.upcoming = run.first_lines(*linear[i], team);
-      if (sync_before(plan->steps[i])) team.sync();
-      run(plan->steps[i], scratch + offset[i], team);
+      const Step& s = plan->steps[i];
+      if (in.one() && s.next_linear >= 0)
+        team.upcoming = run.first_lines(plan->steps[size_t(s.next_linear)], team);
+      if (s.sync_before[in.one()]) team.sync();
+      run(s, scratch + offset[i], team);
     }
   });
   return logits;

@@ -18,6 +18,9 @@ struct Range {
   int64_t begin, end;
 };
 
+// Rows of a weight that threads are dealt at a time: half of a block of the layout.
+constexpr int64_t kRowUnit = 32;
+
 struct alignas(64) Barrier {
   std::atomic<int64_t> arrived{0};
   alignas(64) std::atomic<int64_t> generation{0};
@@ -57,6 +60,11 @@ struct Team {
     return {begin, end < count ? end : count};
   }
 
+  // The share in the n rows of a weight, in units of kRowUnit. A gate that is quantized by kRowUnit
+  // columns deals out the groups of a row by the same rule, so that a decode step needs no barrier
+  // between them (Decoder::place_barriers).
+  Range share_rows(int64_t n) const { return share((n + kRowUnit - 1) / kRowUnit); }
+
   // Waits for every thread of the team. Spins, then yields, so that a busy core does not stall the
   // others.
   void sync() {
@@ -68,10 +76,10 @@ struct Team {
       barrier->generation.store(generation + 1, std::memory_order_release);
       return;
     }
-    for (int spins = 0; barrier->generation.load(std::memory_order_acquire) == generation;
-         spins++) {
+    int spins = 0;
+    while (barrier->generation.load(std::memory_order_acquire) == generation) {
       if (upcoming.step()) continue;
-      if (spins < 2000) QK_PAUSE();
+      if (spins++ < 2000) QK_PAUSE();
       else std::this_thread::yield();
     }
   }

@@ -142,7 +142,7 @@ void float_block(const LinearArgs& a, const float* x, int64_t x_stride, int64_t 
 template <class C, Zero Z>
 void float_linear(const FloatProblem& p, Team& team) {
   const LinearArgs& a = p.args;
-  const Range halves = team.share((a.w.n + 31) / 32);
+  const Range halves = team.share_rows(a.w.n);
   for (int64_t half = halves.begin; half < halves.end;) {
     const int64_t block = half / 2;
     const int first = int(half % 2), last = half + 1 < halves.end ? 2 : first + 1;

@@ -157,7 +157,7 @@ void int8_rows(const Int8Problem& p, int64_t block, int first, int last, int64_t
 template <class C, Zero Z, int Units>
 void int8_linear(const Int8Problem& p, Team& team) {
   const LinearArgs& a = p.args;
-  const Range halves = team.share((a.w.n + 31) / 32);
+  const Range halves = team.share_rows(a.w.n);
   for (int64_t token = 0; token < a.m; token += kTokenBlock) {
     const int64_t end = token + kTokenBlock < a.m ? token + kTokenBlock : a.m;
     for (int64_t half = halves.begin; half < halves.end;) {

@@ -54,11 +54,6 @@ QK_INLINE VF e4m3_to_float(VI b) {
   return (VF)((magnitude == 0x7f ? splat_i(0x7fc00000) : bits) | (b & 0x80) << 24);
 }
 
-// Bytes of a stored scale.
-constexpr int scale_size(Scale kind) {
-  return kind == Scale::f32 ? 4 : kind == Scale::f16 || kind == Scale::bf16 ? 2 : 1;
-}
-
 // Scales and zeros of rows at .. at + W - 1 of one group; `at` and `block_at` index scale and
 // block_scale.
 struct GroupScale {
