@@ -1,0 +1,22 @@
+"""Benchmarks of the kernels: what `qkernels bench` runs (docs/benchmarking.md)."""
+
+from .cases import FULL, QUICK, STANDARD, Case, every_case, select
+from .check import CheckError
+from .inputs import Rotation
+from .run import measure, result, run
+from .timing import Effort
+
+__all__ = [
+    "FULL",
+    "QUICK",
+    "STANDARD",
+    "Case",
+    "CheckError",
+    "Effort",
+    "Rotation",
+    "every_case",
+    "measure",
+    "result",
+    "run",
+    "select",
+]
