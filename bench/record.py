@@ -1,4 +1,4 @@
-"""The files under bench/results: a measurement, and where it was made (qkernels/bench/machine.py)."""
+"""The files under bench/results: a measurement and, from qkernels/bench/machine.py, its place."""
 
 from __future__ import annotations
 

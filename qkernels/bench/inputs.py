@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -143,11 +143,9 @@ def _random_rows(spec: QuantSpec, n: int, k: int, seed: int) -> PlainWeight:
 def weight_copies(weight: PackedWeight, rotation: Rotation) -> list[PackedWeight]:
     """The weight and clones of it: caches tell addresses apart, not contents."""
     count = rotation.copies(weight.nbytes)
-    clones = [
-        replace(weight, **{name: t.clone() for name, t in weight.tensors().items()})
-        for _ in range(count - 1)
-    ]
-    return [weight, *clones]
+    tensors = weight.tensors()
+    clones = [{name: t.clone() for name, t in tensors.items()} for _ in range(count - 1)]
+    return [weight, *(PackedWeight(weight.spec, weight.n, weight.k, **own) for own in clones)]
 
 
 def float_copies(

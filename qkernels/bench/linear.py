@@ -20,7 +20,6 @@ from .check import U32, magnitude, require_close, some
 from .inputs import (
     Problem,
     Rotation,
-    TooLarge,
     activations,
     float_copies,
     random_bytes,
