@@ -4,11 +4,12 @@ from .cases import FULL, QUICK, STANDARD, Case, every_case, select
 from .check import CheckError
 from .inputs import Rotation
 from .run import measure, result, run
-from .timing import Effort
+from .timing import QUICK_EFFORT, Effort
 
 __all__ = [
     "FULL",
     "QUICK",
+    "QUICK_EFFORT",
     "STANDARD",
     "Case",
     "CheckError",

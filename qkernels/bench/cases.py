@@ -204,7 +204,7 @@ def select(
     found = [case for case in fits if case.tier <= tier]
     if not found:
         asked = f"kernel {kernel!r}, M {list(rows) or 'any'}, models {', '.join(chosen)}"
-        more = f"; {len(fits)} of all cases do" if fits else f"; M may be {list(ROWS)}"
+        more = f"; {len(fits)} of the FULL tier do (--all)" if fits else f"; M may be {list(ROWS)}"
         raise ValueError(f"no case of this selection fits {asked}{more}")
     return found
 

@@ -25,7 +25,7 @@ class Effort:
             raise ValueError(f"a median needs at least 5 rounds, got {self.rounds}")
 
 
-QUICK = Effort(rounds=5, seconds=0.01)
+QUICK_EFFORT = Effort(rounds=5, seconds=0.01)
 
 
 class Timer:
