@@ -3,7 +3,7 @@
 from .cases import FULL, QUICK, STANDARD, Case, every_case, select
 from .check import CheckError
 from .inputs import Rotation
-from .run import measure, result, run
+from .suite import measure, result, run
 from .timing import QUICK_EFFORT, Effort
 
 __all__ = [

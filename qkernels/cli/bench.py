@@ -31,7 +31,7 @@ def run(options: BenchOptions) -> None:
 
     from qkernels import bench
     from qkernels.bench import files, plots
-    from qkernels.bench.run import busy
+    from qkernels.bench.suite import busy
 
     tier = bench.QUICK if options.quick else bench.FULL if options.every else bench.STANDARD
     with bad_input(ValueError):
