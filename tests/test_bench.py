@@ -16,7 +16,18 @@ import torch
 from torch import Tensor
 
 from qkernels import bench
-from qkernels.bench import attention, ceilings, check, files, inputs, linear, machine, norm, plots
+from qkernels.bench import (
+    attention,
+    ceilings,
+    check,
+    files,
+    inputs,
+    linear,
+    machine,
+    norm,
+    plots,
+    suite,
+)
 from qkernels.bench.cases import (
     CONTEXTS,
     GROUPS,
@@ -342,6 +353,12 @@ def test_roofline(tiny_result: dict[str, Any], tmp_path: Path) -> None:
 # the command
 
 
+class FakeCeilings:
+    def to_dict(self) -> dict[str, Any]:
+        names = ("read_gb_per_s", "int8_gops", "float32_gops")
+        return {name: machine.summary([20.0]) for name in names}
+
+
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, tiny_result: dict[str, Any]) -> Callable[..., Any]:
     """The command, whose measurement is the tiny one."""
@@ -350,7 +367,8 @@ def run(monkeypatch: pytest.MonkeyPatch, tiny_result: dict[str, Any]) -> Callabl
 
     from qkernels.cli.app import app
 
-    monkeypatch.setattr(bench, "run", lambda cases, effort, progress: tiny_result)
+    monkeypatch.setattr(suite, "Ceilings", FakeCeilings)
+    monkeypatch.setattr(suite, "rows_of", lambda *args: iter(tiny_result["rows"]))
     return lambda *words: CliRunner().invoke(app, ["bench", *map(str, words)])
 
 
@@ -370,6 +388,27 @@ def test_command_lists_the_cases(run: Callable[..., Any]) -> None:
         "layer_norm Gemma-3-270M [512, 640] M=512",
         "layer_norm Gemma-3-270M [512, 640] to int8 M=512",
     ]
+
+
+@pytest.mark.parametrize("error, code", [(KeyboardInterrupt(), 130), (bench.CheckError("x"), 1)])
+def test_what_was_measured_before_the_end_is_written(
+    run: Callable[..., Any],
+    tiny_result: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    error: BaseException,
+    code: int,
+) -> None:
+    def rows(*args: Any) -> Any:
+        yield tiny_result["rows"][0]
+        raise error
+
+    monkeypatch.setattr(suite, "rows_of", rows)
+    result = run("--quick", "--json", tmp_path / "r.json")
+    assert result.exit_code == code
+    assert "stopped after 1 of " in result.stderr
+    (row,) = json.loads((tmp_path / "r.json").read_text())["rows"]
+    assert row["name"] == TINY[0].name
 
 
 @pytest.mark.parametrize(

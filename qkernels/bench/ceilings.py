@@ -11,7 +11,8 @@ import torch
 from .machine import best_read, last_level_cache, summary
 
 PEAKS = ("int8", "float32")
-_READ_BYTES = 256 << 20  # or eight times the last-level cache
+# Four times the last-level cache, but at least the first and at most the second.
+_READ_BYTES = 256 << 20, 1 << 30
 _PEAK_SECONDS = 2e-3
 
 
@@ -28,7 +29,8 @@ class Ceilings:
     peak: dict[str, list[float]] = field(default_factory=lambda: {name: [] for name in PEAKS})
 
     def __post_init__(self) -> None:
-        nbytes = max(_READ_BYTES, 8 * last_level_cache())
+        least, most = _READ_BYTES
+        nbytes = min(max(least, 4 * last_level_cache()), most)
         self._array = torch.ones(nbytes // 8, dtype=torch.int64)
         self._steps = {kind: _steps(kind) for kind in PEAKS}
 

@@ -108,19 +108,15 @@ def _int4_misfit(case: LinearCase) -> str | None:
 
 
 def _int4(case: LinearCase, x: Tensor, rotation: Rotation) -> Callable[[int], Any]:
-    """Activations are bfloat16; two codes lie in a byte, so that any bytes are a weight."""
+    """Activations are bfloat16; two codes lie in a byte, so that any bytes are a weight. Scales and
+    zeros: [K / group, N, 2]."""
     group = case.spec.group_size
-    scales = random_floats_pair(case.k // group, case.n)
+    scales = torch.full((case.k // group, case.n, 2), 0.01, dtype=torch.bfloat16)
     copies = _byte_copies(case.n, case.k // 2, rotation)
     x = x.bfloat16()
     return turns(
         [(x, w, group, scales.clone()) for w in copies], torch.ops.aten._weight_int4pack_mm_for_cpu
     )
-
-
-def random_floats_pair(groups: int, n: int) -> Tensor:
-    """[groups, n, 2] bfloat16: scale and zero of torch's int4 weights."""
-    return torch.full((groups, n, 2), 0.01, dtype=torch.bfloat16)
 
 
 def _int8(case: LinearCase, x: Tensor, rotation: Rotation) -> Callable[[int], Any]:

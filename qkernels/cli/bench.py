@@ -30,8 +30,7 @@ def run(options: BenchOptions) -> None:
     import torch
 
     from qkernels import bench
-    from qkernels.bench import files, plots
-    from qkernels.bench.suite import busy
+    from qkernels.bench import files, plots, suite
 
     tier = bench.QUICK if options.quick else bench.FULL if options.every else bench.STANDARD
     with bad_input(ValueError):
@@ -48,12 +47,22 @@ def run(options: BenchOptions) -> None:
             plots.require_matplotlib()
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    if (reason := busy()) is not None:
+    if (reason := suite.busy()) is not None:
         warn(f"{reason}: what is measured now will be slower and more scattered")
     effort = bench.QUICK_EFFORT if options.quick else bench.Effort()
     note(f"{len(cases)} cases, {effort.rounds} rounds each, {torch.get_num_threads()} threads")
-    with bar("measuring") as progress:
-        result = bench.run(cases, effort, progress=progress)
+    rows, ceilings = [], suite.Ceilings()
+    stopped: BaseException | None = None
+    try:
+        with bar("measuring") as progress:
+            rotation = suite.default_rotation()
+            for row in suite.rows_of(cases, effort, rotation, ceilings, progress):
+                rows.append(row)
+    except (KeyboardInterrupt, bench.CheckError) as error:  # what was measured is not lost
+        if not rows:
+            raise
+        stopped = error
+    result = bench.result(rows, ceilings, effort)
     answer.write(f"{files.table(result)}\n")
     answer.end()
     note(files.machine_text(result))
@@ -66,6 +75,9 @@ def run(options: BenchOptions) -> None:
     if options.plots is not None:
         for path in plots.write_plots(result, options.plots):
             note(f"wrote {path}")
+    if stopped is not None:
+        warn(f"stopped after {len(rows)} of {len(cases)} cases")
+        raise stopped
 
 
 def _check_outputs(options: BenchOptions) -> None:

@@ -9,10 +9,11 @@ namespace {
 // AVX2 has 16 registers for them and their operands.
 constexpr int kChains = 12;
 
-// v as if something else had just written it: its products are computed again, not hoisted.
+// v as if something else had just written it: its products are computed again, not hoisted. In a
+// register, where the set has one so wide: the emulated AVX-512 does not.
 template <class V>
 QK_INLINE void renew(V& v) {
-#if defined(__x86_64__)
+#if defined(__x86_64__) && !defined(QK_EMULATE_AVX512)
   asm volatile("" : "+x"(v));
 #else
   asm volatile("" : "+m"(v));
