@@ -219,6 +219,33 @@ def quality(results: list[Result]) -> str:
     return "\n\n".join([*parts, notes])
 
 
+def _kernel_ratio(row: Result) -> str:
+    parts = []
+    for name, found in row["baselines"].items():
+        slower = "" if found["ratio"] >= 1 else " (slower)"
+        parts.append(f"{found['ratio']:.2f}x {name.removeprefix('torch_')}{slower}")
+    return ", ".join(parts) or "-"
+
+
+def kernels(results: list[Result]) -> str:
+    """Every kernel that was measured: time, rate, share of the ceiling, against torch."""
+    rows, notes = [], []
+    for result in results:
+        for row in result["rows"]:
+            memory = row["bound"] == "memory"
+            rate = f"{row['gb_per_s']:.1f} GB/s" if memory else f"{row['gops']:.0f} GOPS"
+            percent = f"{row['percent_of_ceiling']:.0f}% of {row['bound']}"
+            rows.append([row["name"], spread(row["us"]), rate, percent, _kernel_ratio(row)])
+        top = result["ceilings"]
+        notes.append(
+            f"Ceilings in the same run: read {top['read_gb_per_s']['median']:.1f} GB/s, int8 "
+            f"{top['int8_gops']['median']:.0f} GOPS, float32 {top['float32_gops']['median']:.0f} "
+            f"GOPS. {machine(result)}"
+        )
+    head = ["kernel", "us", "rate", "of the ceiling", "against torch"]
+    return table(head, rows) + "\n\n" + "\n".join(notes)
+
+
 KINDS: dict[str, Callable[[list[Result]], str]] = {
     "peer": peer,
     "decoder": decoder,
@@ -226,6 +253,7 @@ KINDS: dict[str, Callable[[list[Result]], str]] = {
     "accuracy": accuracy,
     "quality": quality,
     "transformers": transformers,
+    "kernels": kernels,
 }
 NOT_MEASURED = "*Not measured yet.*"
 

@@ -12,6 +12,8 @@ from .ops.registry import define
 define("set_cpu_isa", "(str name) -> str", fake=None)
 define("cpu_isa", "() -> str", fake=None)
 define("cpu_isas", "() -> str", fake=None)
+# Operations done on registers in `steps` rounds, for the ceilings of benchmarks: csrc/cpu/peak.cpp.
+define("cpu_peak", "(str kind, int steps) -> int", fake=None)
 
 HERE = Path(__file__).resolve().parent
 MINIMUM_TORCH = (2, 11)

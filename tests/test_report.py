@@ -91,6 +91,35 @@ def test_every_kind_makes_a_table() -> None:
     assert "| 47.000 | +0.22% |" in sections["accuracy"]
 
 
+def kernel_row(name: str, bound: str, **ratios: float) -> dict[str, object]:
+    return {
+        "name": name,
+        "us": sample(50.0),
+        "gb_per_s": 12.34,
+        "gops": 456.7,
+        "bound": bound,
+        "percent_of_ceiling": 61.5,
+        "baselines": {k: {"us": sample(50 * v), "ratio": v} for k, v in ratios.items()},
+    }
+
+
+def test_kernels_keep_every_row_and_mark_the_slower_ones() -> None:
+    top = {"read_gb_per_s": sample(20.0), "int8_gops": sample(600.0), "float32_gops": sample(200.0)}
+    rows = [
+        kernel_row("linear a", "memory", torch_bfloat16=4.0, torch_int4pack=0.5),
+        kernel_row("linear b", "compute", torch_int_mm=1.0),
+        kernel_row("alone", "memory"),
+    ]
+    text = report.kernels([{**PLACE, "ceilings": top, "rows": rows}])
+    time = "50.0 (49.0 to 51.0)"
+    share = "62% of memory"
+    ratios = "4.00x bfloat16, 0.50x int4pack (slower)"
+    assert f"| linear a | {time} | 12.3 GB/s | {share} | {ratios} |" in text
+    assert f"| linear b | {time} | 457 GOPS | 62% of compute | 1.00x int_mm |" in text
+    assert f"| alone | {time} | 12.3 GB/s | {share} | - |" in text
+    assert "read 20.0 GB/s, int8 600 GOPS, float32 200 GOPS. Some CPU" in text
+
+
 def test_a_missing_marker_is_an_error() -> None:
     with pytest.raises(ValueError, match="bench:peer:begin"):
         report.fill("nothing", {"peer": "x"})

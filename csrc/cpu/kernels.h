@@ -26,6 +26,9 @@ struct Kernels {
   void (*attention_dense)(const DenseAttentionArgs&, void* scratch, Team&);
   int64_t (*attention_dense_scratch)(const DenseAttentionArgs&, int team);
   void (*sample)(const SampleArgs&, Team&);
+  // Operations that the calling thread did in `steps` rounds of a loop on registers alone.
+  int64_t (*peak_int8)(int64_t steps);
+  int64_t (*peak_float32)(int64_t steps);
 };
 
 namespace scalar {

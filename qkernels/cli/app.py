@@ -405,3 +405,66 @@ def quantize(
             threads,
         )
     )
+
+
+@app.command()
+def bench(
+    quick: Annotated[
+        bool, typer.Option("--quick", help="A look at one model, in about a minute.")
+    ] = False,
+    every: Annotated[
+        bool, typer.Option("--all", help="Every width, group, zero and shape: many hours.")
+    ] = False,
+    model: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--model",
+            metavar="NAME",
+            help="Shapes of SmolLM2-135M (the default of --quick), Gemma-3-270M, Llama-3.2-1B or "
+            "Llama-3.1-8B; may be repeated. Default: all.",
+        ),
+    ] = None,
+    kernel: Annotated[
+        str | None,
+        typer.Option(
+            "--kernel",
+            metavar="REGEX",
+            help='Cases whose names have this in them, such as "linear.* W4 g32" (--list shows '
+            "the names).",
+        ),
+    ] = None,
+    m: Annotated[
+        list[int] | None,
+        typer.Option("--m", min=1, help="Rows of activations (tokens); may be repeated."),
+    ] = None,
+    threads: Threads = None,
+    json: Annotated[Path | None, typer.Option("--json", help="File for the results.")] = None,
+    csv: Annotated[Path | None, typer.Option("--csv", help="The same as a table.")] = None,
+    plots: Annotated[
+        Path | None,
+        typer.Option("--plots", metavar="DIR", help="Directory for plots; needs matplotlib."),
+    ] = None,
+    list_only: Annotated[
+        bool, typer.Option("--list", help="Show the names of the cases and measure nothing.")
+    ] = False,
+    debug: Debug = False,
+) -> None:
+    """Measure the kernels on this machine, against torch and against what the machine allows. Each
+    is compared with the reference first, and a wrong result is an error.
+    """
+    from .bench import BenchOptions, run
+
+    run(
+        BenchOptions(
+            quick,
+            every,
+            tuple(model or ()),
+            kernel,
+            tuple(m or ()),
+            threads,
+            json,
+            csv,
+            plots,
+            list_only,
+        )
+    )

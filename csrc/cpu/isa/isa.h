@@ -34,5 +34,7 @@ int64_t attention_scratch(const AttentionArgs&, int team);
 void attention_dense(const DenseAttentionArgs&, void* scratch, Team&);
 int64_t attention_dense_scratch(const DenseAttentionArgs&, int team);
 void sample(const SampleArgs&, Team&);
+int64_t peak_int8(int64_t steps);
+int64_t peak_float32(int64_t steps);
 
 }  // namespace qk::QK_ISA

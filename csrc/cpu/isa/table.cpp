@@ -22,6 +22,8 @@ extern const Kernels table = {
     attention_dense,
     attention_dense_scratch,
     sample,
+    peak_int8,
+    peak_float32,
 };
 
 }  // namespace qk::QK_ISA

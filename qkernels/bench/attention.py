@@ -1,0 +1,114 @@
+"""Attention over the paged KV cache, beside torch's scaled_dot_product_attention."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..backends import select
+from ..cache import KV_DTYPES, LayerCache, token_bytes
+from ..reference.attention import attend, read_pages
+from .cases import AttentionCase
+from .check import U32, require_close, some
+from .inputs import Problem, Rotation, random_bytes, random_floats, turns
+from .shapes import MODELS
+
+SDPA = "torch_sdpa"
+PAGE = 64
+_CHECKED_TOKENS = 3
+
+
+def build(case: AttentionCase, rotation: Rotation) -> Problem:
+    """One sequence; each copy is pages of its own in one pool."""
+    model, kind = MODELS[case.model], KV_DTYPES[case.kv_dtype]
+    heads, dim = model.kv_heads, model.head_dim
+    pages = -(-case.context // PAGE)
+    per_token = token_bytes(case.kv_dtype, heads, dim)
+    count = rotation.copies(pages * PAGE * per_token)
+    pool = _pool(case.kv_dtype, count * pages, heads, dim)
+    q = random_floats((case.m, model.q_heads, dim), torch.float32)
+    ints = torch.int32
+    start = torch.tensor([0, case.m], dtype=ints)
+    length = torch.tensor([case.context], dtype=ints)
+    tables = torch.arange(count * pages, dtype=ints).view(count, 1, pages)
+    scale = dim**-0.5
+    op = select("attention", q.device)
+    args = [(q, start, length, table, *pool, scale, True, 0, 0.0) for table in tables]
+    earlier = case.context - case.m
+    pairs = case.m * earlier + case.m * (case.m + 1) // 2
+    problem = Problem(
+        turns(args, op),
+        lambda: _check(case, op(*args[-1]), q, tables[-1, 0], pool),
+        nbytes=per_token * case.context,
+        ops=4.0 * pairs * model.q_heads * dim,
+        peak="int8" if kind.scaled else "float32",
+        rotated=count * pages * PAGE * per_token,
+    )
+    problem.add_baseline(SDPA, lambda: _sdpa(case, q, rotation))
+    return problem
+
+
+def _pool(kv_dtype: str, pages: int, heads: int, dim: int) -> LayerCache:
+    kind = KV_DTYPES[kv_dtype]
+    if not kind.scaled:
+        shape = (2, pages, heads, PAGE, dim)
+        k, v = random_floats(shape, kind.torch_dtype)
+        return LayerCache(k, v, None, None)
+    shape = (2, pages, heads, PAGE, dim * kind.bits // 8)
+    k, v = random_bytes(2 * pages * heads * PAGE * shape[-1]).view(shape)
+    levels = 2**kind.bits
+    scales = torch.empty(2, pages, heads, 2, PAGE, dtype=torch.float16)
+    scales[..., 0, :] = 4.0 / levels  # values from -2 to 2
+    scales[..., 1, :] = levels // 2
+    return LayerCache(k, v, *scales)
+
+
+def _check(case: AttentionCase, out: Tensor, q: Tensor, table: Tensor, pool: LayerCache) -> None:
+    """Some tokens against the reference, all heads.
+
+    A score is a sum of D products and an output one of `context`. Rounding errors of a sum of n
+    terms grow like a random walk, with sqrt(n); four times that is the bound. An error d of the
+    scores moves an output by up to 2 d max|v|. Integer pages sum codes and zero points apart, each
+    twice as large as the values.
+    """
+    dim, length = q.shape[2], case.context
+    k = read_pages(pool.k_pages, pool.k_scale, table, length, dim)
+    v = read_pages(pool.v_pages, pool.v_scale, table, length, dim)
+    wide = 1.0 if pool.k_scale is None else 2.0
+    for token in some(case.m, _CHECKED_TOKENS):
+        seen = length - case.m + token + 1
+        one = q[token : token + 1]
+        want = attend(one, k[:seen], v[:seen], dim**-0.5, True, 0, 0.0)
+        terms = dim**-0.5 * one.abs().sum(-1).max() * wide * k.abs().max()
+        score = 4 * U32 * dim**0.5 * terms
+        bound = (2 * score + 4 * U32 * (4 + seen**0.5)) * wide * v.abs().max()
+        what = f"{case.name}, token {token}"
+        require_close(what, out[token : token + 1], want, bound.expand_as(want))
+
+
+def _sdpa(case: AttentionCase, q: Tensor, rotation: Rotation) -> Callable[[int], Any]:
+    """Dense keys and values of one sequence, of the cache's float dtype, or bfloat16 where the
+    cache has integers."""
+    model, kind = MODELS[case.model], KV_DTYPES[case.kv_dtype]
+    dtype = torch.bfloat16 if kind.scaled else kind.torch_dtype
+    shape = (2, 1, model.kv_heads, case.context, model.head_dim)
+    nbytes = 2 * case.context * model.kv_heads * model.head_dim * dtype.itemsize
+    copies = random_floats((rotation.copies(nbytes), *shape), dtype).unbind()
+    query = q.to(dtype).transpose(0, 1)[None].contiguous()
+    causal = case.m == case.context
+    mask = None
+    if 1 < case.m < case.context:  # is_causal would align the corner of the first query and key
+        mask = torch.ones(case.m, case.context, dtype=torch.bool)
+        mask = mask.tril(case.context - case.m)
+    grouped = model.q_heads != model.kv_heads
+
+    def attention(k: Tensor, v: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(
+            query, k, v, attn_mask=mask, is_causal=causal, enable_gqa=grouped
+        )
+
+    return turns([tuple(kv.unbind()) for kv in copies], attention)

@@ -1,0 +1,63 @@
+"""What the machine can do at best, measured again and again in the same run as the kernels."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from .machine import best_read, last_level_cache, summary
+
+PEAKS = ("int8", "float32")
+# Four times the last-level cache, but at least the first and at most the second.
+_READ_BYTES = 256 << 20, 1 << 30
+_PEAK_SECONDS = 2e-3
+
+
+@dataclass
+class Ceilings:
+    """Samples of read bandwidth (GB/s) and of the peaks (GOPS), with torch's threads.
+
+    Read bandwidth: the better of two streaming reductions over an array far larger than the caches.
+    Peaks: multiply-adds on registers alone, with the instructions that the kernels in use multiply
+    with (csrc/cpu/isa/peak.cpp); two operations each.
+    """
+
+    read: list[float] = field(default_factory=list)
+    peak: dict[str, list[float]] = field(default_factory=lambda: {name: [] for name in PEAKS})
+
+    def __post_init__(self) -> None:
+        least, most = _READ_BYTES
+        nbytes = min(max(least, 4 * last_level_cache()), most)
+        self._array = torch.ones(nbytes // 8, dtype=torch.int64)
+        self._steps = {kind: _steps(kind) for kind in PEAKS}
+
+    def measure(self) -> None:
+        """Adds one sample of each, the best of two tries."""
+        self.read.append(best_read(self._array, repeats=2))
+        for kind in PEAKS:
+            self.peak[kind].append(max(_peak(kind, self._steps[kind]) for _ in range(2)))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Medians and spread."""
+        peaks = {f"{kind}_gops": summary(samples) for kind, samples in self.peak.items()}
+        return {"read_gb_per_s": summary(self.read), **peaks}
+
+
+def _peak(kind: str, steps: int) -> float:
+    start = time.perf_counter()
+    done = torch.ops.qkernels.cpu_peak(kind, steps)
+    return done / (time.perf_counter() - start) / 1e9
+
+
+def _steps(kind: str) -> int:
+    """Steps that take about _PEAK_SECONDS."""
+    steps = 1000
+    while True:
+        start = time.perf_counter()
+        torch.ops.qkernels.cpu_peak(kind, steps)
+        if time.perf_counter() - start >= _PEAK_SECONDS:
+            return steps
+        steps *= 2

@@ -1,0 +1,136 @@
+"""Linear layers over packed weights, beside torch's bfloat16, int4 and int8 ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..backends import select
+from ..ops.linear import default_act_group
+from ..quant.layout import UNIT_ROWS
+from ..quant.weight import PackedWeight
+from ..reference import linear as reference_linear
+from ..reference import quantize_act
+from .cases import LinearCase
+from .check import U32, magnitude, require_close, some
+from .inputs import (
+    Problem,
+    Rotation,
+    activations,
+    float_copies,
+    random_bytes,
+    random_weight,
+    turns,
+    weight_copies,
+)
+
+BFLOAT16, INT4, INT8, INT_MM = "torch_bfloat16", "torch_int4pack", "torch_int8pack", "torch_int_mm"
+_CHECKED_ROWS = 4  # of x
+_CHECKED_BLOCKS = 2  # of 64 rows of the weight
+
+
+def build(case: LinearCase, rotation: Rotation) -> Problem:
+    weight = random_weight(case.spec, case.n, case.k)
+    copies = weight_copies(weight, rotation)
+    x = activations(case.m, case.k)
+    act_group = default_act_group(weight) if case.act == "int8" else 0
+    op = select(
+        "linear", x.device, weight=weight.kind, act=case.act, group=weight.group,
+        act_group=act_group,
+    )  # fmt: skip
+    args = [(x, *copy.op_args(), None, case.act, act_group) for copy in copies]
+    problem = Problem(
+        turns(args, op),
+        lambda: _check(case, op(*args[-1]), x, weight, act_group),
+        nbytes=case.n * case.k * case.spec.bits_per_weight / 8,
+        ops=2.0 * case.m * case.n * case.k,
+        peak="int8" if case.act == "int8" else "float32",
+        rotated=len(copies) * weight.nbytes,
+    )
+    problem.add_baseline(BFLOAT16, lambda: _bfloat16(case, x, rotation))
+    if case.spec.bits == 4:
+        if reason := _int4_misfit(case):
+            problem.left_out[INT4] = reason
+        else:
+            problem.add_baseline(INT4, lambda: _int4(case, x, rotation))
+    if case.spec.bits == 8:
+        if case.act == "int8":
+            problem.add_baseline(INT_MM, lambda: _int_mm(case, x, rotation))
+        else:
+            problem.add_baseline(INT8, lambda: _int8(case, x, rotation))
+    return problem
+
+
+def _check(case: LinearCase, y: Tensor, x: Tensor, weight: PackedWeight, act_group: int) -> None:
+    """Some rows of x times some blocks of the weight; all of it where that is little.
+
+    Kernel and reference each sum K products in float32, which may be off by (K + 8) u of the sum of
+    their magnitudes.
+    """
+    whole = case.m * case.n * case.k <= 1 << 24
+    rows = some(case.m, case.m if whole else _CHECKED_ROWS)
+    blocks = -(-case.n // UNIT_ROWS)
+    part = x[rows]
+    size = part.abs()
+    if case.act == "int8":
+        codes, scale, _ = quantize_act(part, act_group)
+        size = codes.float().abs() * scale.repeat_interleave(act_group, dim=1)
+    for block in some(blocks, blocks if whole else _CHECKED_BLOCKS):
+        start, stop = block * UNIT_ROWS, min(case.n, (block + 1) * UNIT_ROWS)
+        cut = weight.slice_rows(start, stop)
+        want = reference_linear(part, *cut.op_args(), None, case.act, act_group)
+        bound = 2 * (case.k + 8) * U32 * (size[:, : case.k] @ magnitude(cut.unpack()).T)
+        require_close(f"{case.name}, rows {start} to {stop}", y[rows, start:stop], want, bound)
+
+
+def _bfloat16(case: LinearCase, x: Tensor, rotation: Rotation) -> Callable[[int], Any]:
+    x = x.bfloat16()
+    copies = float_copies((case.n, case.k), torch.bfloat16, rotation)
+    return turns([(x, w) for w in copies], F.linear)
+
+
+def _byte_copies(rows: int, columns: int, rotation: Rotation) -> tuple[Tensor, ...]:
+    count = rotation.copies(rows * columns)
+    return random_bytes(count * rows * columns).view(count, rows, columns).unbind()
+
+
+def _int4_misfit(case: LinearCase) -> str | None:
+    """Why torch's int4 product cannot have this shape."""
+    if case.spec.group_size not in (32, 64, 128, 256):
+        return f"has groups of 32, 64, 128 and 256, not {case.spec.group_size}"
+    if case.k % case.spec.group_size or case.n % 16:
+        return f"needs whole groups and N a multiple of 16, not [{case.n}, {case.k}]"
+    return None
+
+
+def _int4(case: LinearCase, x: Tensor, rotation: Rotation) -> Callable[[int], Any]:
+    """Activations are bfloat16; two codes lie in a byte, so that any bytes are a weight. Scales and
+    zeros: [K / group, N, 2]."""
+    group = case.spec.group_size
+    scales = torch.full((case.k // group, case.n, 2), 0.01, dtype=torch.bfloat16)
+    copies = _byte_copies(case.n, case.k // 2, rotation)
+    x = x.bfloat16()
+    return turns(
+        [(x, w, group, scales.clone()) for w in copies], torch.ops.aten._weight_int4pack_mm_for_cpu
+    )
+
+
+def _int8(case: LinearCase, x: Tensor, rotation: Rotation) -> Callable[[int], Any]:
+    """A bfloat16 scale per row; activations are bfloat16."""
+    scales = torch.full((case.n,), 0.01, dtype=torch.bfloat16)
+    x = x.bfloat16()
+    copies = _byte_copies(case.n, case.k, rotation)
+    return turns(
+        [(x, w.view(torch.int8), scales) for w in copies], torch.ops.aten._weight_int8pack_mm
+    )
+
+
+def _int_mm(case: LinearCase, x: Tensor, rotation: Rotation) -> Callable[[int], Any]:
+    """int8 times int8 to int32 alone: neither quantizing activations nor scaling is in it."""
+    codes = x.clamp(-127, 127).to(torch.int8)
+    copies = _byte_copies(case.n, case.k, rotation)
+    return turns([(codes, w.view(torch.int8).t()) for w in copies], torch._int_mm)

@@ -1,0 +1,78 @@
+"""RMSNorm and LayerNorm, beside torch's."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..backends import select
+from ..reference import norm as reference_norm
+from ..reference import quantize_act
+from .cases import NormCase
+from .check import U32, CheckError, require_close
+from .inputs import Problem, Rotation, random_floats, turns
+
+EPS = 1e-6
+ACT_GROUP = 32
+_MOST_COPIES = 1 << 16  # of one row: as many as 64 MB of the shortest rows hold
+
+
+def build(case: NormCase, rotation: Rotation) -> Problem:
+    nbytes = 4 * case.m * case.k
+    count = min(rotation.copies(nbytes), _MOST_COPIES)
+    rows = random_floats((count, case.m, case.k), torch.float32)
+    rows[:, :, ::37] *= 8
+    copies = rows.unbind()
+    weight = random_floats((case.k,), torch.float32) + 1
+    bias = random_floats((case.k,), torch.float32) if case.center else None
+    tail: tuple[Any, ...] = (weight, bias, EPS, case.center)
+    stem = "norm"
+    if case.quantized:
+        stem, tail = "norm_quant", (*tail, ACT_GROUP)
+    op = select(stem, rows.device)
+    written = nbytes // 4 + nbytes // ACT_GROUP + case.m * case.k // 8  # codes, scales, sums
+    problem = Problem(
+        turns([(x, *tail) for x in copies], op),
+        lambda: _check(case, op(copies[-1], *tail), copies[-1], weight, bias),
+        nbytes=nbytes + (written if case.quantized else nbytes),
+        ops=(8.0 if case.center else 4.0) * case.m * case.k,
+        peak="float32",
+        rotated=count * nbytes,
+    )
+    shape = [case.k]
+    if case.center:
+        torch_args = [(x, shape, weight, bias, EPS) for x in copies]
+        problem.baselines["torch_layer_norm"] = turns(torch_args, F.layer_norm)
+    else:
+        problem.baselines["torch_rms_norm"] = turns(
+            [(x, shape, weight, EPS) for x in copies], F.rms_norm
+        )
+    return problem
+
+
+def _check(case: NormCase, got: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """The statistics are sums of K terms in float32, each off by at most (K + 8) u, in the kernel
+    and in the reference. Codes of int8 may differ by one where a value lies at a tie."""
+    want = reference_norm(x, weight, bias, EPS, case.center)
+    size = want.abs()
+    if bias is not None:
+        centred = x - x.mean(dim=1, keepdim=True)
+        rstd = torch.rsqrt(centred.square().mean(dim=1, keepdim=True) + EPS)
+        size = size + 2 * bias.abs() + rstd * weight.abs() * x.abs().mean(dim=1, keepdim=True)
+    bound = 2 * (case.k + 8) * U32 * size
+    if not case.quantized:
+        require_close(case.name, got, want, bound)
+        return
+    codes, scale, sums = got
+    _, expected, _ = quantize_act(want, ACT_GROUP)
+    width = ACT_GROUP
+    widest = F.pad(bound, (0, codes.shape[1] - case.k)).view(case.m, -1, width).amax(dim=2)
+    require_close(f"{case.name}, scales", scale, expected, widest / 127 + 4 * U32 * expected)
+    value = (codes.view(case.m, -1, width).float() * scale[..., None]).flatten(1)[:, : case.k]
+    half = 0.5 * expected.repeat_interleave(width, dim=1)[:, : case.k]
+    require_close(case.name, value, want, 1.001 * half + bound)
+    if not torch.equal(codes.view(case.m, -1, 16).sum(dim=2, dtype=torch.int16), sums):
+        raise CheckError(f"{case.name}: the sums of 16 codes are not those of the codes")

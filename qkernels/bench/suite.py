@@ -1,0 +1,133 @@
+"""Runs cases: inputs, check, timing, and the rows of results."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+
+from . import attention, linear, norm
+from .cases import AttentionCase, Case, LinearCase, NormCase
+from .ceilings import Ceilings
+from .inputs import Problem, Rotation
+from .machine import last_level_cache, provenance, summary
+from .timing import Effort, interleave
+
+OURS = "qkernels"
+Row = dict[str, Any]
+Progress = Callable[[int, int, str], None]
+
+
+def build(case: Case, rotation: Rotation) -> Problem:
+    """The inputs and calls of a case."""
+    if isinstance(case, LinearCase):
+        return linear.build(case, rotation)
+    if isinstance(case, AttentionCase):
+        return attention.build(case, rotation)
+    assert isinstance(case, NormCase)
+    return norm.build(case, rotation)
+
+
+def default_rotation() -> Rotation:
+    """Past twice this machine's last-level cache, within the limit of memory."""
+    return Rotation(last_level_cache())
+
+
+def measure(case: Case, effort: Effort, rotation: Rotation) -> Row:
+    """One row without its share of the ceilings, which are known when all is done.
+
+    Raises CheckError where the kernel is wrong; nothing is timed then.
+    """
+    problem = build(case, rotation)
+    problem.check()
+    samples = interleave({OURS: problem.ours, **problem.baselines}, effort)
+    ours = summary(samples.pop(OURS))
+    seconds = ours["median"] / 1e6
+    baselines = {}
+    for name, values in samples.items():
+        theirs = summary(values)
+        baselines[name] = {"us": theirs, "ratio": round(theirs["median"] / ours["median"], 3)}
+    return {
+        **case.fields(),
+        "us": ours,
+        "bytes": round(problem.nbytes),
+        "ops": round(problem.ops),
+        "gb_per_s": round(problem.nbytes / seconds / 1e9, 3),
+        "gops": round(problem.ops / seconds / 1e9, 2),
+        "peak": problem.peak,
+        "rotated_bytes": problem.rotated,
+        "baselines": baselines,
+        "left_out": problem.left_out,
+    }
+
+
+def share_of_ceiling(row: Row, ceilings: dict[str, Any]) -> Row:
+    """The row with `bound`, the ceiling that is nearer ("memory" or "compute"), and
+    `percent_of_ceiling`, of the speed that this ceiling allows."""
+    by_memory = row["bytes"] / (ceilings["read_gb_per_s"]["median"] * 1e9)
+    by_compute = row["ops"] / (ceilings[f"{row['peak']}_gops"]["median"] * 1e9)
+    least = max(by_memory, by_compute)
+    return {
+        **row,
+        "bound": "memory" if by_memory >= by_compute else "compute",
+        "percent_of_ceiling": round(100 * least * 1e6 / row["us"]["median"], 1),
+    }
+
+
+def rows_of(
+    cases: Sequence[Case],
+    effort: Effort,
+    rotation: Rotation,
+    ceilings: Ceilings,
+    progress: Progress | None = None,
+) -> Iterator[Row]:
+    """Measures one case after the other, the ceilings before each."""
+    with torch.inference_mode():
+        for done, case in enumerate(cases):
+            if progress is not None:
+                progress(done, len(cases), case.name)
+            ceilings.measure()
+            yield measure(case, effort, rotation)
+    if progress is not None:
+        progress(len(cases), len(cases), "")
+
+
+def result(
+    rows: Sequence[Row], ceilings: Ceilings, effort: Effort, *, kind: str = "kernels"
+) -> dict[str, Any]:
+    """What is written to a file: where it was measured, the ceilings, all rows."""
+    top = ceilings.to_dict()
+    return {
+        "kind": kind,
+        **provenance(torch.get_num_threads()),
+        "cache_bytes": last_level_cache(),
+        "rounds": effort.rounds,
+        "ceilings": top,
+        "rows": [share_of_ceiling(row, top) for row in rows],
+    }
+
+
+def run(
+    cases: Sequence[Case],
+    effort: Effort | None = None,
+    *,
+    rotation: Rotation | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Measures the cases with torch's current threads; returns a result as `result` describes it.
+
+    Raises CheckError where a kernel differs from the reference.
+    """
+    effort = effort or Effort()
+    ceilings = Ceilings()
+    rows = list(rows_of(cases, effort, rotation or default_rotation(), ceilings, progress))
+    return result(rows, ceilings, effort)
+
+
+def busy() -> str | None:
+    """A warning where others use the machine, else None."""
+    load, cores = os.getloadavg()[0], len(os.sched_getaffinity(0))
+    idle = load < 0.5 * cores
+    return None if idle else f"the load of this machine is {load:.1f} on {cores} cores"
