@@ -28,8 +28,6 @@ constexpr int kChunk = 128;     // keys of the shortest chunk of a split sequenc
 constexpr int kMaxChunks = 64;  // longer contexts get longer chunks, so that merging stays cheap
 constexpr float kInf = __builtin_inff();
 
-typedef float V4 __attribute__((vector_size(16)));
-
 QK_INLINE int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
 QK_INLINE int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
 QK_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -112,8 +110,17 @@ struct Tile {
   const char *k, *v;           // row of key `start`
   int64_t k_stride, v_stride;  // bytes between keys
   const uint16_t *k_scale,
-      *v_scale;  // scale plane at key `start`, the zero points `page` further on
+      *v_scale;                 // scale plane at key `start`, the zero points `page` further on
+  const char *next_k, *next_v;  // the tile after this one, or null; its strides are the same
 };
+
+// Asks for one row of the next tile. Tiles lie apart, so that the processor does not foresee them.
+template <class Row>
+QK_INLINE void fetch_row(const char* rows, int64_t row, int64_t stride, int64_t dim) {
+  if (rows == nullptr) return;
+  for (int64_t i = 0; i < Row::bytes(dim); i += 64)
+    __builtin_prefetch(rows + row * stride + i, 0, 2);
+}
 
 // The tile that holds `key`: tiles end at multiples of kTile within a page, and at the page's end.
 template <class Row>
@@ -166,7 +173,7 @@ QK_INLINE int64_t work_floats(int64_t dim) { return kRows * dim * 2 + kRows * kT
 // ---- scores ----
 
 // [sum(a), sum(b), sum(c), sum(d)]
-QK_INLINE V4 sums4(VF a, VF b, VF c, VF d) {
+QK_INLINE F4 sums4(VF a, VF b, VF c, VF d) {
 #if defined(QK_ISA_AVX512)
   const VI even = {0, 2, 16, 18, 4, 6, 20, 22, 8, 10, 24, 26, 12, 14, 28, 30}, odd = even + 1;
 #elif defined(QK_ISA_AVX2)
@@ -178,7 +185,7 @@ QK_INLINE V4 sums4(VF a, VF b, VF c, VF d) {
   const VF cd = __builtin_shuffle(c, d, even) + __builtin_shuffle(c, d, odd);
   const VF abcd = __builtin_shuffle(ab, cd, even) +
                   __builtin_shuffle(ab, cd, odd);  // in every lane of 128 bits
-  V4 lane[W / 4];
+  F4 lane[W / 4];
   std::memcpy(lane, &abcd, sizeof abcd);
   for (int n = W / 8; n > 0; n /= 2)
     for (int i = 0; i < n; i++) lane[i] += lane[i + n];
@@ -210,18 +217,20 @@ QK_INLINE void dots(const float* q, int64_t dim, const char* k, int64_t stride, 
   for (int r = 0; r < R; r++)
 #pragma GCC unroll 2
     for (int u = 0; u < U; u++) {
-      const V4 sum = sums4(acc[r][4 * u], acc[r][4 * u + 1], acc[r][4 * u + 2], acc[r][4 * u + 3]);
+      const F4 sum = sums4(acc[r][4 * u], acc[r][4 * u + 1], acc[r][4 * u + 2], acc[r][4 * u + 3]);
       std::memcpy(s + r * kTile + key + 4 * u, &sum, sizeof sum);
     }
 }
 
 template <class Row, int R>
 void scores(const float* q, int64_t dim, const char* k, int64_t stride, int64_t begin, int64_t end,
-            float* s) {
+            float* s, const char* next) {
   constexpr int U =
       R == 1 ? 2 : 1;  // at least 8 accumulators: the latency of an FMA times two per cycle
-  for (int64_t t = begin / (4 * U) * (4 * U); t < end; t += 4 * U)
+  for (int64_t t = begin / (4 * U) * (4 * U); t < end; t += 4 * U) {
+    for (int i = 0; i < 4 * U; i++) fetch_row<Row>(next, t + i, stride, dim);
     dots<Row, R, U>(q, dim, k, stride, t, end - 1, s);
+  }
 }
 
 // ---- softmax ----
@@ -267,7 +276,8 @@ QK_INLINE void softmax(Work& w, int r, int64_t v0, int64_t v1, int64_t a, int64_
 // o [R, 16 C] = o * keep - shift + p [R, keys] v [keys, 16 C] for the dims from 16 c on.
 template <class Row, int R, int C>
 QK_INLINE void weigh_dims(const float* p, const char* v, int64_t stride, int64_t begin, int64_t end,
-                          int64_t c, float* o, int64_t dim, const float* keep, const float* shift) {
+                          int64_t c, float* o, int64_t dim, const float* keep, const float* shift,
+                          const char* next) {
   constexpr int N = C * kVecs;
   VF acc[R][N];
 #pragma GCC unroll 3
@@ -276,6 +286,7 @@ QK_INLINE void weigh_dims(const float* p, const char* v, int64_t stride, int64_t
     for (int i = 0; i < N; i++)
       acc[r][i] = load(o + r * dim + kDims * c + W * i) * splat(keep[r]) - splat(shift[r]);
   for (int64_t t = begin; t < end; t++) {
+    if (c == 0) fetch_row<Row>(next, t, stride, dim);
     VF weight[R];
 #pragma GCC unroll 3
     for (int r = 0; r < R; r++) weight[r] = splat(p[r * kTile + t]);
@@ -294,19 +305,20 @@ QK_INLINE void weigh_dims(const float* p, const char* v, int64_t stride, int64_t
 
 template <class Row, int R, int C>
 QK_INLINE void weigh_from(int64_t c, const float* p, const char* v, int64_t stride, int64_t begin,
-                          int64_t end, float* o, int64_t dim, const float* keep,
-                          const float* shift) {
+                          int64_t end, float* o, int64_t dim, const float* keep, const float* shift,
+                          const char* next) {
   for (; c + C <= dim / kDims; c += C)
-    weigh_dims<Row, R, C>(p, v, stride, begin, end, c, o, dim, keep, shift);
-  if constexpr (C > 1) weigh_from<Row, R, C / 2>(c, p, v, stride, begin, end, o, dim, keep, shift);
+    weigh_dims<Row, R, C>(p, v, stride, begin, end, c, o, dim, keep, shift, next);
+  if constexpr (C > 1)
+    weigh_from<Row, R, C / 2>(c, p, v, stride, begin, end, o, dim, keep, shift, next);
 }
 
 template <class Row, int R>
 void weigh(const float* p, const char* v, int64_t stride, int64_t begin, int64_t end, float* o,
-           int64_t dim, const float* keep, const float* shift) {
+           int64_t dim, const float* keep, const float* shift, const char* next) {
   constexpr int vectors =
       R == 1 ? 8 : 4;  // R * vectors accumulators: 8 hide the latency, 12 fit into 16 registers
-  weigh_from<Row, R, vectors / kVecs>(0, p, v, stride, begin, end, o, dim, keep, shift);
+  weigh_from<Row, R, vectors / kVecs>(0, p, v, stride, begin, end, o, dim, keep, shift, next);
 }
 
 // ---- one item ----
@@ -349,9 +361,10 @@ QK_INLINE Range seen(const Work& w, const Tile& t, int r, int count) {
 
 template <class Row, class Stored>  // Row: what `k` and `v` point to; Stored: the type of the pages
 void attend_tile(Work& w, int rows, int64_t dim, const Tile& t, float softcap) {
-  const char *k = t.k, *v = t.v;
+  const char *k = t.k, *v = t.v, *next_k = t.next_k, *next_v = t.next_v;
   int64_t k_stride = t.k_stride, v_stride = t.v_stride;
   if constexpr (!kSame<Row, Stored>) {
+    next_k = next_v = nullptr;  // many rows keep a tile busy for long
     convert<Stored>(t.k, t.k_stride, t.count, dim, w.tile);
     k = reinterpret_cast<const char*>(w.tile);
     k_stride = dim * 4;
@@ -362,8 +375,9 @@ void attend_tile(Work& w, int rows, int64_t dim, const Tile& t, float softcap) {
     if (keys.begin >= keys.end) continue;
     with_count(n, [&](auto c) {
       scores<Row, decltype(c)::count>(w.q + r * dim, dim, k, k_stride, keys.begin, keys.end,
-                                      w.s + r * kTile);
+                                      w.s + r * kTile, next_k);
     });
+    next_k = nullptr;
     const int64_t v0 = keys.begin / W * W, v1 = ceil_div(keys.end, W) * W;
     for (int i = r; i < r + n; i++)
       softmax<Stored::integer>(w, i, v0, v1, w.begin[i] - t.start, w.end[i] - t.start, softcap);
@@ -379,9 +393,18 @@ void attend_tile(Work& w, int rows, int64_t dim, const Tile& t, float softcap) {
     if (keys.begin >= keys.end) continue;
     with_count(n, [&](auto c) {
       weigh<Row, decltype(c)::count>(w.s + r * kTile, v, v_stride, keys.begin, keys.end,
-                                     w.o + r * dim, dim, w.keep + r, w.shift + r);
+                                     w.o + r * dim, dim, w.keep + r, w.shift + r, next_v);
     });
+    next_v = nullptr;
   }
+}
+
+// The scales of a tile's keys. Past the last key there may be anything, even NaN: it becomes 0.
+QK_INLINE void widen_scales(const uint16_t* from, int64_t count, float* to) {
+  int64_t i = 0;
+  for (; i + W <= count; i += W) store(to + i, load_half(from + i));
+  for (; i < count; i++) to[i] = half_to_float(from[i]);
+  for (; i < kTile; i++) to[i] = 0.f;
 }
 
 // Rows row0 .. row0 + rows of a KV head over the keys in `span`: w.o, w.max and w.sum.
@@ -412,19 +435,23 @@ void attend(const Problem& p, const Sequence& s, int64_t b, int64_t head, int64_
       last = max64(last, w.end[r]);
     }
   });
+  if (first >= last) return;
+  Tile next = tile_at<Row>(p, b, head, first);
   for (int64_t key = first; key < last;) {
-    Tile t = tile_at<Row>(p, b, head, key);
+    Tile t = next;
     key = t.start + t.count;
+    if (key < last) {
+      next = tile_at<Row>(p, b, head, key);
+      t.next_k = next.k, t.next_v = next.v;
+    }
     t.count = min64(t.count, last - t.start);
-    if (Row::integer)
-      for (int64_t i = 0; i < kTile; i++) {  // past the last key there may be anything, even NaN
-        const int64_t page = p.paged->pages.page;
-        const bool there = i < t.count;
-        w.k_scale[i] = there ? half_to_float(t.k_scale[i]) : 0.f;
-        w.k_zero[i] = there ? half_to_float(t.k_scale[i + page]) : 0.f;
-        w.v_scale[i] = there ? half_to_float(t.v_scale[i]) : 0.f;
-        w.v_zero[i] = there ? half_to_float(t.v_scale[i + page]) : 0.f;
-      }
+    if (Row::integer) {
+      const int64_t page = p.paged->pages.page;
+      widen_scales(t.k_scale, t.count, w.k_scale),
+          widen_scales(t.k_scale + page, t.count, w.k_zero);
+      widen_scales(t.v_scale, t.count, w.v_scale),
+          widen_scales(t.v_scale + page, t.count, w.v_zero);
+    }
     const bool few_rows =
         rows <= 6;  // two passes over a tile: converting twice is cheaper than storing float32
     if (Row::is_float32 || few_rows) attend_tile<Row, Row>(w, rows, dim, t, p.softcap);

@@ -49,10 +49,12 @@ QK_INLINE VF activate(VF x) {
 template <class T, Activation A>
 QK_INLINE void gate_rows(const GateArgs& a, Team& team) {
   using type = typename T::type;
-  const auto value = [&](int64_t row, int64_t i) __attribute__((always_inline)) {
-    const VF y =
-        activate<A>(load_upto<T>(static_cast<const type*>(a.gate) + row * a.gate_stride, i, a.k));
-    return a.up ? y * load_upto<T>(static_cast<const type*>(a.up) + row * a.up_stride, i, a.k) : y;
+  const auto value = [&](int64_t row, int64_t i, auto whole) __attribute__((always_inline)) {
+    constexpr bool all = decltype(whole)::value;
+    const auto* gate = static_cast<const type*>(a.gate) + row * a.gate_stride;
+    const VF y = activate<A>(load_columns<T, all>(gate, i, a.k));
+    if (!a.up) return y;
+    return y * load_columns<T, all>(static_cast<const type*>(a.up) + row * a.up_stride, i, a.k);
   };
   if (!a.act.codes) {
     const int64_t chunks = (a.k + kGateColumns - 1) / kGateColumns;
@@ -61,18 +63,19 @@ QK_INLINE void gate_rows(const GateArgs& a, Team& team) {
       const int64_t row = item / chunks, begin = item % chunks * kGateColumns;
       const int64_t end = begin + kGateColumns < a.k ? begin + kGateColumns : a.k;
       auto* y = static_cast<type*>(a.y) + row * a.k;
-      for (int64_t i = begin; i < end; i += W) store_upto<T>(y, i, end, value(row, i));
+      int64_t i = begin;
+      for (; i + W <= end; i += W) T::store(y + i, value(row, i, std::true_type()));
+      if (i < end) store_columns<T, false>(y, i, end, value(row, i, std::false_type()));
     }
     return;
   }
   const int64_t groups = a.act.kx / a.act.group;
-  const Range share = team.share(a.m * groups);
-  for (int64_t item = share.begin; item < share.end; item++) {
-    const int64_t row = item / groups;
-    quantize_group<true>(
-        row_out(a.act, row), item % groups, a.act.group,
-        [&](int64_t i) __attribute__((always_inline)) { return i < a.k ? value(row, i) : VF{}; });
-  }
+  each_item(
+      team.share(a.m * groups), groups, [&](int64_t row, int64_t g) __attribute__((always_inline)) {
+        quantize_group<true>(row_out(a.act, row, groups), g, a.act.group, a.k,
+                             [&](int64_t i, auto whole)
+                                 __attribute__((always_inline)) { return value(row, i, whole); });
+      });
 }
 
 template <Activation A>

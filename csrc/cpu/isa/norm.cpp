@@ -15,74 +15,85 @@ QK_INLINE VF rounded(VF v) {
   return T::load(lanes);
 }
 
-// Sum of f(column) over [0, k) in steps of W; f's lanes from column k on must be zero.
+// Sum of f(column, whole) over [0, k) in steps of W. f is told at compile time whether all W
+// columns are there; if not, its lanes from column k on must be zero.
 template <class F>
 QK_INLINE float sum_row(int64_t k, F f) {
   VF sum[kSums] = {};
   int64_t i = 0;
   for (; i + kSums * W <= k; i += kSums * W)
-    for (int j = 0; j < kSums; j++) sum[j] = sum[j] + f(i + j * W);
-  for (; i < k; i += W) sum[0] = sum[0] + f(i);
+    for (int j = 0; j < kSums; j++) sum[j] = sum[j] + f(i + j * W, std::true_type());
+  for (; i + W <= k; i += W) sum[0] = sum[0] + f(i, std::true_type());
+  if (i < k) sum[0] = sum[0] + f(i, std::false_type());
   return reduce_add((sum[0] + sum[1]) + (sum[2] + sum[3]));
 }
 
+// f(column, whole) for all columns of [0, k) in steps of W.
+template <class F>
+QK_INLINE void each_column(int64_t k, F f) {
+  int64_t i = 0;
+  for (; i + W <= k; i += W) f(i, std::true_type());
+  if (i < k) f(i, std::false_type());
+}
+
 // y may be x, and sum may be the residual: a column is read before it is written, and no later one
-// depends on it.
-template <class T>
+// depends on it. A residual comes with a sum.
+template <class T, bool Center>
 QK_INLINE void norm_row(const NormArgs& a, int64_t row) {
   using type = typename T::type;
   const auto* x = static_cast<const type*>(a.x) + row * a.x_stride;
   const auto* residual =
       a.residual ? static_cast<const type*>(a.residual) + row * a.residual_stride : nullptr;
-  auto* sum = a.sum ? static_cast<type*>(a.sum) + row * a.k : nullptr;
+  auto* sum = residual ? static_cast<type*>(a.sum) + row * a.k : nullptr;
   const int64_t k = a.k;
 
-  // What is normalized is the stored sum, rounded to its type.
-  const auto input = [&](int64_t i) __attribute__((always_inline)) {
-    const VF v = load_upto<T>(x, i, k);
-    return residual ? rounded<T>(v + load_upto<T>(residual, i, k)) : v;
-  };
+  // What is summed up first: the columns themselves to be centred, else their squares.
+  const auto term = [](VF v) __attribute__((always_inline)) { return Center ? v : v * v; };
+  float first;
   if (sum) {
-    for (int64_t i = 0; i < k; i += W) store_upto<T>(sum, i, k, input(i));
-    x = sum, residual = nullptr;
+    // What is normalized is the stored sum, rounded to its type.
+    first = sum_row(k, [&](int64_t i, auto whole) __attribute__((always_inline)) {
+      constexpr bool all = decltype(whole)::value;
+      const VF v = rounded<T>(load_columns<T, all>(x, i, k) + load_columns<T, all>(residual, i, k));
+      store_columns<T, all>(sum, i, k, v);
+      return term(v);
+    });
+    x = sum;
+  } else {
+    first = sum_row(k, [&](int64_t i, auto whole) __attribute__((always_inline)) {
+      return term(load_columns<T, decltype(whole)::value>(x, i, k));
+    });
   }
-
-  const float count = float(k);
-  float mean = 0.f, square;
-  if (a.center) {
-    mean = sum_row(k, input) / count;
-    const VF m = splat(mean);
-    square = sum_row(k, [&](int64_t i) __attribute__((always_inline)) {
-      VF d = input(i) - m;
-      if (i + W > k)
+  const float count = float(k), mean = Center ? first / count : 0.f;
+  const VF shift = splat(mean);
+  float square = first;
+  if (Center)
+    square = sum_row(k, [&](int64_t i, auto whole) __attribute__((always_inline)) {
+      VF d = load_columns<T, decltype(whole)::value>(x, i, k) - shift;
+      if (!decltype(whole)::value)
         for (int j = int(k - i); j < W; j++) d[j] = 0.f;
       return d * d;
     });
-  } else {
-    square = sum_row(k, [&](int64_t i) __attribute__((always_inline)) {
-      const VF v = input(i);
-      return v * v;
-    });
-  }
-  const VF scale = splat(1.f / __builtin_sqrtf(square / count + a.eps)), shift = splat(mean);
+  const VF scale = splat(1.f / __builtin_sqrtf(square / count + a.eps));
   using F = Io<Dtype::f32>;
-  const auto output = [&](int64_t i) __attribute__((always_inline)) {
-    VF v = input(i);
-    if (a.center) v = v - shift;
-    v = v * scale * load_upto<F>(a.weight, i, k);
-    if (a.bias) v = v + load_upto<F>(a.bias, i, k);
+  const auto output = [&](int64_t i, auto whole) __attribute__((always_inline)) {
+    constexpr bool all = decltype(whole)::value;
+    VF v = load_columns<T, all>(x, i, k);
+    if (Center) v = v - shift;
+    v = v * scale * load_columns<F, all>(a.weight, i, k);
+    if (a.bias) v = v + load_columns<F, all>(a.bias, i, k);
     return v;
   };
   if (!a.act.codes) {
     auto* y = static_cast<type*>(a.y) + row * k;
-    for (int64_t i = 0; i < k; i += W) store_upto<T>(y, i, k, output(i));
+    each_column(k, [&](int64_t i, auto whole) __attribute__((always_inline)) {
+      store_columns<T, decltype(whole)::value>(y, i, k, output(i, whole));
+    });
     return;
   }
-  const auto padded = [&](int64_t i)
-                          __attribute__((always_inline)) { return i < k ? output(i) : VF{}; };
-  const RowOut out = row_out(a.act, row);
-  for (int64_t g = 0; g < a.act.kx / a.act.group; g++)
-    quantize_group<true>(out, g, a.act.group, padded);
+  const int64_t groups = a.act.kx / a.act.group;
+  const RowOut out = row_out(a.act, row, groups);
+  for (int64_t g = 0; g < groups; g++) quantize_group<true>(out, g, a.act.group, k, output);
 }
 
 }  // namespace
@@ -90,7 +101,11 @@ QK_INLINE void norm_row(const NormArgs& a, int64_t row) {
 void norm(const NormArgs& a, Team& team) {
   const Range share = team.share(a.m);
   with_type(a.type, [&](auto io) __attribute__((always_inline)) {
-    for (int64_t row = share.begin; row < share.end; row++) norm_row<decltype(io)>(a, row);
+    using T = decltype(io);
+    for (int64_t row = share.begin; row < share.end; row++) {
+      if (a.center) norm_row<T, true>(a, row);
+      else norm_row<T, false>(a, row);
+    }
   });
 }
 

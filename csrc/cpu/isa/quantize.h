@@ -6,6 +6,8 @@
 // Two kinds of groups get codes of 0. amax < kTiny, where 127 / amax could overflow: scale 0. A
 // value that is infinite or NaN: scale NaN, so that it reaches the result as NaN * 0.
 #pragma once
+#include <type_traits>
+
 #include "simd.h"
 
 namespace qk::QK_ISA {
@@ -21,9 +23,20 @@ struct RowOut {
   float* scale;
   int16_t* sums;
 };
-QK_INLINE RowOut row_out(const QuantActOut& out, int64_t row) {
-  return {out.codes + row * out.kx, out.scale + row * (out.kx / out.group),
-          out.sums + row * (out.kx / 16)};
+// groups: of a row, out.kx / out.group.
+QK_INLINE RowOut row_out(const QuantActOut& out, int64_t row, int64_t groups) {
+  return {out.codes + row * out.kx, out.scale + row * groups, out.sums + row * (out.kx / 16)};
+}
+
+// f(row, item) for the items of `share` in rows of `count` items each.
+template <class F>
+QK_INLINE void each_item(Range share, int64_t count, F f) {
+  if (share.begin >= share.end) return;
+  int64_t row = share.begin / count, item = share.begin % count;
+  for (int64_t i = share.begin; i < share.end; i++) {
+    f(row, item);
+    if (++item == count) item = 0, row++;
+  }
 }
 
 // The first n < W values of p, then zeros.
@@ -33,16 +46,18 @@ QK_INLINE VF load_part(const typename T::type* p, int64_t n) {
   for (int64_t i = 0; i < n; i++) lanes[i] = p[i];
   return T::load(lanes);
 }
-// The W values from p + i, zeros from column k on.
-template <class T>
-QK_INLINE VF load_upto(const typename T::type* p, int64_t i, int64_t k) {
-  return i + W <= k ? T::load(p + i) : load_part<T>(p + i, k - i);
+// The W values from p + i, zeros from column k on. Whole: there are W of them.
+template <class T, bool Whole>
+QK_INLINE VF load_columns(const typename T::type* p, int64_t i, int64_t k) {
+  if constexpr (Whole) return T::load(p + i);
+  else return load_part<T>(p + i, k - i);
 }
 // Stores those of the W lanes whose column is below k.
-template <class T>
-QK_INLINE void store_upto(typename T::type* p, int64_t i, int64_t k, VF v) {
-  if (i + W <= k) return T::store(p + i, v);
-  for (int64_t j = 0; i + j < k; j++) T::put(p + i + j, v[j]);
+template <class T, bool Whole>
+QK_INLINE void store_columns(typename T::type* p, int64_t i, int64_t k, VF v) {
+  if constexpr (Whole) T::store(p + i, v);
+  else
+    for (int64_t j = 0; i + j < k; j++) T::put(p + i + j, v[j]);
 }
 
 // Bits of |v|: as integers they order like the values, with infinity above the finite and NaN above
@@ -50,12 +65,9 @@ QK_INLINE void store_upto(typename T::type* p, int64_t i, int64_t k, VF v) {
 QK_INLINE VI magnitude(VF v) { return (VI)v & splat_i(0x7fffffff); }
 QK_INLINE VI max_i(VI a, VI b) { return a > b ? a : b; }
 QK_INLINE float max_magnitude(VI v) {
-  int32_t lane[W];
-  store_raw(lane, v);
-  for (int n = W / 2; n > 0; n /= 2)
-    for (int i = 0; i < n; i++) lane[i] = lane[i] > lane[i + n] ? lane[i] : lane[i + n];
+  const I4 top = fold<I4>(v, [](auto a, auto b) { return a > b ? a : b; });
   float out;
-  std::memcpy(&out, lane, 4);
+  std::memcpy(&out, &top, 4);
   return out;
 }
 
@@ -94,22 +106,25 @@ QK_INLINE int16_t quantize16(const VF* v, float inverse, int8_t* codes) {
 // Quantizes columns [g * group, (g + 1) * group) of a row. `value(i)` gives the W values from
 // column i on, zero from the row's logical end on; it is called at multiples of W, and once per
 // column if the group is not longer than kGroupBuffer and keep is set, else twice (it must give the
-// same again).
-template <bool keep, class F>
-QK_INLINE void quantize_group(const RowOut& out, int64_t g, int group, F value) {
+// same again). Usual: the group, if it is known at compile time, else 0.
+template <bool keep, int Usual, class F>
+QK_INLINE void quantize_values(const RowOut& out, int64_t g, int any_group, F value) {
+  constexpr int N = 16 / W;  // vectors of 16 columns, of which a group is a multiple
+  const int group = Usual ? Usual : any_group;
   const int64_t begin = g * group;
   int8_t* codes = out.codes + begin;
   int16_t* sums = out.sums + begin / 16;
-  alignas(64) float kept[keep ? kGroupBuffer : 1];
+  alignas(64) float kept[keep ? Usual ? Usual : kGroupBuffer : 1];
   const bool buffered = keep && group <= kGroupBuffer;
-  VI top[2] = {};  // a group is an even number of vectors where W < 16; with W = 16 both see every
-                   // vector in turn
-  for (int i = 0; i < group; i += W) {
-    const VF v = value(begin + i);
-    if (buffered) store(kept + i, v);
-    top[i / W % 2] = max_i(top[i / W % 2], magnitude(v));
-  }
-  const float amax = max_magnitude(max_i(top[0], top[1]));
+  VI top[N] = {};
+  for (int i = 0; i < group; i += 16)
+    for (int j = 0; j < N; j++) {
+      const VF v = value(begin + i + W * j);
+      if (buffered) store(kept + i + W * j, v);
+      top[j] = max_i(top[j], magnitude(v));
+    }
+  for (int j = 1; j < N; j++) top[0] = max_i(top[0], top[j]);
+  const float amax = max_magnitude(top[0]);
   const bool used = amax >= kTiny && amax <= 3.402823466e38f;
   if (!used) {
     out.scale[g] = amax < kTiny ? 0.f : __builtin_nanf("");
@@ -120,11 +135,26 @@ QK_INLINE void quantize_group(const RowOut& out, int64_t g, int group, F value) 
   const float inverse = 127.f / amax;
   out.scale[g] = amax / 127.f;
   for (int i = 0; i < group; i += 16) {
-    VF v[16 / W];
-    for (int j = 0; j < 16 / W; j++)
-      v[j] = buffered ? load(kept + i + W * j) : value(begin + i + W * j);
+    VF v[N];
+    for (int j = 0; j < N; j++) v[j] = buffered ? load(kept + i + W * j) : value(begin + i + W * j);
     sums[i / 16] = quantize16(v, inverse, codes + i);
   }
+}
+
+// Quantizes group g of a row of k columns. `value(i, whole)` gives the W values from column i on,
+// and is told at compile time whether all of them are below k; it is not asked from k on.
+template <bool keep, class F>
+QK_INLINE void quantize_group(const RowOut& out, int64_t g, int group, int64_t k, F value) {
+  const auto whole = [&](int64_t i)
+                         __attribute__((always_inline)) { return value(i, std::true_type()); };
+  if ((g + 1) * group <= k) {
+    if (group == 32) quantize_values<keep, 32>(out, g, group, whole);
+    else quantize_values<keep, 0>(out, g, group, whole);
+    return;
+  }
+  quantize_values<keep, 0>(out, g, group, [&](int64_t i) __attribute__((always_inline)) {
+    return i + W <= k ? whole(i) : i < k ? value(i, std::false_type()) : VF{};
+  });
 }
 
 }  // namespace

@@ -78,19 +78,24 @@ QK_INLINE VI round_int(VF v) {
   return (VI)(v + magic) - (VI)magic;
 }
 
+typedef float F4 __attribute__((vector_size(16)));
+typedef int32_t I4 __attribute__((vector_size(16)));
+
+// Lane i with lane i + n by op, for n = W / 2, W / 4 .. 1. Lane 0 of the result has them all.
+template <class V4, class V, class Op>
+QK_INLINE V4 fold(V v, Op op) {
+  V4 part[W / 4];
+  std::memcpy(part, &v, sizeof v);
+  for (int n = W / 8; n > 0; n /= 2)
+    for (int i = 0; i < n; i++) part[i] = op(part[i], part[i + n]);
+  V4 all = op(part[0], __builtin_shuffle(part[0], I4{2, 3, 0, 1}));
+  return op(all, __builtin_shuffle(all, I4{1, 0, 3, 2}));
+}
 QK_INLINE float reduce_add(VF v) {
-  float lane[W];
-  store(lane, v);
-  for (int n = W / 2; n > 0; n /= 2)
-    for (int i = 0; i < n; i++) lane[i] += lane[i + n];
-  return lane[0];
+  return fold<F4>(v, [](auto a, auto b) { return a + b; })[0];
 }
 QK_INLINE float reduce_max(VF v) {
-  float lane[W];
-  store(lane, v);
-  for (int n = W / 2; n > 0; n /= 2)
-    for (int i = 0; i < n; i++) lane[i] = lane[i] > lane[i + n] ? lane[i] : lane[i + n];
-  return lane[0];
+  return fold<F4>(v, [](auto a, auto b) { return a > b ? a : b; })[0];
 }
 
 // exp to 2 ulp: 2^round(x / ln 2) times a degree-6 polynomial of the rest; 0 below -87.3, +inf
