@@ -80,6 +80,12 @@ QK_INLINE void dot_run(const uint8_t* w, int first, const int8_t* x, int64_t kx,
   constexpr int steps = run_steps<C>() < 4 * Units ? run_steps<C>() : 4 * Units;
   // Both row vectors of a piece of a table would need four sums each: they take turns.
   constexpr int turns = C::table ? 2 : 1;
+  const int8_t* row[T];
+  QK_UNROLL(8)
+  for (int t = 0; t < T; t++) {
+    row[t] = x + t * kx;
+    asm volatile("" : "+r"(row[t]));  // GCC otherwise spills the offsets of all columns
+  }
 #pragma GCC unroll 1
   for (int z0 = 0; z0 < P; z0 += G) {
     const uint8_t* planes[2][2];
@@ -106,7 +112,7 @@ QK_INLINE void dot_run(const uint8_t* w, int first, const int8_t* x, int64_t kx,
           }
           QK_UNROLL(4)
           for (int t = 0; t < T; t++) {
-            const VI four = splat_four(x + t * kx + 4 * i);
+            const VI four = splat_four(row[t] + 4 * i);
             if (i == from) {
               sum[z][0][t] = mul_pairs(part[0], four);
               sum[z][1][t] = mul_pairs(part[1], four);
