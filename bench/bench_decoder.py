@@ -157,7 +157,7 @@ def speeds(decoders: dict[tuple[str, str], Any], path: Path, options: argparse.N
     for (act, kv_dtype), decoder in decoders.items():
         taken = samples[act, kv_dtype]
         step = bytes_read(decoder, path, DECODE_PROMPT + options.decode // 2)
-        rate = step * median(taken["decode"]) / 1e9
+        rate = step * record.summary(taken["decode"])["median"] / 1e9
         row = {"act": act, "kv_dtype": kv_dtype, "bytes_per_token": step}
         row["load_seconds"] = round(decoder.load_seconds, 3)
         row |= {name: record.summary(values) for name, values in taken.items()}

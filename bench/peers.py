@@ -216,16 +216,23 @@ def main() -> None:
         if "onnxruntime" in found:
             with torch.inference_mode():
                 body |= matmul_nbits(found["onnxruntime"][0], options, default_rotation())
+        if not options.no_write:
+            print(record.write(options.name, "peers", options.threads, body))
         if "llama_cpp" in found and options.model is not None:
-            from qkernels.cli.source import model_path
-
-            python = found["llama_cpp"][0]
-            settings = llama.Settings(python, threads=options.threads, rounds=options.rounds)
-            body["end_to_end"] = llama.race(model_path(options.model), settings)
+            end_to_end(found["llama_cpp"][0], options)
     except (WorkerError, WrongProduct) as error:
         raise SystemExit(str(error)) from error
+
+
+def end_to_end(python: str, options: argparse.Namespace) -> None:
+    """What bench/peer_llama_cpp.py does, with its result file."""
+    from qkernels.cli.source import model_path
+
+    path = model_path(options.model)
+    settings = llama.Settings(python, threads=options.threads, rounds=options.rounds)
+    body = llama.race(path, settings)
     if not options.no_write:
-        print(record.write(options.name, "peers", options.threads, body))
+        print(record.write(f"peer-{path.stem.lower()}", "peer", options.threads, body))
 
 
 if __name__ == "__main__":
