@@ -87,6 +87,21 @@ def start(engine: str, path: Path, settings: Settings) -> Worker:
     return Worker([python, ENGINES, "serve", engine, str(path), *numbers, *kinds])
 
 
+def require_peer(settings: Settings) -> None:
+    """Raises WorkerError where the peer's interpreter has no llama-cpp-python."""
+    command = [settings.peer_python, "-c", "import llama_cpp, numpy"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True)
+    except OSError as error:
+        raise WorkerError(f"--peer-python {settings.peer_python}: {error.strerror}") from error
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        raise WorkerError(
+            f"--peer-python {settings.peer_python} cannot import llama_cpp ({last}); expected an "
+            "environment where  pip install numpy llama-cpp-python  has been run"
+        )
+
+
 def greedy_in_common(workers: Mapping[str, Asked], vocab: int) -> int:
     """Leading tokens of _COMPARED on which the engines agree."""
     rng = random.Random(1)
@@ -256,6 +271,7 @@ def main() -> None:
 
     path = model_path(options.model)
     try:
+        require_peer(settings)
         with tempfile.TemporaryDirectory(prefix="qkernels-peer-") as folder:
             raced = path
             if options.requantize:

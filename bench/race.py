@@ -48,6 +48,11 @@ def main() -> None:
     peer.add_options(parser)
     options = parser.parse_args()
     settings = peer.settings_of(options, parser)
+    try:
+        if not options.write_only:
+            peer.require_peer(settings)  # before gigabytes are written
+    except WorkerError as error:
+        raise SystemExit(str(error)) from error
     folder = options.dir or default_folder()
     folder.mkdir(parents=True, exist_ok=True)
     for name in options.model:

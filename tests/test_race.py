@@ -253,6 +253,20 @@ def test_a_peer_that_cannot_load_is_an_error_that_says_why(tmp_path: Path) -> No
         peer.start(peer.PEER, broken, quick())
 
 
+def test_a_missing_peer_is_told_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "llama_cpp.py").write_text("raise ImportError('not built')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    folder = tmp_path / "models"
+    monkeypatch.setattr(sys, "argv", ["race.py", "--model", "tiny", "--dir", str(folder)])
+    with pytest.raises(SystemExit, match=r"ImportError: not built.*pip install numpy llama-cpp"):
+        race.main()
+    assert not folder.exists()
+    with pytest.raises(WorkerError, match="nowhere/python: No such file"):
+        peer.require_peer(quick(peer_python="nowhere/python"))
+
+
 def test_a_worker_that_ends_between_requests_is_told() -> None:
     code = "import sys; print('{}', flush=True); sys.exit('gone for good')"
     worker = Worker([sys.executable, "-c", code])
