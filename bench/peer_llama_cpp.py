@@ -1,224 +1,259 @@
 """Decode and prefill side by side with llama.cpp (llama-cpp-python) on the same GGUF file.
 
     python bench/peer_llama_cpp.py MODEL [--peer-python PYTHON] [--threads 2] [--rounds 7]
+        [--requantize Q4_0]
 
 Each engine runs in a process of its own, with the model loaded once; the rounds alternate between
 them, and so does who goes first, so that both meet the same machine. PYTHON is the interpreter of
 an environment with llama-cpp-python (default: this one). Before anything is timed, the greedy
-tokens of both are compared.
+tokens of both are compared. --requantize has llama.cpp's quantizer write MODEL as another type into
+a temporary folder, and races both engines on that.
 
 What is timed. Prefill: a prompt of random ids, new in every round, until the logits of its last
 token are there. Decode: after a prompt of 32 tokens, from the first new token to the last, greedy,
-argmax included. llama.cpp is driven through its C functions, without the sampling chain and the
-copies of the Python class `Llama`.
+argmax included.
+
+GB/s are the checkpoint's bytes that a token reads, times passes over them: a token of decode, 512
+of prefill. The read bandwidth is measured between the rows, with both engines idle; its best counts
+(bench/footprint.py).
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-Ids = list[int]
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+import record
+import torch
+from footprint import CHUNK, Footprint, footprint, read_ceiling
+from workers import Worker, WorkerError
+
+from qkernels.generate import common_prefix
+
+ENGINES = str(Path(__file__).resolve().parent / "engines.py")
+OURS, PEER = "qkernels", "llama_cpp"
+DECODE_PROMPT = 32
+_COMPARED = 32  # greedy tokens
 
 
-class Engine(Protocol):
-    vocab: int
-    about: dict[str, Any]
+@dataclass(frozen=True)
+class Settings:
+    """prefill: lengths of prompts; decode: new tokens; pause: seconds before each turn, in which
+    the other engine's spinning threads go to sleep. kv_dtype is ours; llama.cpp's is float16."""
 
-    def prefill(self, ids: Ids) -> float:
-        """Seconds until the logits of the last token."""
-        ...
+    peer_python: str = sys.executable
+    threads: int = 2
+    rounds: int = 7
+    prefill: tuple[int, ...] = (512,)
+    decode: int = 64
+    context: int = 1024
+    act: str = "int8"
+    kv_dtype: str = "float16"
+    pause: float = 0.3
 
-    def decode(self, ids: Ids, count: int) -> tuple[float, Ids]:
-        """Seconds from the first new token to the last of `count`, and the greedy tokens."""
-        ...
-
-
-class LlamaCpp:
-    """llama.cpp through the C functions that llama-cpp-python binds."""
-
-    def __init__(self, path: str, threads: int, context: int) -> None:
-        import llama_cpp
-        import numpy
-
-        self._c, self._np = llama_cpp, numpy
-        llama_cpp.llama_backend_init()
-        model = llama_cpp.llama_model_default_params()
-        model.n_gpu_layers = 0
-        self._model = llama_cpp.llama_load_model_from_file(path.encode(), model)
-        if not self._model:
-            raise SystemExit(f"llama.cpp cannot load {path}")
-        params = llama_cpp.llama_context_default_params()
-        params.n_ctx = params.n_batch = context  # n_ubatch stays at its default, 512
-        params.n_threads = params.n_threads_batch = threads
-        self._context = llama_cpp.llama_new_context_with_model(self._model, params)
-        self.vocab = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self._model))
-        info = llama_cpp.llama_print_system_info().decode()
-        self.about = {
-            "name": "llama.cpp",
-            "llama-cpp-python": llama_cpp.__version__,
-            "system": info,
-        }
-
-    def _eval(self, ids: Ids) -> int:
-        tokens = (self._c.llama_token * len(ids))(*ids)
-        code = self._c.llama_decode(self._context, self._c.llama_batch_get_one(tokens, len(ids)))
-        if code:
-            raise SystemExit(f"llama_decode returned {code}")
-        logits = self._c.llama_get_logits_ith(self._context, -1)
-        return int(self._np.ctypeslib.as_array(logits, shape=(self.vocab,)).argmax())
-
-    def _clear(self) -> None:
-        self._c.llama_memory_clear(self._c.llama_get_memory(self._context), False)
-
-    def prefill(self, ids: Ids) -> float:
-        self._clear()
-        start = time.perf_counter()
-        self._eval(ids)
-        return time.perf_counter() - start
-
-    def decode(self, ids: Ids, count: int) -> tuple[float, Ids]:
-        self._clear()
-        tokens = [self._eval(ids)]
-        start = time.perf_counter()
-        while len(tokens) < count:
-            tokens.append(self._eval(tokens[-1:]))
-        return time.perf_counter() - start, tokens
+    def __post_init__(self) -> None:
+        if self.rounds < 5:
+            raise ValueError(f"a median needs at least 5 rounds, got {self.rounds}")
+        if self.decode < 2:
+            raise ValueError(f"decode is at least 2 tokens, got {self.decode}")
+        needed = max([*self.prefill, DECODE_PROMPT + max(self.decode, _COMPARED)]) + 1
+        if self.context < needed:
+            raise ValueError(f"the context must be at least {needed} tokens, got {self.context}")
 
 
-class Qkernels:
-    """QuantDecoder as its users call it."""
+class Asked(Protocol):
+    """What `measure` needs of a worker."""
 
-    def __init__(self, path: str, threads: int, context: int, act: str, kv_dtype: str) -> None:
-        import torch
+    def ask(self, **request: Any) -> dict[str, Any]: ...
 
-        import qkernels
 
-        torch.set_num_threads(threads)
-        self._decoder = qkernels.QuantDecoder.from_pretrained(
-            path, act=act, kv_dtype=kv_dtype, max_seq_len=context
+def start(engine: str, path: Path, settings: Settings) -> Worker:
+    """A worker with the model loaded. Raises WorkerError, with what the engine said."""
+    python = settings.peer_python if engine == PEER else sys.executable
+    numbers = ["--threads", str(settings.threads), "--context", str(settings.context)]
+    kinds = ["--act", settings.act, "--kv-dtype", settings.kv_dtype]
+    return Worker([python, ENGINES, "serve", engine, str(path), *numbers, *kinds])
+
+
+def require_peer(settings: Settings) -> None:
+    """Raises WorkerError where the peer's interpreter has no llama-cpp-python."""
+    command = [settings.peer_python, "-c", "import llama_cpp, numpy"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True)
+    except OSError as error:
+        raise WorkerError(f"--peer-python {settings.peer_python}: {error.strerror}") from error
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        raise WorkerError(
+            f"--peer-python {settings.peer_python} cannot import llama_cpp ({last}); expected an "
+            "environment where  pip install numpy llama-cpp-python  has been run"
         )
-        self.vocab = self._decoder.config.vocab
-        isa = torch.ops.qkernels.cpu_isa()
-        self.about = {"name": "qkernels", "act": act, "kv_dtype": kv_dtype, "isa": isa}
-
-    def _generate(self, ids: Ids, count: int) -> Any:
-        return self._decoder.generate([ids], max_new_tokens=count, temperature=0, stop_at_eos=False)
-
-    def prefill(self, ids: Ids) -> float:
-        start = time.perf_counter()
-        self._generate(ids, 1)
-        return time.perf_counter() - start
-
-    def decode(self, ids: Ids, count: int) -> tuple[float, Ids]:
-        result = self._generate(ids, count)
-        return result.timings.decode, list(result.tokens[0])
 
 
-def serve(engine: Engine) -> None:
-    """Answers requests, a JSON object per line, until stdin ends."""
-    out = sys.stdout
-    sys.stdout = sys.stderr  # whatever a library prints must not end up between the answers
-    print(json.dumps({"vocab": engine.vocab, "about": engine.about}), file=out, flush=True)
-    for line in sys.stdin:
-        request = json.loads(line)
-        if request["do"] == "prefill":
-            answer: dict[str, Any] = {"seconds": engine.prefill(request["ids"])}
-        else:
-            seconds, tokens = engine.decode(request["ids"], request["count"])
-            answer = {"seconds": seconds, "tokens": tokens}
-        print(json.dumps(answer), file=out, flush=True)
+def greedy_in_common(workers: Mapping[str, Asked], vocab: int) -> int:
+    """Leading tokens of _COMPARED on which the engines agree."""
+    rng = random.Random(1)
+    ids = [rng.randrange(min(1000, vocab)) for _ in range(DECODE_PROMPT)]
+    first, *others = (w.ask(do="decode", ids=ids, count=_COMPARED) for w in workers.values())
+    return min(common_prefix(first["tokens"], other["tokens"]) for other in others)
 
 
-class Worker:
-    """An engine in another process."""
+@dataclass(frozen=True)
+class Plan:
+    """A row: tokens that count, and passes over the weights that they take."""
 
-    def __init__(self, python: str, name: str, options: argparse.Namespace) -> None:
-        command = [
-            python,
-            __file__,
-            options.model,
-            "--worker",
-            name,
-            "--threads",
-            str(options.threads),
-        ]
-        command += [
-            "--context",
-            str(options.context),
-            "--act",
-            options.act,
-            "--kv-dtype",
-            options.kv_dtype,
-        ]
-        # A file, not a pipe: llama.cpp logs more than a pipe that nobody reads would hold.
-        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115  closed with the process
-        self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, text=True
-        )
-        hello = self._read()
-        self.vocab: int = hello["vocab"]
-        self.about: dict[str, Any] = hello["about"]
-
-    def _read(self) -> Any:
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        if not line:
-            self._process.wait()
-            self._errors.seek(0)
-            raise SystemExit(f"a worker ended:\n{self._errors.read()[-2000:]}")
-        return json.loads(line)
-
-    def ask(self, **request: Any) -> Any:
-        assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps(request) + "\n")
-        self._process.stdin.flush()
-        return self._read()
-
-    def close(self) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        self._process.wait()
+    what: str
+    do: str
+    prompt: int
+    tokens: int
+    passes: int
 
 
-def common_prefix(a: Ids, b: Ids) -> int:
-    return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))  # noqa: B905
+def plans(settings: Settings) -> list[Plan]:
+    rows = [Plan(f"prefill {n}", "prefill", n, n, -(-n // CHUNK)) for n in settings.prefill]
+    new = settings.decode - 1  # the first comes out of the prompt's pass
+    return [*rows, Plan(f"decode {settings.decode}", "decode", DECODE_PROMPT, new, new)]
 
 
-def measure(workers: dict[str, Worker], options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Rows of the result: tokens per second of each engine for prefill and decode."""
-    from record import summary
+def speeds(
+    plan: Plan, workers: Mapping[str, Asked], vocab: int, settings: Settings, rng: random.Random
+) -> dict[str, list[float]]:
+    """Tokens per second of each engine, by round."""
+    samples: dict[str, list[float]] = {name: [] for name in workers}
+    for turn in range(settings.rounds + 1):  # the first warms up
+        ids = [rng.randrange(vocab) for _ in range(plan.prompt)]
+        order = list(workers) if turn % 2 else list(workers)[::-1]
+        for name in order:
+            time.sleep(settings.pause)
+            answer = workers[name].ask(do=plan.do, ids=ids, count=settings.decode)
+            if turn:
+                samples[name].append(plan.tokens / answer["seconds"])
+    return samples
 
+
+def rated(plan: Plan, samples: list[float], cost: Footprint, ceiling: float) -> dict[str, Any]:
+    """Tokens/s with spread, and the rates that the median means."""
+    found = record.summary(samples)
+    seconds = plan.tokens / found["median"]
+    rate = plan.passes * cost.weight_bytes / seconds / 1e9
+    logits = plan.tokens if plan.do == "decode" else 1
+    return {
+        **found,
+        "gb_per_s": round(rate, 3),
+        "percent_of_read": round(100 * rate / ceiling, 1),
+        "gops": round(cost.ops(plan.tokens, logits) / seconds / 1e9, 1),
+    }
+
+
+def measure(
+    workers: Mapping[str, Asked], vocab: int, cost: Footprint, settings: Settings
+) -> dict[str, Any]:
+    """Rows of tokens per second of each engine, and the read bandwidth of the same run."""
     rng = random.Random(0)
-    vocab = min(worker.vocab for worker in workers.values())
-
-    def prompt(length: int) -> Ids:
-        return [rng.randrange(vocab) for _ in range(length)]
-
+    bandwidths = [record.read_bandwidth(repeats=3)]
+    taken = []
+    for plan in plans(settings):
+        taken.append((plan, speeds(plan, workers, vocab, settings, rng)))
+        time.sleep(settings.pause)
+        bandwidths.append(record.read_bandwidth(repeats=3))
+    ceiling = read_ceiling(bandwidths)
     rows = []
-    plans = [(f"prefill {n}", "prefill", n, n) for n in options.prefill]
-    plans.append((f"decode {options.decode}", "decode", 32, options.decode - 1))
-    for what, do, length, tokens in plans:
-        speeds: dict[str, list[float]] = {name: [] for name in workers}
-        for turn in range(options.rounds + 1):  # the first round warms up
-            ids = prompt(length)
-            order = list(workers) if turn % 2 else list(workers)[::-1]
-            for name in order:
-                time.sleep(options.pause)  # spinning threads of the other engine go to sleep
-                answer = workers[name].ask(do=do, ids=ids, count=options.decode)
-                if turn:
-                    speeds[name].append(tokens / answer["seconds"])
-        rows.append({"what": what, **{name: summary(values) for name, values in speeds.items()}})
-        line = ", ".join(f"{name} {rows[-1][name]['median']:.1f}" for name in workers)
-        print(f"{what}: {line} tok/s", flush=True)
-    return rows
+    for plan, samples in taken:
+        row: dict[str, Any] = {"what": plan.what}
+        for name, values in samples.items():
+            row[name] = rated(plan, values, cost, ceiling["read_ceiling_gb_per_s"])
+        row["ratio"] = round(row[OURS]["median"] / row[PEER]["median"], 3)
+        rows.append(row)
+        print(line(row), flush=True)
+    return {**ceiling, "rows": rows}
+
+
+def line(row: dict[str, Any]) -> str:
+    def one(name: str) -> str:
+        found = row[name]
+        if row["what"].startswith("prefill"):
+            return f"{name} {found['median']:.1f} tok/s, {found['gops']:.0f} GOPS"
+        share = f"{found['gb_per_s']:.1f} GB/s, {found['percent_of_read']:.0f}% of the read"
+        return f"{name} {found['median']:.1f} tok/s, {share}"
+
+    return f"{row['what']}: {one(OURS)}; {one(PEER)}; {row['ratio']:.2f}x"
+
+
+def race(path: Path, settings: Settings) -> dict[str, Any]:
+    """Both engines on one file: the body of a result. Raises WorkerError, CheckpointError."""
+    torch.set_num_threads(settings.threads)  # of the read bandwidth
+    cost = footprint(path)
+    with ExitStack() as stack:
+        workers = {}
+        for name in (OURS, PEER):
+            workers[name] = start(name, path, settings)
+            stack.callback(workers[name].close)
+        vocab = min(worker.hello["vocab"] for worker in workers.values())
+        same = greedy_in_common(workers, vocab)
+        print(f"greedy tokens agree for {same} of {_COMPARED}")
+        found = measure(workers, vocab, cost, settings)
+        engines = {name: worker.hello["about"] for name, worker in workers.items()}
+    return {
+        "model": path.name,
+        "bytes": path.stat().st_size,
+        "bytes_per_token": cost.weight_bytes,
+        "engines": engines,
+        "greedy_tokens_in_common": same,
+        "of": _COMPARED,
+        **found,
+    }
+
+
+def requantized(path: Path, kind: str, folder: Path, settings: Settings) -> Path:
+    """A copy of the file as llama.cpp's quantizer writes it. Raises WorkerError."""
+    target = folder / f"{path.stem}-requantized-{kind}.gguf"
+    command = [settings.peer_python, ENGINES, "quantize"]
+    command += [str(path), str(target), kind, "--threads", str(settings.threads)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise WorkerError(f"{path} cannot be written as {kind}:\n{done.stderr[-2000:]}")
+    return target
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The options of a race; `settings_of` reads them."""
+    usual = Settings()
+    parser.add_argument(
+        "--peer-python", default=usual.peer_python, help="interpreter with llama-cpp-python"
+    )
+    parser.add_argument("--threads", type=int, default=usual.threads)
+    parser.add_argument("--rounds", type=int, default=usual.rounds, help="at least 5")
+    parser.add_argument("--prefill", type=int, nargs="*", default=list(usual.prefill))
+    parser.add_argument("--decode", type=int, default=usual.decode)
+    parser.add_argument("--context", type=int, default=usual.context)
+    parser.add_argument("--act", default=usual.act)
+    parser.add_argument(
+        "--kv-dtype", default=usual.kv_dtype, help="of qkernels; llama.cpp's default is float16"
+    )
+    parser.add_argument("--pause", type=float, default=usual.pause, help="seconds between turns")
+    parser.add_argument("--no-write", action="store_true")
+
+
+def settings_of(options: argparse.Namespace, parser: argparse.ArgumentParser) -> Settings:
+    names = ("peer_python", "threads", "rounds", "decode", "context", "act", "kv_dtype", "pause")
+    try:
+        return Settings(
+            prefill=tuple(options.prefill), **{name: getattr(options, name) for name in names}
+        )
+    except ValueError as error:
+        parser.error(str(error))
 
 
 def main() -> None:
@@ -226,61 +261,29 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("model", help="GGUF file or PACKAGE:FILE")
-    parser.add_argument(
-        "--peer-python", default=sys.executable, help="interpreter with llama-cpp-python"
-    )
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--prefill", type=int, nargs="*", default=[512])
-    parser.add_argument("--decode", type=int, default=64)
-    parser.add_argument("--context", type=int, default=1024)
-    parser.add_argument("--act", default="int8")
-    parser.add_argument(
-        "--kv-dtype", default="float16", help="of qkernels; llama.cpp's default is float16"
-    )
-    parser.add_argument("--pause", type=float, default=0.3, help="seconds between turns")
+    parser.add_argument("--requantize", metavar="TYPE", help="race on a copy of this type")
     parser.add_argument("--name", help="name of the result file; default: peer-<model>")
-    parser.add_argument("--no-write", action="store_true")
-    parser.add_argument("--worker", choices=("qkernels", "llama_cpp"), help=argparse.SUPPRESS)
+    add_options(parser)
     options = parser.parse_args()
-
-    if options.worker == "llama_cpp":
-        serve(LlamaCpp(options.model, options.threads, options.context))
-        return
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-    if options.worker == "qkernels":
-        serve(
-            Qkernels(options.model, options.threads, options.context, options.act, options.kv_dtype)
-        )
-        return
-
-    import record
+    settings = settings_of(options, parser)
 
     from qkernels.cli.source import model_path
 
     path = model_path(options.model)
-    options.model = str(path)
-    workers = {
-        "qkernels": Worker(sys.executable, "qkernels", options),
-        "llama_cpp": Worker(options.peer_python, "llama_cpp", options),
-    }
     try:
-        ids = [random.Random(1).randrange(1000) for _ in range(32)]
-        tokens = [
-            worker.ask(do="decode", ids=ids, count=32)["tokens"] for worker in workers.values()
-        ]
-        same = common_prefix(*tokens)
-        print(f"greedy tokens agree for {same} of 32")
-        rows = measure(workers, options)
-    finally:
-        for worker in workers.values():
-            worker.close()
+        require_peer(settings)
+        with tempfile.TemporaryDirectory(prefix="qkernels-peer-") as folder:
+            raced = path
+            if options.requantize:
+                raced = requantized(path, options.requantize, Path(folder), settings)
+            body = race(raced, settings)
+    except WorkerError as error:
+        raise SystemExit(str(error)) from error
+    if options.requantize:
+        body |= {"requantized_from": path.name, "requantized_to": options.requantize}
     if not options.no_write:
-        engines = {name: worker.about for name, worker in workers.items()}
-        body = {"model": path.name, "bytes": path.stat().st_size, "engines": engines}
-        body |= {"greedy_tokens_in_common": same, "of": 32, "rows": rows}
-        name = options.name or f"peer-{path.stem.lower()}"
-        print(record.write(name, "peer", options.threads, body))
+        name = options.name or f"peer-{raced.stem.lower()}"
+        print(record.write(name, "peer", settings.threads, body))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Writes the tables of README.md between its BENCH markers from the JSON files in bench/results.
 
     python bench/report.py            rewrites README.md
+    python bench/report.py --plots    draws bench/results/plots/*.png
     python bench/report.py --check    exits with 1 if README.md is not what the files give
     python bench/report.py --print    prints the tables
 
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +21,8 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
+PLOTS = RESULTS / "plots"
+sys.path.insert(0, str(ROOT))
 BEGIN, END = "<!-- bench:{}:begin -->", "<!-- bench:{}:end -->"
 
 Result = dict[str, Any]
@@ -41,24 +45,103 @@ def spread(sample: dict[str, Any]) -> str:
     return f"{sample['median']:.1f} ({sample['min']:.1f} to {sample['max']:.1f})"
 
 
+def rate(row: Result, side: str) -> str:
+    """What the speed means: of the read bandwidth for decode, operations for prefill."""
+    found = row[side]
+    if "gb_per_s" not in found:
+        return "-"
+    if row["what"].startswith("prefill"):
+        return f"{found['gops']:.0f} GOPS"
+    return f"{found['gb_per_s']:.1f} GB/s, {found['percent_of_read']:.0f}%"
+
+
+def times(ratio: float) -> str:
+    return f"{ratio:.2f}x" + ("" if ratio >= 1 else " (slower)")
+
+
 def peer(results: list[Result]) -> str:
-    """qkernels beside llama.cpp: tokens/s, median (least to most)."""
+    """qkernels beside llama.cpp: tokens/s, median (least to most); where the run measured them,
+    rates too."""
+    rated = any("gb_per_s" in row["qkernels"] for result in results for row in result["rows"])
     rows, notes = [], []
     for result in results:
         for row in result["rows"]:
             ratio = row["qkernels"]["median"] / row["llama_cpp"]["median"]
+            cells = [
+                result["model"],
+                row["what"],
+                spread(row["qkernels"]),
+                spread(row["llama_cpp"]),
+                times(ratio),
+            ]
+            rates = [rate(row, "qkernels"), rate(row, "llama_cpp")] if rated else []
+            rows.append([*cells, *rates])
+        notes.append(read_note(result) + machine(result))
+    head = ["model", "what", "qkernels, tok/s", "llama.cpp, tok/s", "qkernels / llama.cpp"]
+    if rated:
+        head += ["qkernels: rate, share of read", "llama.cpp"]
+    return table(head, rows) + "\n\n" + "\n".join(dict.fromkeys(notes))
+
+
+def read_note(result: Result) -> str:
+    """The ceiling of the shares, for results that hold it."""
+    if "read_gb_per_s" not in result:
+        return ""
+    best = result["read_gb_per_s"]
+    used = result.get("read_ceiling_gb_per_s", best)
+    capped = f", of which {used:.1f} count" if used < best else ""
+    return f"Read bandwidth in the same run: {best:.1f} GB/s{capped}. "
+
+
+def sweep(results: list[Result]) -> str:
+    """A decoder by KV type, context and batch: everything a user waits for."""
+    rows, notes = [], []
+    for result in results:
+        for row in result["rows"]:
             rows.append(
                 [
                     result["model"],
-                    row["what"],
-                    spread(row["qkernels"]),
-                    spread(row["llama_cpp"]),
-                    f"{ratio:.2f}x" + ("" if ratio >= 1 else " (slower)"),
+                    row["kv_dtype"],
+                    str(row["batch"]),
+                    str(row["context"]),
+                    f"{1000 * row['first_token']['median']:.0f}",
+                    spread(row["prefill"]),
+                    spread(row["decode"]),
+                    f"{row['gb_per_s']:.1f} ({row['percent_of_read']:.0f}%)",
                 ]
             )
-        notes.append(machine(result))
-    head = ["model", "what", "qkernels, tok/s", "llama.cpp, tok/s", "qkernels / llama.cpp"]
-    return table(head, rows) + "\n\n" + "\n".join(dict.fromkeys(notes))
+        load = result["load_seconds"]
+        loaded = f"{result['model']} loads in {load['median']:.2f} s ({load['min']:.2f} to "
+        loaded += f"{load['max']:.2f}). "
+        notes.append(loaded + read_note(result) + machine(result))
+    head = ["model", "KV", "batch", "context", "first token, ms", "prefill, tok/s"]
+    head += ["decode, tok/s", "decode, GB/s (of read)"]
+    return table(head, rows) + "\n\n" + "\n".join(notes)
+
+
+def peers(results: list[Result]) -> str:
+    """The 4-bit linear kernel beside those of other projects: microseconds."""
+    rows, notes = [], []
+    for result in results:
+        for row in result["rows"]:
+            ours = row["qkernels"]
+            memory = row["m"] == 1
+            speed = f"{ours['gb_per_s']:.1f} GB/s, {ours['percent_of_read']:.0f}%"
+            rows.append(
+                [
+                    f"[{row['n']}, {row['k']}] {row['weight']}",
+                    str(row["m"]),
+                    spread(ours),
+                    spread(row["onnxruntime"]),
+                    times(row["ratio"]),
+                    speed if memory else f"{ours['gops']:.0f} GOPS",
+                ]
+            )
+        said = ", ".join(f"{name} {text}" for name, text in result["peers"].items())
+        notes.append(f"Peers: {said}. {read_note(result)}{machine(result)}")
+    head = ["matrix", "M", "qkernels, us", "onnxruntime MatMulNBits, us"]
+    head += ["onnxruntime / qkernels", "qkernels"]
+    return table(head, rows) + "\n\n" + "\n".join(notes)
 
 
 def decoder(results: list[Result]) -> str:
@@ -77,9 +160,7 @@ def decoder(results: list[Result]) -> str:
                     f"{row['percent_of_read']:.0f}%",
                 ]
             )
-        notes.append(
-            f"Read bandwidth in the same run: {result['read_gb_per_s']:.1f} GB/s. {machine(result)}"
-        )
+        notes.append(read_note(result) + machine(result))
     head = [
         "model",
         "act",
@@ -254,6 +335,9 @@ KINDS: dict[str, Callable[[list[Result]], str]] = {
     "quality": quality,
     "transformers": transformers,
     "kernels": kernels,
+    "race": peer,
+    "sweep": sweep,
+    "peers": peers,
 }
 NOT_MEASURED = "*Not measured yet.*"
 
@@ -286,14 +370,39 @@ def fill(text: str, sections: dict[str, str]) -> str:
     return text
 
 
+def draw(results: dict[str, list[Result]], folder: Path = PLOTS) -> list[Path]:
+    """Plots of what has been measured, beside the results. Raises PlotsUnavailable without
+    matplotlib."""
+    from qkernels.bench import plots
+
+    folder.mkdir(parents=True, exist_ok=True)
+    drawn = []
+    for result in results["kernels"]:
+        name = "roofline-" + re.sub(r"[^a-z0-9]+", "-", result["device"].lower()).strip("-")
+        drawn.append(folder / f"{name}.png")
+        plots.roofline(result, drawn[-1])
+    for result in results["sweep"]:
+        drawn.append(folder / f"sweep-{Path(result['model']).stem.lower()}.png")
+        plots.by_context_and_batch(result, drawn[-1])
+    if both := [*results["peer"], *results["race"]]:
+        drawn.append(folder / "peers.png")
+        plots.beside_peers(both, drawn[-1])
+    return drawn
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--check", action="store_true")
+    parser.add_argument("--plots", action="store_true")
     parser.add_argument("--print", action="store_true", dest="show")
     options = parser.parse_args()
-    sections = render(load_results())
+    results = load_results()
+    if options.plots:
+        print("\n".join(str(path) for path in draw(results)))
+        return 0
+    sections = render(results)
     if options.show:
         print("\n\n".join(f"## {kind}\n\n{body}" for kind, body in sections.items()))
         return 0

@@ -177,3 +177,89 @@ def test_transformers_says_where_it_loses() -> None:
     text = report.transformers([result])
     assert "| D | W4A16 | 120.0 | 60.0 | decode 64 | 50.0 (49.0 to 51.0) | 1.75x |" in text
     assert "| prefill 512 | 9.0 (8.0 to 10.0) | 0.90x (slower) |" in text
+
+
+def rated(value: float, gb: float, percent: float, gops: float) -> dict[str, float]:
+    return {**sample(value), "gb_per_s": gb, "percent_of_read": percent, "gops": gops}
+
+
+READ = {"read_gb_per_s": 50.0, "read_ceiling_gb_per_s": 45.0}
+
+
+def race_result() -> dict[str, object]:
+    rows = [
+        {
+            "what": "prefill 512",
+            "qkernels": rated(300.0, 1.0, 2.0, 600.0),
+            "llama_cpp": rated(100.0, 0.5, 1.0, 200.0),
+        },
+        {
+            "what": "decode 64",
+            "qkernels": rated(90.0, 27.0, 60.0, 9.0),
+            "llama_cpp": rated(100.0, 30.0, 66.7, 10.0),
+        },
+    ]
+    return {"kind": "race", **PLACE, **READ, "model": "random.gguf", "rows": rows}
+
+
+def test_a_race_shows_what_its_speeds_mean() -> None:
+    text = report.render({"race": [race_result()]})["race"]
+    assert "| 3.00x | 600 GOPS | 200 GOPS |" in text
+    assert "| 0.90x (slower) | 27.0 GB/s, 60% | 30.0 GB/s, 67% |" in text
+    assert "in the same run: 50.0 GB/s, of which 45.0 count. Some CPU" in text
+
+
+def sweep_row(kv_dtype: str, batch: int, context: int) -> dict[str, object]:
+    return {
+        "kv_dtype": kv_dtype,
+        "batch": batch,
+        "context": context,
+        "first_token": {"median": 0.25, "min": 0.2, "max": 0.3, "n": 5},
+        "prefill": sample(500.0),
+        "decode": sample(100.0 * batch),
+        "gb_per_s": 20.0,
+        "percent_of_read": 50.0,
+    }
+
+
+def sweep_result() -> dict[str, object]:
+    sizes = [(1, 128), (1, 4096), (2, 128)]
+    rows = [sweep_row(kv, *size) for kv in ("int8", "float16") for size in sizes]
+    load = {"median": 0.5, "min": 0.4, "max": 0.6, "n": 6}
+    return {"kind": "sweep", **PLACE, **READ, "model": "m.gguf", "load_seconds": load, "rows": rows}
+
+
+def test_a_sweep_has_every_wait_of_a_user() -> None:
+    text = report.sweep([sweep_result()])
+    assert "| m.gguf | int8 | 2 | 128 | 250 | 500.0 (499.0 to 501.0) |" in text
+    assert "| 200.0 (199.0 to 201.0) | 20.0 (50%) |" in text
+    assert "m.gguf loads in 0.50 s (0.40 to 0.60)." in text
+
+
+def test_kernel_peers_say_who_was_absent() -> None:
+    row = {
+        "n": 4096,
+        "k": 4096,
+        "weight": "W4 g32",
+        "m": 1,
+        "qkernels": rated(300.0, 30.0, 75.0, 100.0),
+        "onnxruntime": rated(240.0, 37.0, 90.0, 120.0),
+        "ratio": 0.8,
+    }
+    peers = {"onnxruntime": "1.32.0", "vllm": "absent: no interpreter given imports vllm"}
+    result = {**PLACE, **READ, "peers": peers, "rows": [row, {**row, "m": 16, "ratio": 2.0}]}
+    text = report.peers([result])
+    assert "| 0.80x (slower) | 30.0 GB/s, 75% |" in text
+    assert "| 2.00x | 100 GOPS |" in text
+    assert "Peers: onnxruntime 1.32.0, vllm absent: no interpreter" in text
+
+
+def test_plots_are_drawn_for_what_was_measured(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="plots need matplotlib")
+    results = {"kernels": [], "peer": [], "race": [race_result()], "sweep": [sweep_result()]}
+    drawn = report.draw(results, tmp_path / "plots")
+    assert [path.name for path in drawn] == ["sweep-m.png", "peers.png"]
+    for path in drawn:
+        assert path.read_bytes().startswith(b"\x89PNG")
+    nothing = {kind: [] for kind in report.KINDS}
+    assert report.draw(nothing, tmp_path / "plots") == []
