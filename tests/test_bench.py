@@ -280,6 +280,18 @@ def test_peak_of_a_team_is_that_of_all_its_threads(with_threads: Callable[[int],
     assert torch.ops.qkernels.cpu_peak("int8", 10) == 2 * one
 
 
+def test_steps_of_a_peak_outlast_a_slow_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One slow call must not end the search: the loop would be too short to show a peak."""
+    now, slow = [0.0], iter([1.0, 1.0])
+
+    def peak(kind: str, steps: int) -> int:
+        now[0] += next(slow, steps * 1e-7)
+        return steps
+
+    monkeypatch.setattr(torch.ops.qkernels, "cpu_peak", peak)
+    assert ceilings._steps("int8", lambda: now[0]) == 32_000
+
+
 def test_peak_refuses_what_it_does_not_know() -> None:
     with pytest.raises(RuntimeError, match='cpu_peak: kind must be "int8" or "float32", got "x"'):
         torch.ops.qkernels.cpu_peak("x", 1)
