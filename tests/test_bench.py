@@ -280,16 +280,24 @@ def test_peak_of_a_team_is_that_of_all_its_threads(with_threads: Callable[[int],
     assert torch.ops.qkernels.cpu_peak("int8", 10) == 2 * one
 
 
-def test_steps_of_a_peak_outlast_a_slow_start(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One slow call must not end the search: the loop would be too short to show a peak."""
-    now, slow = [0.0], iter([1.0, 1.0])
+def test_a_sample_of_a_peak_is_long_and_the_best_try(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, seconds = [0.0], iter([4.0, 2.0, 8.0, 4.0, 5.0, 5.0])
+    asked: list[tuple[str, int]] = []
 
     def peak(kind: str, steps: int) -> int:
-        now[0] += next(slow, steps * 1e-7)
-        return steps
+        asked.append((kind, steps))
+        now[0] += next(seconds)
+        return 10**9
 
     monkeypatch.setattr(torch.ops.qkernels, "cpu_peak", peak)
-    assert ceilings._steps("int8", lambda: now[0]) == 32_000
+    monkeypatch.setattr(ceilings.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(ceilings, "best_read", lambda array, repeats: 20.0)
+    monkeypatch.setattr(ceilings, "_READ_BYTES", (8, 8))
+    top = ceilings.Ceilings()
+    top.measure()
+    assert top.peak == {"int8": [0.5], "float32": [0.25]} and top.read == [20.0]
+    assert {kind for kind, _ in asked} == set(ceilings.PEAKS)
+    assert all(steps >= 100_000 for _, steps in asked)  # 12 multiply-adds each
 
 
 def test_peak_refuses_what_it_does_not_know() -> None:
