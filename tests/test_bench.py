@@ -164,7 +164,7 @@ def test_every_copy_of_a_weight_is_used_and_lies_elsewhere() -> None:
 def test_a_baseline_that_does_not_fit_is_left_out_and_says_why() -> None:
     case = linear_case(QuantSpec(4, 32))
     problem = build(case, Rotation(cache=1, limit=20_000))  # ours takes 11 kB, bfloat16 23 kB
-    assert set(problem.left_out) == {"torch_bfloat16", "torch_int4pack"}
+    assert set(problem.left_out) == {"torch_bfloat16", "torch_float32", "torch_int4pack"}
     assert "one copy takes" in problem.left_out["torch_bfloat16"]
     assert "N a multiple of 16" in problem.left_out["torch_int4pack"]
 
@@ -259,6 +259,23 @@ def test_a_sample_takes_as_many_calls_as_its_time_needs() -> None:
     assert timer.sample() == 0.5e6
 
 
+def test_a_baseline_that_takes_too_long_is_called_once() -> None:
+    now, called = [0.0], {"ours": 0, "near": 0, "far": 0}
+    takes = {"ours": 0.25, "near": 0.75, "far": 1.5}  # near: slow, but not four times
+
+    def variant(name: str) -> Callable[[int], None]:
+        def call(i: int) -> None:
+            called[name] += 1
+            now[0] += takes[name]
+
+        return call
+
+    effort = bench.Effort(rounds=5, seconds=0.1)
+    samples = interleave({name: variant(name) for name in takes}, effort, lambda: now[0])
+    assert samples == {"ours": [0.25e6] * 5, "near": [0.75e6] * 5, "far": [1.5e6]}
+    assert called == {"ours": 7, "near": 7, "far": 1}
+
+
 def test_too_few_rounds_are_refused() -> None:
     with pytest.raises(ValueError, match="at least 5 rounds, got 4"):
         bench.Effort(rounds=4)
@@ -339,7 +356,7 @@ def test_a_run_has_every_fact(tiny_result: dict[str, Any], tmp_path: Path) -> No
     first = tiny_result["rows"][0]
     assert first["name"] == TINY[0].name and first["weight"] == "W4 g32 min"
     assert first["us"]["n"] == 5 and first["us"]["min"] <= first["us"]["median"]
-    assert set(first["baselines"]) == {"torch_bfloat16"}
+    assert set(first["baselines"]) == {"torch_bfloat16", "torch_float32"}
     assert list(first["left_out"]) == ["torch_int4pack"]  # 72 rows are no multiple of 16
     files.write_json(tiny_result, tmp_path / "r.json")
     assert json.loads((tmp_path / "r.json").read_text()) == tiny_result
@@ -358,8 +375,10 @@ def test_csv_has_a_line_per_row(tiny_result: dict[str, Any], tmp_path: Path) -> 
 
 def test_slower_rows_say_so(tiny_result: dict[str, Any]) -> None:
     row = tiny_result["rows"][1]
-    slow = {**row, "baselines": {"torch_sdpa": {"ratio": 0.5}}}
+    slow = {**row, "baselines": {"torch_sdpa": {"ratio": 0.5, "us": {"n": 5}}}}
     assert files.ratio_text(slow) == "0.50x SDPA (slower)"
+    once = {"baselines": {"torch_int_mm": {"ratio": 90.0, "us": {"n": 1}}}}
+    assert files.ratio_text(once) == "90.00x _int_mm (1 call)"
     text = files.table({**tiny_result, "rows": [row, slow]})
     assert len(text.splitlines()) == 3 and "(slower)" in text.splitlines()[2]
 
@@ -508,8 +527,10 @@ def test_an_unknown_revision() -> None:
 
 def test_variants_are_ours_and_the_baselines_of_torch() -> None:
     """Under pytest-benchmark there is a test for each baseline that a case can have."""
-    module = script("conftest")
-    for case in TINY:
+    eight = [linear_case(QuantSpec(8, 32), act) for act in ("int8", "float")]
+    for case in [*TINY, *eight, attention_case("float32"), norm_case(False, False)]:
         problem = build(case, SMALL)
         names = [OURS, *problem.baselines, *problem.left_out]
-        assert sorted(module.variants(case)) == sorted(names)
+        assert sorted(suite.variants(case)) == sorted(names)
+        assert set(names[1:]) <= set(files._SHORT)  # columns of the CSV
+    assert suite.variants(eight[0])[3:] == ["torch_int8pack", "torch_int_mm"]

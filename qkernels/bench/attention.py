@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from .check import U32, require_close, some
 from .inputs import Problem, Rotation, random_bytes, random_floats, turns
 from .shapes import MODELS
 
-SDPA = "torch_sdpa"
+SDPA, SDPA_FLOAT32 = "torch_sdpa", "torch_sdpa_float32"
 PAGE = 64
 _CHECKED_TOKENS = 3
 
@@ -48,7 +49,8 @@ def build(case: AttentionCase, rotation: Rotation) -> Problem:
         peak="int8" if kind.scaled else "float32",
         rotated=count * pages * PAGE * per_token,
     )
-    problem.add_baseline(SDPA, lambda: _sdpa(case, q, rotation))
+    for name in baseline_names(case):
+        problem.add_baseline(name, partial(_sdpa, case, q, rotation, _sdpa_dtype(case, name)))
     return problem
 
 
@@ -90,11 +92,23 @@ def _check(case: AttentionCase, out: Tensor, q: Tensor, table: Tensor, pool: Lay
         require_close(what, out[token : token + 1], want, bound.expand_as(want))
 
 
-def _sdpa(case: AttentionCase, q: Tensor, rotation: Rotation) -> Callable[[int], Any]:
-    """Dense keys and values of one sequence, of the cache's float dtype, or bfloat16 where the
-    cache has integers."""
-    model, kind = MODELS[case.model], KV_DTYPES[case.kv_dtype]
-    dtype = torch.bfloat16 if kind.scaled else kind.torch_dtype
+def baseline_names(case: AttentionCase) -> list[str]:
+    """SDPA of the cache's float dtype, and of float32: without AVX-512 it is the fastest."""
+    return [SDPA] if case.kv_dtype == "float32" else [SDPA, SDPA_FLOAT32]
+
+
+def _sdpa_dtype(case: AttentionCase, name: str) -> torch.dtype:
+    kind = KV_DTYPES[case.kv_dtype]
+    if name == SDPA_FLOAT32:
+        return torch.float32
+    return torch.bfloat16 if kind.scaled else kind.torch_dtype
+
+
+def _sdpa(
+    case: AttentionCase, q: Tensor, rotation: Rotation, dtype: torch.dtype
+) -> Callable[[int], Any]:
+    """Dense keys and values of one sequence."""
+    model = MODELS[case.model]
     shape = (2, 1, model.kv_heads, case.context, model.head_dim)
     nbytes = 2 * case.context * model.kv_heads * model.head_dim * dtype.itemsize
     copies = random_floats((rotation.copies(nbytes), *shape), dtype).unbind()

@@ -22,12 +22,18 @@ Progress = Callable[[int, int, str], None]
 
 def build(case: Case, rotation: Rotation) -> Problem:
     """The inputs and calls of a case."""
-    if isinstance(case, LinearCase):
-        return linear.build(case, rotation)
-    if isinstance(case, AttentionCase):
-        return attention.build(case, rotation)
-    assert isinstance(case, NormCase)
-    return norm.build(case, rotation)
+    problem: Problem = _module(case).build(case, rotation)
+    return problem
+
+
+def variants(case: Case) -> list[str]:
+    """Ours and torch's counterparts, also those that turn out not to fit."""
+    return [OURS, *_module(case).baseline_names(case)]
+
+
+def _module(case: Case) -> Any:
+    modules = {LinearCase: linear, AttentionCase: attention, NormCase: norm}
+    return modules[type(case)]
 
 
 def default_rotation() -> Rotation:
