@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import csv
 import importlib.util
+import io
 import json
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -54,7 +56,9 @@ def tiny_result() -> dict[str, Any]:
                 samples.append(200.0)
 
         patch.setattr(ceilings.Ceilings, "measure", measure)
-        return bench.run(TINY, bench.Effort(rounds=5, seconds=1e-6), rotation=SMALL)
+        result, stopped = bench.run(TINY, bench.Effort(rounds=5, seconds=1e-6), rotation=SMALL)
+        assert stopped is None
+        return result
 
 
 def test_a_run_has_every_fact(tiny_result: dict[str, Any], tmp_path: Path) -> None:
@@ -226,6 +230,27 @@ def test_revisions_are_compared_round_by_round() -> None:
     assert row == {"name": "case", **wanted}
     assert module.line_of({**row, "ratio": 0.5}).endswith("(slower)")
     assert module.compare(workers, "broken", 3)["error"] == "old: CheckError: off"
+
+
+def test_a_process_that_died_fails_its_cases_and_not_the_run() -> None:
+    module = script("compare_revisions")
+    worker = module.Worker.__new__(module.Worker)
+    pipe = subprocess.PIPE
+    worker._process = subprocess.Popen([sys.executable, "-c", ""], stdin=pipe, stdout=pipe)
+    worker._process.wait()
+    worker._process.stdin = io.TextIOWrapper(worker._process.stdin)
+    assert worker.ask("case") == {"error": "the process ended"}
+    assert worker.ask("case") == {"error": "the process ended"}
+    worker.close()
+
+
+@pytest.mark.parametrize("words, tier", [([], 1), (["--quick"], 0), (["--all"], 2)])
+def test_scripts_choose_cases_as_the_command_does(words: list[str], tier: int) -> None:
+    module = script("selection")
+    parser = module.parser("doc")
+    wanted = bench.select(models=[MODEL], kernel="norm", rows=[1, 512], tier=tier)
+    words = [*words, "--model", MODEL, "--kernel", "norm", "--m", "1", "--m", "512"]
+    assert module.chosen(parser, parser.parse_args(words)) == wanted
 
 
 def test_an_unknown_revision() -> None:
