@@ -279,7 +279,7 @@ def test_a_sample_takes_as_many_calls_as_its_time_needs() -> None:
 
 def test_a_baseline_that_takes_too_long_is_called_once() -> None:
     now, called = [0.0], {"ours": 0, "near": 0, "far": 0}
-    takes = {"ours": 0.25, "near": 0.75, "far": 1.5}  # near: slow, but not four times
+    takes = {"ours": 0.5, "near": 1.5, "far": 2.5}  # near: slow, but not four times
 
     def variant(name: str) -> Callable[[int], None]:
         def call(i: int) -> None:
@@ -290,7 +290,7 @@ def test_a_baseline_that_takes_too_long_is_called_once() -> None:
 
     effort = bench.Effort(rounds=5, seconds=0.1)
     samples = interleave({name: variant(name) for name in takes}, effort, lambda: now[0])
-    assert samples == {"ours": [0.25e6] * 5, "near": [0.75e6] * 5, "far": [1.5e6]}
+    assert samples == {"ours": [0.5e6] * 5, "near": [1.5e6] * 5, "far": [2.5e6]}
     assert called == {"ours": 7, "near": 7, "far": 1}
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from bench_cases import SMALL, TINY, attention_case, linear_case, norm_case
+from bench_cases import MODEL, SMALL, TINY, attention_case, linear_case, norm_case
 
 from qkernels import bench
 from qkernels.bench import (

@@ -10,7 +10,7 @@ from typing import Any
 
 Call = Callable[[int], Any]
 Clock = Callable[[], float]
-_SLOW_SECONDS, _SLOW_TIMES = 0.5, 4.0
+_SLOW_SECONDS, _SLOW_TIMES = 1.0, 4.0
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def interleave(
     """Microseconds per call of each variant, a sample per round; every other round goes backwards,
     so that none is always the first after another.
 
-    The first variant is ours. Another whose first call takes more than half a second and more than
+    The first variant is ours. Another whose first call takes more than a second and more than
     four times as long as ours is not called again: that call is its only sample. (torch's int8
     product without AVX-512 takes minutes for a large matrix.)
     """
