@@ -16,13 +16,8 @@ import pytest
 from bench_cases import MODEL, SMALL, TINY, attention_case, linear_case, norm_case
 
 from qkernels import bench
-from qkernels.bench import (
-    ceilings,
-    files,
-    machine,
-    plots,
-    suite,
-)
+from qkernels.bench import attention, ceilings, files, inputs, linear, machine, norm, plots, suite
+from qkernels.bench.inputs import Rotation
 from qkernels.bench.suite import OURS, build, share_of_ceiling
 from qkernels.quant.spec import QuantSpec
 
@@ -32,6 +27,32 @@ ROOT = Path(__file__).resolve().parent.parent
 @pytest.fixture(autouse=True)
 def one_thread(with_threads: Callable[[int], None]) -> None:
     with_threads(1)
+
+
+def test_the_figures_of_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    times = {OURS: [4.0] * 5, "torch_bfloat16": [8.0] * 5, "torch_float32": [2.0] * 5}
+    monkeypatch.setattr(suite, "interleave", lambda variants, effort: dict(times))
+    row = bench.measure(TINY[0], bench.QUICK_EFFORT, SMALL)
+    assert row["gb_per_s"] == 1.8  # 7200 bytes in 4 us
+    assert row["gops"] == 17.28  # 69120 operations
+    assert row["baselines"]["torch_bfloat16"]["ratio"] == 2.0
+    assert row["baselines"]["torch_float32"]["ratio"] == 0.5
+
+
+@pytest.mark.parametrize("case", TINY, ids=lambda case: case.kernel)
+def test_calls_go_through_the_copies(case: bench.Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ours and each baseline get another address of the rotated input call after call."""
+    turned: list[int] = []
+    real = inputs.turns
+
+    def turns(items: Any, call: Any) -> Any:
+        turned.append(len(items))
+        return real(items, call)
+
+    for module in (linear, attention, norm):
+        monkeypatch.setattr(module, "turns", turns)
+    problem = build(case, Rotation(cache=1 << 18, limit=1 << 24))
+    assert len(turned) == 1 + len(problem.baselines) and min(turned) > 1
 
 
 def test_the_nearer_ceiling_counts() -> None:
