@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from bench_cases import MODEL, SMALL, TINY, attention_case, linear_case, norm_case
 
 from qkernels import bench
@@ -53,6 +54,12 @@ def test_calls_go_through_the_copies(case: bench.Case, monkeypatch: pytest.Monke
         monkeypatch.setattr(module, "turns", turns)
     problem = build(case, Rotation(cache=1 << 18, limit=1 << 24))
     assert len(turned) == 1 + len(problem.baselines) and min(turned) > 1
+
+
+def test_read_bandwidth_is_bytes_over_the_best_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([0.0, 4.0, 10.0, 12.0, 20.0, 25.0, 30.0, 34.0])  # 4, 2, 5 and 4 seconds
+    monkeypatch.setattr(machine.time, "perf_counter", lambda: next(clock))
+    assert machine.best_read(torch.ones(1000, dtype=torch.int64), 2) == 8000 / 2 / 1e9
 
 
 def test_the_nearer_ceiling_counts() -> None:
