@@ -13,7 +13,6 @@ result against the reference first.
 
 from __future__ import annotations
 
-import argparse
 import re
 import sys
 from pathlib import Path
@@ -22,6 +21,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import record
+import selection
 import torch
 
 from qkernels import bench
@@ -61,23 +61,13 @@ def file_name(device: str) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    tiers = parser.add_mutually_exclusive_group()
-    tiers.add_argument("--quick", action="store_const", const=bench.QUICK, dest="tier")
-    tiers.add_argument("--all", action="store_const", const=bench.FULL, dest="tier")
-    parser.add_argument("--model", action="append", default=[])
-    parser.add_argument("--kernel", metavar="REGEX")
-    parser.add_argument("--m", type=int, action="append", default=[])
-    parser.add_argument("--threads", type=int, default=2)
+    parser = selection.parser(__doc__)
     parser.add_argument("--rounds", type=int, default=bench.Effort().rounds)
     parser.add_argument("--name", help="of the result file; default: by device")
     parser.add_argument("--no-write", action="store_true")
     options = parser.parse_args()
-    tier = bench.STANDARD if options.tier is None else options.tier
+    cases = selection.chosen(parser, options)
     try:
-        cases = bench.select(models=options.model, kernel=options.kernel, rows=options.m, tier=tier)
         effort = bench.Effort(rounds=options.rounds)
     except ValueError as error:
         parser.error(str(error))
@@ -86,12 +76,15 @@ def main() -> None:
     def progress(done: int, total: int, what: str) -> None:
         print(f"\r\x1b[K{done}/{total} {what}", end="", file=sys.stderr, flush=True)
 
-    result = bench.run(cases, effort, progress=progress)
+    result, stopped = bench.run(cases, effort, progress=progress)
     print(f"\n{files.table(result)}\n{files.machine_text(result)}")
     if not options.no_write:
         body = {name: result[name] for name in ("cache_bytes", "rounds", "ceilings", "rows")}
         name = options.name or file_name(result["device"])
         print(record.write(name, "kernels", options.threads, body))
+    if stopped is not None:
+        print(f"stopped after {len(result['rows'])} of {len(cases)} cases", file=sys.stderr)
+        raise stopped
 
 
 if __name__ == "__main__":

@@ -15,12 +15,12 @@ run; the exit code is 1 then.
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import json
 import os
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -118,13 +118,17 @@ class Worker:
 
     def ask(self, name: str | None) -> Any:
         assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps(name) + "\n")
-        self._process.stdin.flush()
+        try:
+            self._process.stdin.write(json.dumps(name) + "\n")
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            return {"error": "the process ended"}
         return self._read()
 
     def close(self) -> None:
         assert self._process.stdin is not None
-        self._process.stdin.close()
+        with suppress(BrokenPipeError):
+            self._process.stdin.close()
         self._process.wait()
 
 
@@ -163,29 +167,17 @@ def main() -> int:
         worker(int(sys.argv[2]), float(sys.argv[3]))
         return 0
     sys.path.insert(0, str(ROOT))
-    from qkernels import bench
+    import selection
+
     from qkernels.bench.machine import provenance
 
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = selection.parser(__doc__)
     parser.add_argument("revision", metavar="REV")
-    tiers = parser.add_mutually_exclusive_group()
-    tiers.add_argument("--quick", action="store_const", const=bench.QUICK, dest="tier")
-    tiers.add_argument("--all", action="store_const", const=bench.FULL, dest="tier")
-    parser.add_argument("--model", action="append", default=[])
-    parser.add_argument("--kernel", metavar="REGEX")
-    parser.add_argument("--m", type=int, action="append", default=[])
-    parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--seconds", type=float, default=0.03, help="of one sample")
     parser.add_argument("--json", type=Path, metavar="FILE")
     options = parser.parse_args()
-    tier = bench.STANDARD if options.tier is None else options.tier
-    try:
-        cases = bench.select(models=options.model, kernel=options.kernel, rows=options.m, tier=tier)
-    except ValueError as error:
-        parser.error(str(error))
+    cases = selection.chosen(parser, options)
     if options.rounds < 5:
         parser.error(f"a median needs at least 5 rounds, got {options.rounds}")
     trees = {"old": checkout(options.revision), "new": ROOT}

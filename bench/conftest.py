@@ -2,20 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 
 from qkernels import bench
-from qkernels.bench.suite import OURS
-
-_BASELINES = {
-    "linear": ("torch_bfloat16", "torch_int4pack", "torch_int8pack", "torch_int_mm"),
-    "attention_decode": ("torch_sdpa",),
-    "attention_prefill": ("torch_sdpa",),
-    "rms_norm": ("torch_rms_norm",),
-    "layer_norm": ("torch_layer_norm",),
-}
+from qkernels.bench.suite import variants
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -29,19 +19,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--bench-m", type=int, action="append", default=[], help="rows of activations")
 
 
-def variants(case: Any) -> list[str]:
-    """Ours and the baselines that the case may have."""
-    names = list(_BASELINES[case.kernel])
-    if case.kernel == "linear":
-        bits, act = case.spec.bits, case.act
-        int8 = "torch_int_mm" if act == "int8" else "torch_int8pack"
-        names = ["torch_bfloat16", *({4: ["torch_int4pack"], 8: [int8]}.get(bits, []))]
-    return [OURS, *names]
-
-
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "case" not in metafunc.fixturenames or "variant" not in metafunc.fixturenames:
         return
+    if not metafunc.config.pluginmanager.hasplugin("benchmark"):
+        raise pytest.UsageError("needs pytest-benchmark. Type  pip install 'qkernels[bench]'")
     option = metafunc.config.getoption
     tier = bench.FULL if option("--bench-all") else bench.STANDARD
     if option("--bench-quick"):

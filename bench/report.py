@@ -300,23 +300,18 @@ def quality(results: list[Result]) -> str:
     return "\n\n".join([*parts, notes])
 
 
-def _kernel_ratio(row: Result) -> str:
-    parts = []
-    for name, found in row["baselines"].items():
-        slower = "" if found["ratio"] >= 1 else " (slower)"
-        parts.append(f"{found['ratio']:.2f}x {name.removeprefix('torch_')}{slower}")
-    return ", ".join(parts) or "-"
-
-
 def kernels(results: list[Result]) -> str:
     """Every kernel that was measured: time, rate, share of the ceiling, against torch."""
+    if str(ROOT) not in sys.path:
+        sys.path.insert(0, str(ROOT))
+    from qkernels.bench import files  # imports torch, which the other tables do without
+
     rows, notes = [], []
     for result in results:
         for row in result["rows"]:
-            memory = row["bound"] == "memory"
-            rate = f"{row['gb_per_s']:.1f} GB/s" if memory else f"{row['gops']:.0f} GOPS"
+            rate, ratio = files.rate_text(row), files.ratio_text(row)
             percent = f"{row['percent_of_ceiling']:.0f}% of {row['bound']}"
-            rows.append([row["name"], spread(row["us"]), rate, percent, _kernel_ratio(row)])
+            rows.append([row["name"], spread(row["us"]), rate, percent, ratio])
         top = result["ceilings"]
         notes.append(
             f"Ceilings in the same run: read {top['read_gb_per_s']['median']:.1f} GB/s, int8 "

@@ -113,9 +113,9 @@ def test_kernels_keep_every_row_and_mark_the_slower_ones() -> None:
     text = report.kernels([{**PLACE, "ceilings": top, "rows": rows}])
     time = "50.0 (49.0 to 51.0)"
     share = "62% of memory"
-    ratios = "4.00x bfloat16, 0.50x int4pack (slower)"
+    ratios = "4.00x bf16, 0.50x int4pack (slower)"
     assert f"| linear a | {time} | 12.3 GB/s | {share} | {ratios} |" in text
-    assert f"| linear b | {time} | 457 GOPS | 62% of compute | 1.00x int_mm |" in text
+    assert f"| linear b | {time} | 457 GOPS | 62% of compute | 1.00x _int_mm |" in text
     assert f"| alone | {time} | 12.3 GB/s | {share} | - |" in text
     assert "read 20.0 GB/s, int8 600 GOPS, float32 200 GOPS. Some CPU" in text
 

@@ -3,7 +3,7 @@
 from .cases import FULL, QUICK, STANDARD, Case, every_case, select
 from .check import CheckError
 from .inputs import Rotation
-from .suite import measure, result, run
+from .suite import measure, run
 from .timing import QUICK_EFFORT, Effort
 
 __all__ = [
@@ -17,7 +17,6 @@ __all__ = [
     "Rotation",
     "every_case",
     "measure",
-    "result",
     "run",
     "select",
 ]

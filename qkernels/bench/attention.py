@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from .check import U32, require_close, some
 from .inputs import Problem, Rotation, random_bytes, random_floats, turns
 from .shapes import MODELS
 
-SDPA = "torch_sdpa"
+SDPA, SDPA_FLOAT32 = "torch_sdpa", "torch_sdpa_float32"
 PAGE = 64
 _CHECKED_TOKENS = 3
 
@@ -48,7 +49,8 @@ def build(case: AttentionCase, rotation: Rotation) -> Problem:
         peak="int8" if kind.scaled else "float32",
         rotated=count * pages * PAGE * per_token,
     )
-    problem.add_baseline(SDPA, lambda: _sdpa(case, q, rotation))
+    for name in baseline_names(case):
+        problem.add_baseline(name, partial(_sdpa, case, q, rotation, _sdpa_dtype(case, name)))
     return problem
 
 
@@ -62,18 +64,20 @@ def _pool(kv_dtype: str, pages: int, heads: int, dim: int) -> LayerCache:
     k, v = random_bytes(2 * pages * heads * PAGE * shape[-1]).view(shape)
     levels = 2**kind.bits
     scales = torch.empty(2, pages, heads, 2, PAGE, dtype=torch.float16)
-    scales[..., 0, :] = 4.0 / levels  # values from -2 to 2
-    scales[..., 1, :] = levels // 2
+    # Values from about -2 to 2; each token has its own, so that a mixed-up one shows in the check.
+    spread = random_floats((2, pages, heads, PAGE), torch.float32).clamp(-1, 1)
+    scales[..., 0, :] = (3.0 + spread) / levels
+    scales[..., 1, :] = (levels * (4 + spread) / 8).round()
     return LayerCache(k, v, *scales)
 
 
 def _check(case: AttentionCase, out: Tensor, q: Tensor, table: Tensor, pool: LayerCache) -> None:
     """Some tokens against the reference, all heads.
 
-    A score is a sum of D products and an output one of `context`. Rounding errors of a sum of n
-    terms grow like a random walk, with sqrt(n); four times that is the bound. An error d of the
-    scores moves an output by up to 2 d max|v|. Integer pages sum codes and zero points apart, each
-    twice as large as the values.
+    A score is a sum of D products, whose partial sums stay far below the sum of their magnitudes:
+    four u of that are allowed. An error d of the scores moves an output by up to 2 d max|v|. An
+    output sums `context` terms, whose rounding errors grow like a random walk, with sqrt(context).
+    Integer pages sum codes and zero points apart, each twice as large as the values.
     """
     dim, length = q.shape[2], case.context
     k = read_pages(pool.k_pages, pool.k_scale, table, length, dim)
@@ -84,17 +88,29 @@ def _check(case: AttentionCase, out: Tensor, q: Tensor, table: Tensor, pool: Lay
         one = q[token : token + 1]
         want = attend(one, k[:seen], v[:seen], dim**-0.5, True, 0, 0.0)
         terms = dim**-0.5 * one.abs().sum(-1).max() * wide * k.abs().max()
-        score = 4 * U32 * dim**0.5 * terms
+        score = 4 * U32 * terms
         bound = (2 * score + 4 * U32 * (4 + seen**0.5)) * wide * v.abs().max()
         what = f"{case.name}, token {token}"
         require_close(what, out[token : token + 1], want, bound.expand_as(want))
 
 
-def _sdpa(case: AttentionCase, q: Tensor, rotation: Rotation) -> Callable[[int], Any]:
-    """Dense keys and values of one sequence, of the cache's float dtype, or bfloat16 where the
-    cache has integers."""
-    model, kind = MODELS[case.model], KV_DTYPES[case.kv_dtype]
-    dtype = torch.bfloat16 if kind.scaled else kind.torch_dtype
+def baseline_names(case: AttentionCase) -> list[str]:
+    """SDPA of the cache's float dtype, and of float32: without AVX-512 it is the fastest."""
+    return [SDPA] if case.kv_dtype == "float32" else [SDPA, SDPA_FLOAT32]
+
+
+def _sdpa_dtype(case: AttentionCase, name: str) -> torch.dtype:
+    kind = KV_DTYPES[case.kv_dtype]
+    if name == SDPA_FLOAT32:
+        return torch.float32
+    return torch.bfloat16 if kind.scaled else kind.torch_dtype
+
+
+def _sdpa(
+    case: AttentionCase, q: Tensor, rotation: Rotation, dtype: torch.dtype
+) -> Callable[[int], Any]:
+    """Dense keys and values of one sequence."""
+    model = MODELS[case.model]
     shape = (2, 1, model.kv_heads, case.context, model.head_dim)
     nbytes = 2 * case.context * model.kv_heads * model.head_dim * dtype.itemsize
     copies = random_floats((rotation.copies(nbytes), *shape), dtype).unbind()

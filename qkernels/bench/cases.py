@@ -1,7 +1,7 @@
 """What there is to measure, and how a few of it are chosen.
 
 The space is the product of all shapes, widths, groups, zeros, activations and numbers of rows, some
-20,000 cases. Each has a tier: QUICK is a look at one model in a minute, STANDARD (which contains
+28,000 cases. Each has a tier: QUICK is a look at one model in a minute, STANDARD (which contains
 it) what is usually asked, FULL everything.
 """
 
@@ -78,6 +78,13 @@ class LinearCase(Case):
     @property
     def detail(self) -> str:
         return f"{self.layer} [{self.n}, {self.k}] {self.weight} act {self.act} M={self.m}"
+
+    @property
+    def nbytes(self) -> float:
+        """Bytes of the weight in a file: those of Q4_K have scales and minima of 6 bits, which are
+        kept as bytes in memory."""
+        bits = 4.5 if self.spec == Q4_K else self.spec.bits_per_weight
+        return self.n * self.k * bits / 8
 
     def fields(self) -> dict[str, Any]:
         own = {"layer": self.layer, "n": self.n, "k": self.k}
@@ -187,8 +194,10 @@ def select(
     models: names as in `MODELS`, whatever their letters' case; none: all of them, in the QUICK tier
     `QUICK_MODEL`. kernel: a regular expression that is searched for in the name of a case, such as
     "linear .*down.* W4 g32" or "attention.*int8". rows: values of M. Raises ValueError for a model
-    that is not there, a bad expression, and a selection that is empty.
+    or a number of rows that is not there, a bad expression, and a selection that is empty.
     """
+    if strange := sorted(set(rows) - set(ROWS)):
+        raise ValueError(f"no case has M {strange}; M may be {list(ROWS)}")
     chosen = [_model(name) for name in models]
     if not chosen:
         chosen = [QUICK_MODEL] if tier == QUICK else list(MODELS)
@@ -204,17 +213,9 @@ def select(
     found = [case for case in fits if case.tier <= tier]
     if not found:
         asked = f"kernel {kernel!r}, M {list(rows) or 'any'}, models {', '.join(chosen)}"
-        more = f"; {len(fits)} of the FULL tier do (--all)" if fits else f"; M may be {list(ROWS)}"
+        more = f"; {len(fits)} of a larger tier do" if fits else ""
         raise ValueError(f"no case of this selection fits {asked}{more}")
     return found
-
-
-def named(name: str) -> Case:
-    """The case of a name. Raises ValueError."""
-    for case in every_case():
-        if case.name == name:
-            return case
-    raise ValueError(f"there is no case {name!r}")
 
 
 def _model(name: str) -> str:

@@ -12,10 +12,12 @@ from .._format import columns
 Result = dict[str, Any]
 _SHORT = {
     "torch_bfloat16": "bf16",
+    "torch_float32": "float32",
     "torch_int4pack": "int4pack",
     "torch_int8pack": "int8pack",
     "torch_int_mm": "_int_mm",
     "torch_sdpa": "SDPA",
+    "torch_sdpa_float32": "SDPA float32",
     "torch_rms_norm": "rms_norm",
     "torch_layer_norm": "layer_norm",
 }
@@ -45,6 +47,7 @@ def write_csv(result: Result, path: Path) -> None:
             found = row["baselines"].get(name)
             line[f"{name}_us"] = "" if found is None else found["us"]["median"]
             line[f"{name}_ratio"] = "" if found is None else found["ratio"]
+            line[f"{name}_n"] = "" if found is None else found["us"]["n"]
         lines.append({**line, **place})
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, fieldnames=list(lines[0]))
@@ -66,16 +69,18 @@ def rate_text(row: dict[str, Any]) -> str:
 
 
 def ratio_text(row: dict[str, Any]) -> str:
-    """How many times faster than each baseline; below 1 it is slower, and says so."""
+    """How many times faster than each baseline; below 1 it is slower, and says so, as it does where
+    the baseline was called only once."""
     parts = []
     for name, found in row["baselines"].items():
         slower = "" if found["ratio"] >= 1 else " (slower)"
-        parts.append(f"{found['ratio']:.2f}x {_SHORT.get(name, name)}{slower}")
+        once = " (1 call)" if found["us"]["n"] == 1 else ""
+        parts.append(f"{found['ratio']:.2f}x {_SHORT[name]}{slower}{once}")
     return ", ".join(parts) or "-"
 
 
 def table(result: Result) -> str:
-    """The rows in aligned columns, and below them the ceilings and the machine."""
+    """The rows in aligned columns."""
     head = ["case", "time", "least", "most", "rate", "of ceiling", "against torch"]
     lines = [head]
     for row in result["rows"]:

@@ -47,7 +47,7 @@ class Problem:
 
     ours: call i, on copy i of the inputs. baselines: the same of what torch has. left_out: why a
     baseline is not among them. check: compares a result of `ours` with the reference; raises
-    CheckError. nbytes, ops: what one call has to read (and for norms write), and to compute. peak:
+    CheckError. nbytes, ops: what one call has to read from memory, and to compute. peak:
     the ceiling of its arithmetic, "int8" or "float32". rotated: bytes of all copies.
     """
 

@@ -6,6 +6,7 @@ import os
 import platform
 import subprocess
 import time
+from collections.abc import Iterable
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -13,7 +14,8 @@ from statistics import median
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
+CPUS = Path("/sys/devices/system/cpu")
+_UNITS = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 _USUAL_CACHE = 32 << 20  # where the machine does not say
 
 
@@ -82,15 +84,27 @@ def summary(samples: list[float]) -> dict[str, Any]:
     }
 
 
-def last_level_cache(folder: Path = CACHES) -> int:
-    """Bytes of the largest cache of the first core, as Linux tells it; 32 MiB where it does not."""
-    units = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
-    sizes = [_USUAL_CACHE]
-    for path in folder.glob("index*/size"):
-        text = path.read_text().strip()
-        if text[:-1].isdigit() and text[-1] in units:
-            sizes.append(int(text[:-1]) * units[text[-1]])
-    return max(sizes[1:], default=_USUAL_CACHE)
+def last_level_cache(folder: Path = CPUS, cores: Iterable[int] | None = None) -> int:
+    """Bytes of the last-level caches of all cores that may be used, as Linux tells them; 32 MiB
+    where it does not.
+
+    A machine may have several, one per some cores. They count together: with its share of a matrix
+    each thread fills the one it is next to.
+    """
+    cores = os.sched_getaffinity(0) if cores is None else cores
+    found: dict[str, int] = {}  # cores that share a cache: its bytes
+    for core in cores:
+        caches = []
+        for path in folder.glob(f"cpu{core}/cache/index*/size"):
+            text = path.read_text().strip()
+            shared = path.with_name("shared_cpu_list")
+            owners = shared.read_text().strip() if shared.exists() else "all"
+            if text[:-1].isdigit() and text[-1] in _UNITS:
+                caches.append((int(text[:-1]) * _UNITS[text[-1]], owners))
+        if caches:
+            size, owners = max(caches)
+            found[owners] = size
+    return sum(found.values()) or _USUAL_CACHE
 
 
 def read_bandwidth(megabytes: int = 512, repeats: int = 7) -> float:

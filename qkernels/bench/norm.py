@@ -33,24 +33,24 @@ def build(case: NormCase, rotation: Rotation) -> Problem:
     if case.quantized:
         stem, tail = "norm_quant", (*tail, ACT_GROUP)
     op = select(stem, rows.device)
-    written = nbytes // 4 + nbytes // ACT_GROUP + case.m * case.k // 8  # codes, scales, sums
     problem = Problem(
         turns([(x, *tail) for x in copies], op),
         lambda: _check(case, op(copies[-1], *tail), copies[-1], weight, bias),
-        nbytes=nbytes + (written if case.quantized else nbytes),
+        nbytes=nbytes,  # what is written stays in a cache: it is the same memory every time
         ops=(8.0 if case.center else 4.0) * case.m * case.k,
         peak="float32",
         rotated=count * nbytes,
     )
-    shape = [case.k]
-    if case.center:
-        torch_args = [(x, shape, weight, bias, EPS) for x in copies]
-        problem.baselines["torch_layer_norm"] = turns(torch_args, F.layer_norm)
-    else:
-        problem.baselines["torch_rms_norm"] = turns(
-            [(x, shape, weight, EPS) for x in copies], F.rms_norm
-        )
+    (name,) = baseline_names(case)
+    rest = ([case.k], weight, bias, EPS) if case.center else ([case.k], weight, EPS)
+    theirs = F.layer_norm if case.center else F.rms_norm
+    problem.baselines[name] = turns([(x, *rest) for x in copies], theirs)
     return problem
+
+
+def baseline_names(case: NormCase) -> list[str]:
+    """The norm of torch.nn.functional."""
+    return [f"torch_{case.kernel}"]
 
 
 def _check(case: NormCase, got: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:

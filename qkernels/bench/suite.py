@@ -11,6 +11,7 @@ import torch
 from . import attention, linear, norm
 from .cases import AttentionCase, Case, LinearCase, NormCase
 from .ceilings import Ceilings
+from .check import CheckError
 from .inputs import Problem, Rotation
 from .machine import last_level_cache, provenance, summary
 from .timing import Effort, interleave
@@ -22,12 +23,18 @@ Progress = Callable[[int, int, str], None]
 
 def build(case: Case, rotation: Rotation) -> Problem:
     """The inputs and calls of a case."""
-    if isinstance(case, LinearCase):
-        return linear.build(case, rotation)
-    if isinstance(case, AttentionCase):
-        return attention.build(case, rotation)
-    assert isinstance(case, NormCase)
-    return norm.build(case, rotation)
+    problem: Problem = _module(case).build(case, rotation)
+    return problem
+
+
+def variants(case: Case) -> list[str]:
+    """Ours and torch's counterparts, also those that turn out not to fit."""
+    return [OURS, *_module(case).baseline_names(case)]
+
+
+def _module(case: Case) -> Any:
+    modules = {LinearCase: linear, AttentionCase: attention, NormCase: norm}
+    return modules[type(case)]
 
 
 def default_rotation() -> Rotation:
@@ -115,15 +122,23 @@ def run(
     *,
     rotation: Rotation | None = None,
     progress: Progress | None = None,
-) -> dict[str, Any]:
-    """Measures the cases with torch's current threads; returns a result as `result` describes it.
+) -> tuple[dict[str, Any], BaseException | None]:
+    """Measures the cases with torch's current threads.
 
-    Raises CheckError where a kernel differs from the reference.
+    Returns a result as `result` describes it, and what stopped it early: a CheckError where a
+    kernel differs from the reference, KeyboardInterrupt, or None. What was measured until then is
+    in the result; where that is nothing the exception is raised.
     """
     effort = effort or Effort()
-    ceilings = Ceilings()
-    rows = list(rows_of(cases, effort, rotation or default_rotation(), ceilings, progress))
-    return result(rows, ceilings, effort)
+    ceilings, rows, stopped = Ceilings(), [], None
+    try:
+        for row in rows_of(cases, effort, rotation or default_rotation(), ceilings, progress):
+            rows.append(row)
+    except (KeyboardInterrupt, CheckError) as error:
+        if not rows:
+            raise
+        stopped = error
+    return result(rows, ceilings, effort), stopped
 
 
 def busy() -> str | None:

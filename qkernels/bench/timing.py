@@ -10,6 +10,7 @@ from typing import Any
 
 Call = Callable[[int], Any]
 Clock = Callable[[], float]
+_SLOW_SECONDS, _SLOW_TIMES = 1.0, 4.0
 
 
 @dataclass(frozen=True)
@@ -29,14 +30,30 @@ QUICK_EFFORT = Effort(rounds=5, seconds=0.01)
 
 
 class Timer:
-    """One variant: calls per sample, found while warming up, and where its rotation stands."""
+    """One variant: calls per sample, found while warming up, and where its rotation stands.
 
-    def __init__(self, call: Call, seconds: float, clock: Clock = time.perf_counter) -> None:
+    limit: seconds of a first call after which there is no other one; `only` has its microseconds
+    then, and is None otherwise. per_call: seconds that a call took while warming up.
+    """
+
+    def __init__(
+        self,
+        call: Call,
+        seconds: float,
+        clock: Clock = time.perf_counter,
+        limit: float = math.inf,
+    ) -> None:
         self._call, self._clock, self._next = call, clock, 0
-        self._run(1)  # allocates, and starts the threads
-        self.calls = max(1, math.ceil(seconds / max(self._run(1), 1e-7)))
-        if self.calls > 1:  # the second call may still have been slow
-            self.calls = max(1, math.ceil(seconds / max(self._run(min(self.calls, 20)), 1e-7)))
+        self.calls = 1
+        self.per_call = self._run(1)  # allocates, and starts the threads
+        self.only = 1e6 * self.per_call if self.per_call > limit else None
+        if self.only is not None:
+            return
+        for most in (1, 20):  # the second call may still have been slow
+            self.per_call = self._run(min(self.calls, most))
+            self.calls = max(1, math.ceil(seconds / max(self.per_call, 1e-7)))
+            if self.calls == 1:
+                break
 
     def _run(self, calls: int) -> float:
         """Seconds per call."""
@@ -57,10 +74,20 @@ def interleave(
     variants: Mapping[str, Call], effort: Effort, clock: Clock = time.perf_counter
 ) -> dict[str, list[float]]:
     """Microseconds per call of each variant, a sample per round; every other round goes backwards,
-    so that none is always the first after another."""
-    timers = {name: Timer(call, effort.seconds, clock) for name, call in variants.items()}
-    samples: dict[str, list[float]] = {name: [] for name in variants}
-    order = list(variants)
+    so that none is always the first after another.
+
+    The first variant is ours. Another whose first call takes more than a second and more than
+    four times as long as ours is not called again: that call is its only sample. (torch's int8
+    product without AVX-512 takes minutes for a large matrix.)
+    """
+    timers: dict[str, Timer] = {}
+    limit = math.inf
+    for name, call in variants.items():
+        timers[name] = Timer(call, effort.seconds, clock, limit)
+        if len(timers) == 1:
+            limit = max(_SLOW_SECONDS, _SLOW_TIMES * timers[name].per_call)
+    samples = {name: [] if t.only is None else [t.only] for name, t in timers.items()}
+    order = [name for name, timer in timers.items() if timer.only is None]
     for _ in range(effort.rounds):
         for name in order:
             samples[name].append(timers[name].sample())

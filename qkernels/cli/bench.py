@@ -51,18 +51,8 @@ def run(options: BenchOptions) -> None:
         warn(f"{reason}: what is measured now will be slower and more scattered")
     effort = bench.QUICK_EFFORT if options.quick else bench.Effort()
     note(f"{len(cases)} cases, {effort.rounds} rounds each, {torch.get_num_threads()} threads")
-    rows, ceilings = [], suite.Ceilings()
-    stopped: BaseException | None = None
-    try:
-        with bar("measuring") as progress:
-            rotation = suite.default_rotation()
-            for row in suite.rows_of(cases, effort, rotation, ceilings, progress):
-                rows.append(row)
-    except (KeyboardInterrupt, bench.CheckError) as error:  # what was measured is not lost
-        if not rows:
-            raise
-        stopped = error
-    result = bench.result(rows, ceilings, effort)
+    with bar("measuring") as progress:
+        result, stopped = bench.run(cases, effort, progress=progress)
     answer.write(f"{files.table(result)}\n")
     answer.end()
     note(files.machine_text(result))
@@ -76,7 +66,7 @@ def run(options: BenchOptions) -> None:
         for path in plots.write_plots(result, options.plots):
             note(f"wrote {path}")
     if stopped is not None:
-        warn(f"stopped after {len(rows)} of {len(cases)} cases")
+        warn(f"stopped after {len(result['rows'])} of {len(cases)} cases")
         raise stopped
 
 
