@@ -41,8 +41,8 @@ format: $(VENV)/lint.stamp
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CXX_SOURCES)
 
-# What README.md quotes, but for accuracy and transformers, measured on this machine; an hour and more.
-bench: $(VENV)/bench.stamp $(VENV)/model.stamp $(PEER) qkernels/_C_cpu.so
+# What README.md quotes, but for accuracy, which is the same on every machine. It takes hours.
+bench: $(VENV)/bench.stamp $(VENV)/models.stamp $(PEER) qkernels/_C_cpu.so
 	$(BIN)/python bench/bench_kernels.py --quick --threads $(THREADS)
 	$(BIN)/python bench/bench_decoder.py $(MODEL) --threads $(THREADS)
 	$(BIN)/python bench/bench_decoder.py $(MODEL) --threads $(THREADS) --sweep
@@ -51,6 +51,7 @@ bench: $(VENV)/bench.stamp $(VENV)/model.stamp $(PEER) qkernels/_C_cpu.so
 	  --requantize Q4_0
 	$(BIN)/python bench/peers.py --threads $(THREADS) --peer-python $(PEER_PYTHON)
 	$(BIN)/python bench/loading_memory.py
+	$(BIN)/python bench/bench_transformers.py --threads $(THREADS)
 	$(MAKE) race
 	$(BIN)/python bench/report.py --plots
 	$(BIN)/python bench/report.py
