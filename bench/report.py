@@ -322,6 +322,18 @@ def kernels(results: list[Result]) -> str:
     return table(head, rows) + "\n\n" + "\n".join(notes)
 
 
+def busy(results: list[Result]) -> str:
+    """Decode while another process keeps one core busy."""
+    rows, notes = [], []
+    for result in results:
+        for row in result["rows"]:
+            speeds = [spread(row["idle"]), spread(row["busy"])]
+            rows.append([result["model"], *speeds, f"{100 * row['kept']:.0f}%"])
+        notes.append(machine(result))
+    head = ["model", "decode idle, tok/s", "one core busy, tok/s", "kept"]
+    return table(head, rows) + "\n\n" + "\n".join(notes)
+
+
 KINDS: dict[str, Callable[[list[Result]], str]] = {
     "peer": peer,
     "decoder": decoder,
@@ -333,6 +345,7 @@ KINDS: dict[str, Callable[[list[Result]], str]] = {
     "race": peer,
     "sweep": sweep,
     "peers": peers,
+    "busy": busy,
 }
 NOT_MEASURED = "*Not measured yet.*"
 

@@ -254,6 +254,12 @@ def test_kernel_peers_say_who_was_absent() -> None:
     assert "Peers: onnxruntime 1.32.0, vllm absent: no interpreter" in text
 
 
+def test_a_busy_core_shows_what_is_kept() -> None:
+    row = {"idle": sample(200.0), "busy": sample(90.0), "kept": 0.45}
+    text = report.busy([{**PLACE, "model": "m.gguf", "decode": 64, "rows": [row]}])
+    assert "| m.gguf | 200.0 (199.0 to 201.0) | 90.0 (89.0 to 91.0) | 45% |" in text
+
+
 def test_plots_are_drawn_for_what_was_measured(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="plots need matplotlib")
     results = {"kernels": [], "peer": [], "race": [race_result()], "sweep": [sweep_result()]}
