@@ -10,6 +10,7 @@ import torch
 
 from qkernels import backends, ops
 from qkernels.cache import PagedKVCache, rope_table
+from qkernels.nn import executor
 from qkernels.nn.executor import ComposedExecutor, NativeExecutor, column_orders
 from qkernels.nn.program import (
     Attention,
@@ -207,6 +208,16 @@ def test_single_tokens_are_bitwise_the_composed_ops_on_any_thread_count(
         assert torch.equal(expected, decoded(native)), f"{n} threads"
 
 
+def test_a_native_step_has_its_weights_on_huge_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[torch.Tensor | None] = []
+    monkeypatch.setattr(executor, "use_huge_pages", asked.extend)
+    steps, weights = model(SPECS["w4-min"])
+    NativeExecutor(lowered_for(steps, weights, "int8"), weights)
+    found = {t.data_ptr() for t in asked if t is not None}
+    packed = [w for w in weights.values() if isinstance(w, PackedWeight)]
+    assert packed and all(w.codes.data_ptr() in found for w in packed)
+
+
 def test_activations_are_quantized_where_they_are_produced() -> None:
     steps, weights = model(SPECS["w4-min"], qk_norm=False)
     lowered = lower(steps, act_group(weights, "int8"))
@@ -299,9 +310,9 @@ def test_activations_are_sorted_once_for_weights_of_one_order() -> None:
 
 def test_a_program_lowered_for_another_order_is_refused() -> None:
     steps, weights = model(SPECS["act-order"])
-    for executor in (ComposedExecutor, NativeExecutor):
+    for kind in (ComposedExecutor, NativeExecutor):
         with pytest.raises(ValueError, match=r"0\.q has its columns in act-order"):
-            executor(lower(steps, act_group(weights, "int8")), weights)
+            kind(lower(steps, act_group(weights, "int8")), weights)
         with pytest.raises(ValueError, match=r"0\.q does not have the column order of 0\.v"):
             executor(lower(steps, act_group(weights, "int8"), lambda name: "0.v"), weights)
 

@@ -15,6 +15,7 @@ import torch
 
 from qkernels import ops
 from qkernels.cache import Batch, PagedKVCache
+from qkernels.huge_pages import use_huge_pages
 from qkernels.nn.program import (
     Attention,
     Embed,
@@ -242,6 +243,7 @@ class NativeExecutor:
             encoder.tensors, registers, encoder.code, encoder.numbers
         )
         weakref.finalize(self, self._ops.decoder_plan_free, self._plan)
+        use_huge_pages(encoder.tensors)
 
     def __call__(
         self, ids: torch.Tensor, batch: Batch, select: torch.Tensor, cache: PagedKVCache
