@@ -49,7 +49,7 @@ bench: $(VENV)/bench.stamp $(VENV)/models.stamp $(PEER) qkernels/_C_cpu.so
 	$(BIN)/python bench/peer_llama_cpp.py $(MODEL) --threads $(THREADS) --peer-python $(PEER_PYTHON)
 	$(BIN)/python bench/peer_llama_cpp.py $(MODEL) --threads $(THREADS) --peer-python $(PEER_PYTHON) \
 	  --requantize Q4_0
-	$(BIN)/python bench/busy_core.py $(MODEL) --threads $(THREADS)
+	$(BIN)/python bench/busy_core.py $(MODEL)
 	$(BIN)/python bench/peers.py --threads $(THREADS) --peer-python $(PEER_PYTHON)
 	$(BIN)/python bench/loading_memory.py
 	$(BIN)/python bench/bench_transformers.py --threads $(THREADS)

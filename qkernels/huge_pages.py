@@ -1,5 +1,8 @@
-"""Weights on huge pages: a decode step reads every weight once, and with pages of 4 KB much of that
-time goes into finding the pages.
+"""Weights on huge pages, where the environment variable QKERNELS_HUGE_PAGES is 1: a decode step
+reads every weight once, and with pages of 4 KB some of that time goes into finding the pages.
+
+It is not the default: two threads gained nothing measurable, the first step takes longer, and a
+process that forks after loading would no longer share the weights with its children.
 
 Nothing is allocated or moved by hand. The kernel is asked to put blocks of 2 MB in which weights
 lie already on one page each (Linux 6.1, MADV_COLLAPSE); older ones are told that it may
@@ -23,9 +26,9 @@ _SETTING = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 
 def allowed(setting: Path = _SETTING) -> bool:
-    """Whether this machine lets programs use huge pages: Linux, not switched off by its owner
-    ("never") nor by the environment variable QKERNELS_HUGE_PAGES=0."""
-    if not sys.platform.startswith("linux") or os.environ.get("QKERNELS_HUGE_PAGES") == "0":
+    """Whether huge pages are asked for (QKERNELS_HUGE_PAGES=1) and this machine lets programs use
+    them: Linux, not switched off by its owner ("never")."""
+    if not sys.platform.startswith("linux") or os.environ.get("QKERNELS_HUGE_PAGES") != "1":
         return False
     try:
         return "[never]" not in setting.read_text()

@@ -47,8 +47,10 @@ def huge_kilobytes(address: int) -> int:
     raise AssertionError("the tensor is in no mapping")
 
 
-@pytest.mark.skipif(not allowed(), reason="this machine has no huge pages for programs")
-def test_a_weight_moves_to_huge_pages_and_stays_the_same() -> None:
+def test_a_weight_moves_to_huge_pages_and_stays_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QKERNELS_HUGE_PAGES", "1")
+    if not allowed():
+        pytest.skip("this machine has no huge pages for programs")
     weight = at_block(8 * HUGE)
     weight.copy_(torch.arange(weight.numel()) % 251)
     before, address = weight.clone(), weight.data_ptr()
@@ -63,6 +65,9 @@ def test_a_weight_moves_to_huge_pages_and_stays_the_same() -> None:
 def test_the_owner_of_the_machine_decides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     setting = tmp_path / "enabled"
     setting.write_text("always [madvise] never\n")
+    monkeypatch.delenv("QKERNELS_HUGE_PAGES", raising=False)
+    assert not allowed(setting)  # only where it is asked for
+    monkeypatch.setenv("QKERNELS_HUGE_PAGES", "1")
     assert allowed(setting)
     setting.write_text("always madvise [never]\n")
     assert not allowed(setting)
