@@ -314,7 +314,7 @@ def test_a_program_lowered_for_another_order_is_refused() -> None:
         with pytest.raises(ValueError, match=r"0\.q has its columns in act-order"):
             kind(lower(steps, act_group(weights, "int8")), weights)
         with pytest.raises(ValueError, match=r"0\.q does not have the column order of 0\.v"):
-            executor(lower(steps, act_group(weights, "int8"), lambda name: "0.v"), weights)
+            kind(lower(steps, act_group(weights, "int8"), lambda name: "0.v"), weights)
 
 
 class TestBadInput:
