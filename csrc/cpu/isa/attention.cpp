@@ -447,10 +447,10 @@ void attend(const Problem& p, const Sequence& s, int64_t b, int64_t head, int64_
     t.count = min64(t.count, last - t.start);
     if (Row::integer) {
       const int64_t page = p.paged->pages.page;
-      widen_scales(t.k_scale, t.count, w.k_scale),
-          widen_scales(t.k_scale + page, t.count, w.k_zero);
-      widen_scales(t.v_scale, t.count, w.v_scale),
-          widen_scales(t.v_scale + page, t.count, w.v_zero);
+      widen_scales(t.k_scale, t.count, w.k_scale);
+      widen_scales(t.k_scale + page, t.count, w.k_zero);
+      widen_scales(t.v_scale, t.count, w.v_scale);
+      widen_scales(t.v_scale + page, t.count, w.v_zero);
     }
     const bool few_rows =
         rows <= 6;  // two passes over a tile: converting twice is cheaper than storing float32
