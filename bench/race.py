@@ -63,7 +63,8 @@ def main() -> None:
             parser.error(str(error))
         for kind in options.type:
             path = folder / file_name(model, kind, whole.layers)
-            if not path.exists():
+            was_there = path.exists()
+            if not was_there:
                 print(f"writing {path}", flush=True)
                 random_gguf.write(path, model, kind)
             if options.write_only:
@@ -73,7 +74,7 @@ def main() -> None:
             except WorkerError as error:
                 raise SystemExit(str(error)) from error
             finally:
-                if not options.keep:
+                if not options.keep and not was_there:
                     path.unlink()
             body |= {"shapes": model.shapes.name, "layers": model.layers, "type": kind}
             if not options.no_write:
