@@ -76,6 +76,7 @@ struct LinearArgs {
   void* y;           // [M, N]
   Dtype y_type;
   int64_t m, y_stride;
+  bool own_rows;  // every thread computes the rows of its static share and no others
 };
 
 struct UnpackArgs {  // codes [N, K] uint8 <-> packed; dequantize: out [N, K] of out_type

@@ -44,6 +44,7 @@ struct Step {
   std::vector<int32_t> order;  // permute: the column of src that goes to each of dst
   bool replicated = false;     // with a single token, every thread does it for itself
   bool sync_before[2] = {};    // [1]: with a single token
+  bool own_rows = false;       // linear, with a single token: LinearArgs::own_rows
   int next_linear = -1;        // the linear that follows, if this is the first step before it
 };
 
@@ -375,15 +376,19 @@ class Decoder {
           kept.insert(r);
       return kept;
     };
-    for (Step& s : plan_.steps) {
+    for (size_t i = 0; i < plan_.steps.size(); i++) {
+      Step& s = plan_.steps[i];
       const Uses all = uses(s);
       const std::set<int> in = shared(all.in), out = shared(all.out);
       // Such a gate's columns are dealt out as the rows of linears are (Team::share_rows): every
-      // thread finds its own.
+      // thread finds its own, if the linears kept to that.
       std::set<int> foreign = in;
       if (one && s.op == kGate && plan_.registers[size_t(s.dst)].group == kRowUnit)
         for (int r : by_linear) foreign.erase(r);
       s.sync_before[one] = meets(foreign, written) || meets(out, written) || meets(out, read);
+      if (one && !s.sync_before[one] && foreign != in)
+        for (size_t j = i; j-- > 0 && !plan_.steps[j + 1].sync_before[one];)
+          plan_.steps[j].own_rows |= plan_.steps[j].op == kLinear && in.count(plan_.steps[j].dst);
       if (s.sync_before[one]) read.clear(), written.clear(), by_linear.clear();
       read.insert(in.begin(), in.end());
       written.insert(out.begin(), out.end());

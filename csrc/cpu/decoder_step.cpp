@@ -240,6 +240,7 @@ class Runner {
     a.bias = s.bias, a.y_type = Dtype::f32, a.m = rows(s.src), a.y_stride = s.weight.n;
     const bool head = &s == &plan_.steps.back();
     a.y = head ? in_.logits : values(s.dst, rank);
+    a.own_rows = in_.one() && s.own_rows;
     return a;
   }
   AttentionArgs attention_args(const Step& s, int rank) const {

@@ -19,17 +19,20 @@ void run_team(int size, const F& f) {
     f(solo);
     return;
   }
-  std::atomic<int64_t> reported{0};
+  std::atomic<int32_t> reported{0};
   std::atomic<int> joined{0};
   torch::stable::parallel_for(0, size, 1, [&](int64_t begin, int64_t end) {
     const int rank = joined.fetch_add(1, std::memory_order_relaxed);
-    reported.fetch_add(end - begin, std::memory_order_acq_rel);
-    for (int spins = 0; reported.load(std::memory_order_acquire) < size; spins++) {
-      if (spins < 2000) QK_PAUSE();
-      else std::this_thread::yield();
+    reported.fetch_add(int32_t(end - begin));  // in one order with the count of sleepers
+    reported.notify_all();
+    int spins = 0;
+    for (int32_t now; (now = reported.load(std::memory_order_acquire)) < size;) {
+      if (++spins < kSpins) QK_PAUSE();
+      else reported.wait(now, std::memory_order_acquire);
     }
     Team team{rank, joined.load(std::memory_order_relaxed), &barrier};
     f(team);
+    team.sync();  // where OpenMP would spin for milliseconds
   });
 }
 

@@ -4,7 +4,6 @@
 #pragma once
 #include <atomic>
 #include <cstdint>
-#include <thread>
 
 #if defined(__x86_64__)
 #define QK_PAUSE() __builtin_ia32_pause()
@@ -18,13 +17,41 @@ struct Range {
   int64_t begin, end;
 };
 
+// Pauses before a thread that waits goes to sleep: some 20 us.
+constexpr int kSpins = 1000;
+
 // Rows of a weight that threads are dealt at a time: half of a block of the layout.
 constexpr int64_t kRowUnit = 32;
 
+// The pieces of one thread's share that were begun: its own from the front, and from the back those
+// that others took over because they had nothing left.
+class alignas(64) Pieces {
+ public:
+  // The number of a piece, of `count`, that nobody else gets; -1 when all are taken.
+  int64_t take(int64_t count, bool from_front) {
+    uint64_t seen = taken_.load(std::memory_order_relaxed);
+    for (;;) {
+      const int64_t front = int64_t(seen & 0xffffffff), back = int64_t(seen >> 32);
+      if (front + back >= count) return -1;
+      const uint64_t one = from_front ? 1 : uint64_t(1) << 32;
+      if (taken_.compare_exchange_weak(seen, seen + one, std::memory_order_relaxed))
+        return from_front ? front : count - 1 - back;
+    }
+  }
+  void reset() { taken_.store(0, std::memory_order_relaxed); }
+
+ private:
+  std::atomic<uint64_t> taken_{0};
+};
+
+// Kernels between two barriers that may hand out their pieces, and threads that may take part.
+constexpr int kDeals = 4, kDealThreads = 32;
+
 struct alignas(64) Barrier {
   std::atomic<int64_t> arrived{0};
-  alignas(64) std::atomic<int64_t> generation{0};
+  alignas(64) std::atomic<int32_t> generation{0};  // of the width that Linux can sleep on
   alignas(64) std::atomic<int64_t> next{0};  // for work handed out dynamically; reset by Team::sync
+  Pieces pieces[kDeals][kDealThreads];       // likewise
 };
 
 // Memory that a thread will read soon. It is asked for while the thread waits for others, when the
@@ -52,35 +79,61 @@ struct Team {
   int size;
   Barrier* barrier;
   Upcoming upcoming{};
+  int deals = 0;  // since the last barrier
 
-  // The static share of this thread in `count` items, in whole multiples of `grain`.
-  Range share(int64_t count, int64_t grain = 1) const {
-    const int64_t chunks = (count + grain - 1) / grain;
-    const int64_t begin = chunks * rank / size * grain, end = chunks * (rank + 1) / size * grain;
-    return {begin, end < count ? end : count};
+  // The static share of this thread in `count` items.
+  Range share(int64_t count) const { return share_of(rank, count); }
+  Range share_of(int thread, int64_t count) const {
+    return {count * thread / size, count * (thread + 1) / size};
   }
 
   // The share in the n rows of a weight, in units of kRowUnit. A gate that is quantized by kRowUnit
   // columns deals out the groups of a row by the same rule, so that a decode step needs no barrier
   // between them (Decoder::place_barriers).
-  Range share_rows(int64_t n) const { return share((n + kRowUnit - 1) / kRowUnit); }
+  Range share_rows(int64_t n) const { return share_rows_of(rank, n); }
+  Range share_rows_of(int thread, int64_t n) const {
+    return share_of(thread, (n + kRowUnit - 1) / kRowUnit);
+  }
 
-  // Waits for every thread of the team. Spins, then yields, so that a busy core does not stall the
-  // others.
+  // Calls work(thread, piece) for the pieces 0 .. count(thread) - 1 of every thread's share: each
+  // thread for its own, in order, and then, unless `own_only`, for the last ones of those who are
+  // behind. So a core that is slow, or busy with something else, holds the others up for one piece
+  // and not for its whole share.
+  template <class Count, class Work>
+  void deal(bool own_only, Count count, Work work) {
+    if (size == 1 || own_only || deals == kDeals || size > kDealThreads) {
+      const int64_t mine = count(rank);
+      for (int64_t piece = 0; piece < mine; piece++) work(rank, piece);
+      return;
+    }
+    Pieces* pieces = barrier->pieces[deals++];
+    for (int i = 0; i < size; i++) {
+      const int thread = (rank + i) % size;
+      const int64_t all = count(thread);
+      for (int64_t piece; (piece = pieces[thread].take(all, i == 0)) >= 0;) work(thread, piece);
+    }
+  }
+
+  // Waits for every thread of the team. Spins for as long as an undisturbed thread may be late, then
+  // sleeps: if another one lost its core to something else, it can have this thread's.
   void sync() {
     if (size == 1) return;
-    const int64_t generation = barrier->generation.load(std::memory_order_acquire);
+    const int dealt = deals;
+    deals = 0;
+    const int32_t generation = barrier->generation.load(std::memory_order_acquire);
     if (barrier->arrived.fetch_add(1, std::memory_order_acq_rel) == size - 1) {
       barrier->arrived.store(0, std::memory_order_relaxed);
       barrier->next.store(0, std::memory_order_relaxed);
-      barrier->generation.store(generation + 1, std::memory_order_release);
+      for (int i = 0; i < dealt; i++)
+        for (int thread = 0; thread < size; thread++) barrier->pieces[i][thread].reset();
+      barrier->generation.store(generation + 1);  // in one order with the count of sleepers
+      barrier->generation.notify_all();
       return;
     }
-    int spins = 0;
-    while (barrier->generation.load(std::memory_order_acquire) == generation) {
+    for (int spins = 0; barrier->generation.load(std::memory_order_acquire) == generation;) {
       if (upcoming.step()) continue;
-      if (spins++ < 2000) QK_PAUSE();
-      else std::this_thread::yield();
+      if (++spins < kSpins) QK_PAUSE();
+      else barrier->generation.wait(generation, std::memory_order_acquire);
     }
   }
 };

@@ -142,13 +142,13 @@ void float_block(const LinearArgs& a, const float* x, int64_t x_stride, int64_t 
 template <class C, Zero Z>
 void float_linear(const FloatProblem& p, Team& team) {
   const LinearArgs& a = p.args;
-  const Range halves = team.share_rows(a.w.n);
-  for (int64_t half = halves.begin; half < halves.end;) {
-    const int64_t block = half / 2;
-    const int first = int(half % 2), last = half + 1 < halves.end ? 2 : first + 1;
-    half = block * 2 + last;
-    float_block<C, Z>(a, p.x, p.x_stride, block, first, last, p.panel, p.panel + kPanelFloats);
-  }
+  team.deal(
+      a.own_rows, [&](int thread) { return RowBlocks(team, thread, a.w.n).count(); },
+      [&](int thread, int64_t piece) {
+        const RowBlocks::Block rows = RowBlocks(team, thread, a.w.n).at(piece);
+        float_block<C, Z>(a, p.x, p.x_stride, rows.index, rows.first, rows.last, p.panel,
+                          p.panel + kPanelFloats);
+      });
 }
 
 template <class C>

@@ -140,55 +140,69 @@ __attribute__((noinline)) void int8_tile(const Int8Problem& p, int64_t block, in
   write_tile(a, (const float*)acc, row_of, block * 64 + row, R, token, T);
 }
 
-// Halves first .. last - 1 (0, 1: 32 rows each) of a block, T tokens.
+// The rows that a share has of a block, T tokens.
 template <class C, Zero Z, int Units, int T>
-void int8_rows(const Int8Problem& p, int64_t block, int first, int last, int64_t token,
-               Ahead& ahead) {
+void int8_rows(const Int8Problem& p, RowBlocks::Block rows, int64_t token, Ahead& ahead) {
   constexpr int half = C::half_pieces, P = tile_pieces<C>(T);
   if constexpr (P > half) {
-    if (last - first == 2) int8_tile<C, Z, Units, P, T>(p, block, 0, token, ahead);
-    else int8_tile<C, Z, Units, half, T>(p, block, first * half, token, ahead);
+    if (rows.last - rows.first == 2) int8_tile<C, Z, Units, P, T>(p, rows.index, 0, token, ahead);
+    else int8_tile<C, Z, Units, half, T>(p, rows.index, rows.first * half, token, ahead);
   } else {
-    for (int piece = first * half; piece < last * half; piece += P)
-      int8_tile<C, Z, Units, P, T>(p, block, piece, token, ahead);
+    for (int piece = rows.first * half; piece < rows.last * half; piece += P)
+      int8_tile<C, Z, Units, P, T>(p, rows.index, piece, token, ahead);
   }
 }
 
+// All rows of a block that a share has, tokens begin .. end - 1. next: the codes of the block that
+// follows in the share, or null.
+template <class C, Zero Z, int Units>
+void int8_block(const Int8Problem& p, RowBlocks::Block rows, int64_t begin, int64_t end,
+                const uint8_t* next) {
+  const LinearArgs& a = p.args;
+  const int64_t block_bytes = a.w.kp / 16 * layout::unit_bytes(C::bits);
+  const int64_t tiles =
+      (end - begin + 3) / 4 * ((rows.last - rows.first) * C::half_pieces);  // or somewhat fewer
+  const int64_t lines =
+      tiles > 64 ? 0 : (block_bytes / 64 + tiles * p.spans - 1) / (tiles * p.spans);
+  Ahead ahead{next, next ? next + block_bytes : nullptr, int(lines)};
+  for (int64_t t = begin; t < end;) {
+    const int tile = next_tile(end - t);
+    switch (tile) {
+      case 1: int8_rows<C, Z, Units, 1>(p, rows, t, ahead); break;
+      case 2: int8_rows<C, Z, Units, 2>(p, rows, t, ahead); break;
+#if !defined(QK_ISA_SCALAR)
+      case 3: int8_rows<C, Z, Units, 3>(p, rows, t, ahead); break;
+#endif
+      case 4: int8_rows<C, Z, Units, 4>(p, rows, t, ahead); break;
+#if defined(QK_ISA_AVX512)
+      case 6: int8_rows<C, Z, Units, 6>(p, rows, t, ahead); break;
+      case 8: int8_rows<C, Z, Units, 8>(p, rows, t, ahead); break;
+#endif
+    }
+    t += tile;
+  }
+}
+
+// A piece is a block of rows times a block of tokens; rows come first, so that the activations of
+// these tokens stay in the cache.
 template <class C, Zero Z, int Units>
 void int8_linear(const Int8Problem& p, Team& team) {
   const LinearArgs& a = p.args;
-  const Range halves = team.share_rows(a.w.n);
-  for (int64_t token = 0; token < a.m; token += kTokenBlock) {
-    const int64_t end = token + kTokenBlock < a.m ? token + kTokenBlock : a.m;
-    for (int64_t half = halves.begin; half < halves.end;) {
-      const int64_t block = half / 2;
-      const int first = int(half % 2), last = half + 1 < halves.end ? 2 : first + 1;
-      half = block * 2 + last;
-      const int64_t block_bytes = a.w.kp / 16 * layout::unit_bytes(C::bits);
-      const uint8_t* next = a.w.codes + (block + 1) * block_bytes;
-      const int64_t tiles =
-          (end - token + 3) / 4 * ((last - first) * C::half_pieces);  // or somewhat fewer
-      const int64_t lines =
-          tiles > 64 ? 0 : (block_bytes / 64 + tiles * p.spans - 1) / (tiles * p.spans);
-      Ahead ahead{next, half < halves.end ? next + block_bytes : next, int(lines)};
-      for (int64_t t = token; t < end;) {
-        const int tile = next_tile(end - t);
-        switch (tile) {
-          case 1: int8_rows<C, Z, Units, 1>(p, block, first, last, t, ahead); break;
-          case 2: int8_rows<C, Z, Units, 2>(p, block, first, last, t, ahead); break;
-#if !defined(QK_ISA_SCALAR)
-          case 3: int8_rows<C, Z, Units, 3>(p, block, first, last, t, ahead); break;
-#endif
-          case 4: int8_rows<C, Z, Units, 4>(p, block, first, last, t, ahead); break;
-#if defined(QK_ISA_AVX512)
-          case 6: int8_rows<C, Z, Units, 6>(p, block, first, last, t, ahead); break;
-          case 8: int8_rows<C, Z, Units, 8>(p, block, first, last, t, ahead); break;
-#endif
-        }
-        t += tile;
-      }
-    }
-  }
+  const int64_t token_blocks = (a.m + kTokenBlock - 1) / kTokenBlock;
+  team.deal(
+      a.own_rows,
+      [&](int thread) { return token_blocks * RowBlocks(team, thread, a.w.n).count(); },
+      [&](int thread, int64_t piece) {
+        const RowBlocks blocks(team, thread, a.w.n);
+        const int64_t row = piece % blocks.count(), begin = piece / blocks.count() * kTokenBlock;
+        const int64_t end = begin + kTokenBlock < a.m ? begin + kTokenBlock : a.m;
+        const RowBlocks::Block rows = blocks.at(row);
+        const uint8_t* next =
+            row + 1 < blocks.count()
+                ? a.w.codes + layout::unit_offset((rows.index + 1) * 64, 0, a.w.kp, C::bits)
+                : nullptr;
+        int8_block<C, Z, Units>(p, rows, begin, end, next);
+      });
 }
 
 // The span that most weights of a kind have needs no loop: its sums never leave the registers. 2-,

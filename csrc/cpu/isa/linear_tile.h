@@ -103,6 +103,24 @@ QK_HOT GroupScale load_group(const Weight& w, int64_t at, int64_t block_at) {
   return out;
 }
 
+// The blocks of 64 rows that a thread's share touches; the first and the last may be halves of one.
+struct RowBlocks {
+  Range halves;
+
+  RowBlocks(const Team& team, int thread, int64_t n) : halves(team.share_rows_of(thread, n)) {}
+  int64_t count() const {
+    return halves.begin < halves.end ? (halves.end + 1) / 2 - halves.begin / 2 : 0;
+  }
+  struct Block {
+    int64_t index;    // of the block in the weight
+    int first, last;  // its halves first .. last - 1
+  };
+  Block at(int64_t i) const {
+    const int64_t index = halves.begin / 2 + i;
+    return {index, int(index * 2 < halves.begin), index * 2 + 1 < halves.end ? 2 : 1};
+  }
+};
+
 // y[token + t][row_of(r) + lane] = acc + bias for `rows` vectors and `tokens` tokens; rows from N
 // on are not written. acc [rows][tokens][W].
 __attribute__((noinline)) void write_tile(const LinearArgs& a, const float* acc, const int* row_of,
