@@ -12,9 +12,9 @@
 namespace qk::QK_ISA {
 namespace {
 
-// Up to this many terms each thread prepares its own copy, which saves a barrier. The threads'
-// places do not depend on the shapes, so that kernels that follow each other without a barrier may
-// share the scratch.
+// Up to this many terms of a single token each thread prepares its own copy, which saves a barrier.
+// The threads' places do not depend on the shapes, so that kernels that follow each other without a
+// barrier may share the scratch.
 constexpr int64_t kPrivateTerms = 4096;
 
 int span_columns(const LinearArgs& a) { return a.w.group < a.act.group ? a.w.group : a.act.group; }
@@ -23,47 +23,68 @@ int span_columns(const LinearArgs& a) { return a.w.group < a.act.group ? a.w.gro
 int64_t span_count(const LinearArgs& a) {
   return (a.w.kp < a.act.kx ? a.w.kp : a.act.kx) / span_columns(a);
 }
-bool terms_are_private(const LinearArgs& a) { return a.m * span_count(a) <= kPrivateTerms; }
+bool terms_are_private(const LinearArgs& a) { return a.m == 1 && span_count(a) <= kPrivateTerms; }
 
-int64_t int8_scratch(const LinearArgs& a, int team) {
+int64_t terms_bytes(const LinearArgs& a, int team) {
   const int64_t terms = terms_are_private(a) ? team * kPrivateTerms : a.m * span_count(a);
-  return terms * int64_t(sizeof(SpanTerm));
+  return layout::round_up(terms * int64_t(sizeof(SpanTerm)), 64);
+}
+int64_t int8_scratch(const LinearArgs& a, int team) {
+  const int64_t codes = a.m == 1 ? 0 : a.m * span_count(a) * span_columns(a);
+  return terms_bytes(a, team) + codes;
 }
 
-// Fills terms [tokens, spans] of tokens begin .. end - 1; `terms` is token 0's.
-void prepare_terms(const LinearArgs& a, SpanTerm* terms, int64_t begin, int64_t end) {
+// Fills terms [spans, tokens] of a tile whose first token is `token`.
+void prepare_terms(const LinearArgs& a, int64_t token, int tokens, SpanTerm* terms) {
   const QuantAct& act = a.act;
   const int64_t spans = span_count(a);
   const int span = span_columns(a), units = span / 16, spans_per_scale = act.group / span;
   const int middle = a.w.table ? 128 : 1 << (a.w.bits - 1);
-  for (int64_t t = begin; t < end; t++) {
-    const float* scale = act.scale + t * (act.kx / act.group);
-    const int16_t* sums = act.sums + t * (act.kx / 16);
-    SpanTerm* out = terms + t * spans;
-    for (int64_t s = 0, left = spans_per_scale; s < spans; s++, sums += units) {
+  for (int t = 0; t < tokens; t++) {
+    const float* scale = act.scale + (token + t) * (act.kx / act.group);
+    const int16_t* sums = act.sums + (token + t) * (act.kx / 16);
+    SpanTerm* out = terms + t;
+    for (int64_t s = 0, left = spans_per_scale; s < spans; s++, sums += units, out += tokens) {
       int32_t sum = 0;
       for (int u = 0; u < units; u++) sum += sums[u];
-      out[s].scale = *scale;
-      if (a.w.zero_kind == Zero::symmetric) out[s].start = -middle * sum;
-      else if (a.w.zero_kind == Zero::integer) out[s].shift = float(-sum);
-      else out[s].shift = *scale * float(-sum);
+      out->scale = *scale;
+      if (a.w.zero_kind == Zero::symmetric) out->start = -middle * sum;
+      else if (a.w.zero_kind == Zero::integer) out->shift = float(-sum);
+      else out->shift = *scale * float(-sum);
       if (--left == 0) scale++, left = spans_per_scale;
     }
   }
 }
 
+// Fills x [columns / 4, tokens, 4] of a tile.
+void prepare_codes(const LinearArgs& a, int64_t token, int tokens, int64_t columns, int8_t* x) {
+  for (int t = 0; t < tokens; t++) {
+    const int8_t* from = a.act.codes + (token + t) * a.act.kx;
+    int8_t* to = x + 4 * t;
+    for (int64_t k = 0; k < columns; k += 4, to += 4 * tokens) std::memcpy(to, from + k, 4);
+  }
+}
+
 void int8_linear(const LinearArgs& a, void* scratch, Team& team) {
   SpanTerm* terms = (SpanTerm*)scratch;
+  const int span = span_columns(a);
+  const int64_t spans = span_count(a), columns = spans * span;
+  const int8_t* x = a.act.codes;
   if (terms_are_private(a)) {
     terms += team.rank * kPrivateTerms;
-    prepare_terms(a, terms, 0, a.m);
+    prepare_terms(a, 0, 1, terms);
   } else {
-    const Range tokens = team.share(a.m);
-    prepare_terms(a, terms, tokens.begin, tokens.end);
+    int8_t* codes = (int8_t*)scratch + terms_bytes(a, team.size);
+    if (a.m > 1) x = codes;
+    int64_t tile = 0;
+    for_each_tile(0, a.m, [&](int64_t token, int tokens) {
+      if (tile++ % team.size != team.rank) return;
+      prepare_terms(a, token, tokens, terms + token * spans);
+      if (a.m > 1) prepare_codes(a, token, tokens, columns, codes + token * columns);
+    });
     team.sync();
   }
-  const int span = span_columns(a);
-  const Int8Problem p{a, terms, span_count(a), a.w.kp / a.w.group, span, a.w.group / span};
+  const Int8Problem p{a, x, terms, columns, spans, a.w.kp / a.w.group, span, a.w.group / span};
   if (a.w.table) return int8_table(p, team);
   switch (a.w.bits) {
     case 2: return int8_w2(p, team);

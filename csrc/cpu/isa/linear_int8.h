@@ -73,10 +73,6 @@ struct Ahead {
   }
 };
 
-// Tokens whose activations a thread goes through with one block of weights before it turns to the
-// next block.
-constexpr int64_t kTokenBlock = 240;
-
 // Pieces first .. first + P - 1 of a block of 64 rows, T tokens, all columns.
 // Units: as for dot_span.
 template <class C, Zero Z, int Units, int P, int T>
@@ -85,9 +81,9 @@ __attribute__((noinline)) void int8_tile(const Int8Problem& p, int64_t block, in
   constexpr int V = C::vectors, R = P * V;
   const LinearArgs& a = p.args;
   const int units = Units > 0 ? Units : p.span / 16;
-  const int64_t span_bytes = units * layout::unit_bytes(C::bits), kx = a.act.kx;
+  const int64_t span_bytes = units * layout::unit_bytes(C::bits);
   const uint8_t* w = a.w.codes + layout::unit_offset(block * 64, 0, a.w.kp, C::bits);
-  const int8_t* x = a.act.codes + token * kx;
+  const int8_t* x = p.x + token * p.columns;
   const SpanTerm* terms = p.terms + token * p.spans;
   const int row = piece_row<C>(first, 0);
   const int64_t block_groups = layout::kBlockGroup / a.w.group;  // used with two-level scales only
@@ -104,13 +100,13 @@ __attribute__((noinline)) void int8_tile(const Int8Problem& p, int64_t block, in
   int span_in_group = 0;
   int64_t group_in_block = 0;
 #pragma GCC unroll 1
-  for (int64_t s = 0; s < p.spans; s++, w += span_bytes, x += p.span) {
+  for (int64_t s = 0; s < p.spans; s++, w += span_bytes, x += p.span * T, terms += T) {
     VI d[R][T];
     QK_UNROLL(16)
     for (int r = 0; r < R; r++) QK_UNROLL(8)
     for (int t = 0; t < T; t++)
-      d[r][t] = splat_i(Z == Zero::symmetric ? terms[t * p.spans + s].start : 0);
-    dot_span<C, P, T, Units>(w, first, x, kx, units, levels, d);
+      d[r][t] = splat_i(Z == Zero::symmetric ? terms[t].start : 0);
+    dot_span<C, P, T, Units>(w, first, x, units, levels, d);
     if constexpr (T <= 2) {
       prefetch_group<R>(a.w.scale, at, scale_bytes);
       if (Z == Zero::minimum && a.w.zero) prefetch_group<R>(a.w.zero, at, scale_bytes);
@@ -123,7 +119,7 @@ __attribute__((noinline)) void int8_tile(const Int8Problem& p, int64_t block, in
       const GroupScale group = load_group<Z>(a.w, at + offset, block_at + offset);
       QK_UNROLL(8)
       for (int t = 0; t < T; t++) {
-        const SpanTerm& term = terms[t * p.spans + s];
+        const SpanTerm& term = terms[t];
         VF dot = to_float(d[r][t]);
         if (Z == Zero::integer) dot = fma(group.zero, splat(term.shift), dot);
         acc[r][t] = fma(group.scale * splat(term.scale), dot, acc[r][t]);
@@ -165,22 +161,19 @@ void int8_block(const Int8Problem& p, RowBlocks::Block rows, int64_t begin, int6
   const int64_t lines =
       tiles > 64 ? 0 : (block_bytes / 64 + tiles * p.spans - 1) / (tiles * p.spans);
   Ahead ahead{next, next ? next + block_bytes : nullptr, int(lines)};
-  for (int64_t t = begin; t < end;) {
-    const int tile = next_tile(end - t);
-    switch (tile) {
-      case 1: int8_rows<C, Z, Units, 1>(p, rows, t, ahead); break;
-      case 2: int8_rows<C, Z, Units, 2>(p, rows, t, ahead); break;
+  for_each_tile(begin, end, [&](int64_t token, int tokens) {
+    switch (tokens) {
+      case 1: return int8_rows<C, Z, Units, 1>(p, rows, token, ahead);
+      case 2: return int8_rows<C, Z, Units, 2>(p, rows, token, ahead);
 #if !defined(QK_ISA_SCALAR)
-      case 3: int8_rows<C, Z, Units, 3>(p, rows, t, ahead); break;
+      case 3: return int8_rows<C, Z, Units, 3>(p, rows, token, ahead);
 #endif
-      case 4: int8_rows<C, Z, Units, 4>(p, rows, t, ahead); break;
+      case 4: return int8_rows<C, Z, Units, 4>(p, rows, token, ahead);
 #if defined(QK_ISA_AVX512)
-      case 6: int8_rows<C, Z, Units, 6>(p, rows, t, ahead); break;
-      case 8: int8_rows<C, Z, Units, 8>(p, rows, t, ahead); break;
+      case 6: return int8_rows<C, Z, Units, 6>(p, rows, token, ahead);
 #endif
     }
-    t += tile;
-  }
+  });
 }
 
 // A piece is a block of rows times a block of tokens; rows come first, so that the activations of

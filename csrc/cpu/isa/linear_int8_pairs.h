@@ -13,10 +13,6 @@ namespace {
 typedef int16_t VS __attribute__((vector_size(4 * W)));
 
 #if defined(QK_ISA_AVX2)
-// Tokens of the next tile: 5 are better split 3 + 2 than 4 + 1.
-constexpr int next_tile(int64_t remaining) {
-  return remaining == 5 ? 3 : remaining > 4 ? 4 : int(remaining);
-}
 // Pieces of a tile of T tokens. Small T is bound by memory: read a block's bytes in order, as whole
 // units.
 template <class C>
@@ -34,9 +30,6 @@ QK_INLINE VI widen_pairs(VS sums) {
   return (VI)_mm256_madd_epi16((__m256i)sums, _mm256_set1_epi16(Factor));
 }
 #else
-constexpr int next_tile(int64_t remaining) {
-  return remaining >= 4 ? 4 : remaining >= 2 ? 2 : int(remaining);
-}
 template <class C>
 constexpr int tile_pieces(int tokens) {
   return tokens == 1 ? 2 : 1;
@@ -72,20 +65,15 @@ struct NibbleLevels {
 QK_INLINE NibbleLevels nibble_levels(Levels levels) { return {levels & 15, levels >> 4}; }
 
 // d[r][t] += sum over 16 * Units columns of codes * activations, for P pieces (R row vectors) from
-// `first` x T tokens. w: the unit of the first columns; x [T, kx]: activations of those columns.
+// `first` x T tokens. w: the unit of the first columns; x [4 * Units, T, 4]: activations of those
+// columns.
 template <class C, int P, int T, int Units, int R>
-QK_INLINE void dot_run(const uint8_t* w, int first, const int8_t* x, int64_t kx,
-                       const NibbleLevels& levels, VI (&d)[R][T]) {
+QK_INLINE void dot_run(const uint8_t* w, int first, const int8_t* x, const NibbleLevels& levels,
+                       VI (&d)[R][T]) {
   constexpr int G = register_pieces(T) < P ? register_pieces(T) : P;
   constexpr int steps = run_steps<C>() < 4 * Units ? run_steps<C>() : 4 * Units;
   // Both row vectors of a piece of a table would need four sums each: they take turns.
   constexpr int turns = C::table ? 2 : 1;
-  const int8_t* row[T];
-  QK_UNROLL(8)
-  for (int t = 0; t < T; t++) {
-    row[t] = x + t * kx;
-    asm volatile("" : "+r"(row[t]));  // GCC otherwise spills the offsets of all columns
-  }
 #pragma GCC unroll 1
   for (int z0 = 0; z0 < P; z0 += G) {
     const uint8_t* planes[2][2];
@@ -112,7 +100,7 @@ QK_INLINE void dot_run(const uint8_t* w, int first, const int8_t* x, int64_t kx,
           }
           QK_UNROLL(4)
           for (int t = 0; t < T; t++) {
-            const VI four = splat_four(row[t] + 4 * i);
+            const VI four = splat_four(x + 4 * (i * T + t));
             if (i == from) {
               sum[z][0][t] = mul_pairs(part[0], four);
               sum[z][1][t] = mul_pairs(part[1], four);
@@ -141,21 +129,21 @@ QK_INLINE void dot_run(const uint8_t* w, int first, const int8_t* x, int64_t kx,
 
 // Units: the 16 columns of a span, if known (1 or 2), else 0 and `units` says it.
 template <class C, int P, int T, int Units, int R>
-QK_INLINE void dot_span(const uint8_t* w, int first, const int8_t* x, int64_t kx, int units,
+QK_INLINE void dot_span(const uint8_t* w, int first, const int8_t* x, int units,
                         Levels table, VI (&d)[R][T]) {
   const NibbleLevels levels = nibble_levels(table);
   if constexpr (Units > 0) {
     if (T <= 2) prefetch_units<C, P, Units>(w, first);
-    dot_run<C, P, T, Units>(w, first, x, kx, levels, d);
+    dot_run<C, P, T, Units>(w, first, x, levels, d);
   } else {
 #pragma GCC unroll 1
-    for (; units >= 2; units -= 2, w += 2 * layout::unit_bytes(C::bits), x += 32) {
+    for (; units >= 2; units -= 2, w += 2 * layout::unit_bytes(C::bits), x += 32 * T) {
       if (T <= 2) prefetch_units<C, P, 2>(w, first);
-      dot_run<C, P, T, 2>(w, first, x, kx, levels, d);
+      dot_run<C, P, T, 2>(w, first, x, levels, d);
     }
     if (units) {
       if (T <= 2) prefetch_units<C, P, 1>(w, first);
-      dot_run<C, P, T, 1>(w, first, x, kx, levels, d);
+      dot_run<C, P, T, 1>(w, first, x, levels, d);
     }
   }
 }

@@ -6,13 +6,6 @@
 namespace qk::QK_ISA {
 namespace {
 
-// Long runs of tokens go by 6 (32 rows x 6 tokens: the accumulators, the sums and their operands
-// fill 32 registers).
-constexpr int next_tile(int64_t remaining) {
-  if (remaining > 16) return 6;
-  if (remaining >= 8) return 8;
-  return remaining == 7 ? 4 : remaining == 5 ? 3 : int(remaining);
-}
 // Up to 3 tokens take the 64 rows of a block, more take 32.
 template <class C>
 constexpr int tile_pieces(int tokens) {
@@ -41,14 +34,14 @@ QK_HOT VI dot_four(VI acc, VC codes, VI x) {
 }
 
 // d[r][t] += sum over 16 * units columns of codes * activations, for P pieces (R row vectors) from
-// `first` x T tokens. w: the unit of the first columns; x [T, kx]: activations of those columns.
-// Units: the 16 columns of a span, if known, else 0 and `units` says it.
+// `first` x T tokens. w: the unit of the first columns; x [4 * units, T, 4]: activations of those
+// columns. Units: the 16 columns of a span, if known, else 0 and `units` says it.
 template <class C, int P, int T, int Units, int R>
-QK_HOT void dot_span(const uint8_t* w, int first, const int8_t* x, int64_t kx, int units,
-                     Levels levels, VI (&d)[R][T]) {
+QK_HOT void dot_span(const uint8_t* w, int first, const int8_t* x, int units, Levels levels,
+                     VI (&d)[R][T]) {
   if (Units > 0) units = Units;
   QK_UNROLL(2)
-  for (; units > 0; units--, w += layout::unit_bytes(C::bits), x += 16) {
+  for (; units > 0; units--, w += layout::unit_bytes(C::bits), x += 16 * T) {
     if (T <= 2) prefetch_units<C, P, 1>(w, first);
     const uint8_t* planes[2];
     piece_planes<C>(w, first, planes);
@@ -66,7 +59,7 @@ QK_HOT void dot_span(const uint8_t* w, int first, const int8_t* x, int64_t kx, i
       }
       QK_UNROLL(8)
       for (int t = 0; t < T; t++) {
-        const VI four = splat_four(x + t * kx + 4 * i);
+        const VI four = splat_four(x + 4 * (i * T + t));
         QK_UNROLL(4)
         for (int r = 0; r < R; r++) d[r][t] = dot_four(d[r][t], codes[r], four);
       }

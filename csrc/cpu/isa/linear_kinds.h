@@ -5,6 +5,35 @@
 
 namespace qk::QK_ISA {
 
+// Tokens are worked on in tiles of a few, which the registers hold the sums of; a tile never reaches
+// over a multiple of kTokenBlock, the tokens whose activations a thread goes through with one block
+// of weights before it turns to the next block. Tokens of the tile that comes next, when
+// `remaining` are left:
+constexpr int64_t kTokenBlock = 240;
+constexpr int next_tile(int64_t remaining) {
+#if defined(QK_ISA_AVX512)  // sums and operands of 32 rows x 6 tokens fit 32 registers, of 8 do not
+  if (remaining == 11 || remaining == 8 || remaining == 7) return 4;
+  return remaining == 5 ? 3 : remaining > 6 ? 6 : int(remaining);
+#elif defined(QK_ISA_AVX2)  // 5 are better split 3 + 2 than 4 + 1
+  return remaining == 5 ? 3 : remaining > 4 ? 4 : int(remaining);
+#else
+  return remaining >= 4 ? 4 : remaining >= 2 ? 2 : int(remaining);
+#endif
+}
+// Calls f(token, tokens) for the tiles of tokens begin .. end - 1; begin is a multiple of
+// kTokenBlock, and so is end or it is the last.
+template <class F>
+void for_each_tile(int64_t begin, int64_t end, F f) {
+  for (int64_t block = begin; block < end; block += kTokenBlock) {
+    const int64_t stop = block + kTokenBlock < end ? block + kTokenBlock : end;
+    for (int64_t token = block; token < stop;) {
+      const int tokens = next_tile(stop - token);
+      f(token, tokens);
+      token += tokens;
+    }
+  }
+}
+
 // What a token contributes to a span of int8 activations beside its codes.
 struct SpanTerm {
   float scale;  // of the activations
@@ -13,9 +42,13 @@ struct SpanTerm {
     float shift;    // integer: -sum; minimum: -scale * sum
   };
 };
+// Activations lie in the order in which a tile reads them, from one address on: tokens whose rows
+// are some KB apart would share a few sets of the first-level cache.
 struct Int8Problem {
   const LinearArgs& args;
-  const SpanTerm* terms;  // [M, spans]
+  const int8_t* x;        // per tile of T tokens, one after the other: [columns / 4, T, 4]
+  const SpanTerm* terms;  // likewise: [spans, T]
+  int64_t columns;        // spans * span
   int64_t spans, groups;  // spans of all columns; groups of a row of the weight
   int span, spans_per_group;
 };
