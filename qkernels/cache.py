@@ -6,6 +6,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -45,7 +46,7 @@ class Batch:
     """Where the new tokens of a ragged batch go: what `kv_append` and `attention` take.
 
     query_start [B + 1], kv_len [B] (new tokens included), page_table [B, pages of the longest], all
-    int32.
+    int32. To be read only: batches may share a page table.
     """
 
     query_start: Tensor
@@ -121,6 +122,9 @@ class PagedKVCache:
         self._free: list[int] = []  # a heap, so that low pages are taken first
         self._next = 0
         self._count = 0  # pages in memory
+        # The last page table and its sequences, until a page comes or goes. It has been handed out:
+        # it is replaced, never written to.
+        self._table: tuple[tuple[int, ...], Tensor] | None = None
         self._allocate(0)
 
     # ---- tensors ----
@@ -204,28 +208,38 @@ class PagedKVCache:
     def reserve(self, seqs: Sequence[int], counts: Sequence[int]) -> Batch:
         """Makes room for counts[i] more tokens of sequence seqs[i], and says where they go.
 
-        The lengths count the new tokens from now on. Raises RuntimeError where the limit is too low
-        (nothing has changed then), KeyError for an unknown sequence, ValueError for one that occurs
-        twice or a negative count.
+        The lengths count the new tokens from now on. Raises as `grow` does.
+        """
+        lengths = self.grow(seqs, counts)
+        starts = self._ints([0, *accumulate(counts)])
+        return Batch(starts, self._ints(lengths), self.page_table(seqs))
+
+    def grow(self, seqs: Sequence[int], counts: Sequence[int]) -> list[int]:
+        """Makes room for counts[i] more tokens of sequence seqs[i] -> the lengths with them.
+
+        Raises RuntimeError where the limit is too low (nothing has changed then), KeyError for an
+        unknown sequence, ValueError for one that occurs twice or a negative count.
         """
         if len(seqs) != len(counts) or len(set(seqs)) != len(seqs):
             raise ValueError(
                 f"reserve needs different sequences and a count for each, got {seqs} and {counts}"
             )
+        lengths, missing = [], 0
         for seq, count in zip(seqs, counts, strict=True):
             self._check(seq)
             if count < 0:
                 raise ValueError(f"sequence {seq} cannot grow by {count} tokens")
-        lengths = [self._lengths[seq] + count for seq, count in zip(seqs, counts, strict=True)]
-        wanted = [-(-length // self.page_size) for length in lengths]
-        missing = sum(want - len(self._pages[seq]) for seq, want in zip(seqs, wanted, strict=True))
+            lengths.append(self._lengths[seq] + count)
+            missing += -(-lengths[-1] // self.page_size) - len(self._pages[seq])
         self._make_room(missing, sum(counts))
-        for seq, length, want in zip(seqs, lengths, wanted, strict=True):
-            pages = self._pages[seq]
-            while len(pages) < want:
-                pages.append(heapq.heappop(self._free))
-            self._lengths[seq] = length
-        return self._batch(seqs, counts, lengths)
+        self._lengths.update(zip(seqs, lengths, strict=True))
+        if missing:
+            for seq, length in zip(seqs, lengths, strict=True):
+                pages = self._pages[seq]
+                while len(pages) * self.page_size < length:
+                    pages.append(heapq.heappop(self._free))
+            self._table = None
+        return lengths
 
     def _make_room(self, missing: int, new_tokens: int) -> None:
         have = self._count
@@ -242,17 +256,17 @@ class PagedKVCache:
         if needed > have:
             self._allocate(min(max(needed, 2 * have), self.max_pages))
 
-    def _batch(self, seqs: Sequence[int], counts: Sequence[int], lengths: list[int]) -> Batch:
-        width = max((len(self._pages[seq]) for seq in seqs), default=0)
-        starts, table = [0], []
-        for seq, count in zip(seqs, counts, strict=True):
-            starts.append(starts[-1] + count)
-            table.append(self._pages[seq] + [0] * (width - len(self._pages[seq])))
+    def page_table(self, seqs: Sequence[int]) -> Tensor:
+        """[B, pages of the longest] int32, of sequences that are there. To be read only."""
+        key = tuple(seqs)
+        if self._table is None or self._table[0] != key:
+            width = max((len(self._pages[seq]) for seq in seqs), default=0)
+            rows = [self._pages[seq] + [0] * (width - len(self._pages[seq])) for seq in seqs]
+            self._table = key, self._ints(rows).reshape(len(seqs), width)
+        return self._table[1]
 
-        def ints(values: list[int] | list[list[int]]) -> Tensor:
-            return torch.tensor(values, dtype=torch.int32, device=self.device)
-
-        return Batch(ints(starts), ints(lengths), ints(table).reshape(len(seqs), width))
+    def _ints(self, values: list[int] | list[list[int]]) -> Tensor:
+        return torch.tensor(values, dtype=torch.int32, device=self.device)
 
     def truncate(self, seq: int, length: int) -> None:
         """Forgets all tokens of a sequence from `length` on. Raises KeyError, or ValueError if
@@ -267,6 +281,7 @@ class PagedKVCache:
             heapq.heappush(self._free, page)
         del self._pages[seq][keep:]
         self._lengths[seq] = length
+        self._table = None
 
     def free(self, seq: int) -> None:
         """Removes a sequence. Raises KeyError if there is none of that number."""

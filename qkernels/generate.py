@@ -12,7 +12,8 @@ from typing import Any, Protocol
 
 import torch
 
-from . import ops
+from .backends import select
+from .int_buffer import IntBuffer
 
 # Tokens of prompts per call of the model: enough to make its matrices compute-bound, while a call
 # stays short.
@@ -193,6 +194,8 @@ class TextAssembler:
         return "" if self.stopped else self._take(self._decoder.flush().rstrip("\ufffd"), last=True)
 
     def _take(self, text: str, last: bool) -> str:
+        if not self._stop:
+            return text  # nothing is ever held back
         self._held += text
         found = [at for at in (self._held.find(stop) for stop in self._stop) if at >= 0]
         if found:
@@ -248,6 +251,10 @@ class Request:
     def new(self) -> list[int]:
         return self.ids[self.prompt :]
 
+    @property
+    def new_count(self) -> int:
+        return len(self.ids) - self.prompt
+
 
 class Sampler:
     """Next tokens for the sequences of a batch; everything but the penalty is one op."""
@@ -255,6 +262,11 @@ class Sampler:
     def __init__(self, settings: GenerationSettings) -> None:
         self._settings = settings
         self._seed = secrets.randbits(62) if settings.seed is None else settings.seed
+        # Arguments of `sample` for the sequences of these seeds. Only the offsets change from token
+        # to token, until a sequence comes or leaves.
+        self._seeds: list[int] = []
+        self._arguments: list[torch.Tensor] = []
+        self._offset = IntBuffer(0, torch.int64)
 
     def __call__(self, logits: torch.Tensor, sequences: Sequence[Request]) -> list[int]:
         """logits [B, V] float32 (overwritten when a penalty is on) -> B tokens."""
@@ -265,16 +277,24 @@ class Sampler:
                 value = row[seen]
                 penalty = settings.repetition_penalty
                 row[seen] = torch.where(value > 0, value / penalty, value * penalty)
-        tokens = ops.sample(
-            logits,
-            temperature=float(settings.temperature),
-            top_k=settings.top_k,
-            top_p=float(settings.top_p),
-            min_p=float(settings.min_p),
-            seed=torch.tensor([self._seed + s.index for s in sequences]),
-            offset=torch.tensor([len(s.ids) - s.prompt for s in sequences]),
-        )
+        seeds = [self._seed + s.index for s in sequences]
+        if seeds != self._seeds:
+            self._seeds, self._arguments = seeds, self._arguments_of(seeds)
+            self._offset = IntBuffer(len(seeds), torch.int64)
+        offset = self._offset.write([s.new_count for s in sequences])
+        tokens = select("sample", logits.device)(logits, *self._arguments, offset)
         return tokens.tolist()
+
+    def _arguments_of(self, seeds: list[int]) -> list[torch.Tensor]:
+        """temperature, top_k, top_p, min_p and seed, [B] each."""
+        settings, rows = self._settings, (len(seeds),)
+        return [
+            torch.full(rows, settings.temperature, dtype=torch.float32),
+            torch.full(rows, settings.top_k, dtype=torch.int32),
+            torch.full(rows, settings.top_p, dtype=torch.float32),
+            torch.full(rows, settings.min_p, dtype=torch.float32),
+            torch.tensor(seeds, dtype=torch.int64),
+        ]
 
 
 @dataclass(frozen=True)
@@ -382,7 +402,7 @@ class Loop:
                 if sequence.assembler.stopped:
                     sequence.finish = "stop"
                 elif (
-                    len(sequence.new) >= settings.max_new_tokens
+                    sequence.new_count >= settings.max_new_tokens
                     or len(sequence.ids) > self._context
                 ):
                     sequence.finish = "length"

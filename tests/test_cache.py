@@ -149,6 +149,39 @@ def test_truncate_and_free_give_pages_back() -> None:
     cache.reserve([c], [64])
 
 
+def test_page_tables_follow_every_change_and_earlier_ones_stay() -> None:
+    """One token at a time over page boundaries, cuts, and sequences that come and leave: the table
+    of a cache that never reuses one, and those handed out before say what they said."""
+    cache, handed_out = cache_of(), []
+
+    def step(seqs: list[int], counts: list[int]) -> list[list[int]]:
+        batch = cache.reserve(seqs, counts)
+        pages = [cache._pages[seq] for seq in seqs]
+        width = max(map(len, pages))
+        assert batch.page_table.tolist() == [row + [0] * (width - len(row)) for row in pages]
+        assert batch.kv_len.tolist() == [cache.lengths[seq] for seq in seqs]
+        assert batch.query_start.tolist() == [sum(counts[:i]) for i in range(len(counts) + 1)]
+        handed_out.append((batch, [t.tolist() for t in vars(batch).values()]))
+        return batch.page_table.tolist()
+
+    a, b = cache.add(), cache.add()
+    step([a, b], [15, 30])
+    for _ in range(4):
+        step([a, b], [1, 1])
+    assert step([b, a], [1, 1]) == [[1, 2, 4], [0, 3, 0]]
+    cache.truncate(b, 16)
+    assert step([b, a], [0, 1]) == [[1, 0], [0, 3]]
+    c = cache.add()
+    step([c, a], [17, 1])  # the pages that b gave back
+    assert step([b, a, c], [17, 1, 1]) == [[1, 5, 6], [0, 3, 0], [2, 4, 0]]
+    cache.free(a)
+    assert step([b, c], [1, 1]) == [[1, 5, 6], [2, 4, 0]]
+    with pytest.raises(KeyError):
+        cache.page_table([a])
+    for batch, said in handed_out:
+        assert [t.tolist() for t in vars(batch).values()] == said
+
+
 def test_bad_arguments() -> None:
     for kwargs, message in (
         (

@@ -21,6 +21,7 @@ from qkernels.models import UnsupportedModelError
 from qkernels.models.llama import from_hf, weights
 from qkernels.nn import QuantDecoder, QuantLinear
 from qkernels.nn import decoder as decoder_module
+from qkernels.nn.pool import KvPool
 
 RAW = {
     "model_type": "llama",
@@ -157,6 +158,48 @@ def test_a_ragged_batch_gives_what_each_prompt_gives_alone(decoder: QuantDecoder
     for prompt, tokens in zip(prompts, out.tokens, strict=True):
         assert decoder.generate(prompt, max_new_tokens=15, stop_at_eos=False).tokens == [tokens]
         assert tokens == greedy_by_logits(decoder, decoder.encode(prompt), 15)
+
+
+def test_a_pool_gives_the_logits_of_whole_sequences(decoder: QuantDecoder) -> None:
+    """Token by token over page boundaries, while sequences come, are cut and leave."""
+    g = torch.Generator().manual_seed(2)
+    texts = [torch.randint(128, (140,), generator=g).tolist() for _ in range(3)]
+    pool = KvPool(decoder, [140] * 3)
+    handles = [pool.add() for _ in texts]
+    done = [0] * 3
+
+    def step(counts: dict[int, int], last_only: bool = True) -> None:
+        parts = [(handles[i], texts[i][done[i] : done[i] + n]) for i, n in counts.items()]
+        got = list(pool.forward(parts, last_only=last_only))
+        for i, n in counts.items():
+            done[i] += n
+            rows = 1 if last_only else n
+            whole = decoder(torch.tensor([texts[i][: done[i]]]), logits_to_keep=rows).logits[0]
+            torch.testing.assert_close(torch.stack(got[:rows]), whole, atol=1e-4, rtol=0)
+            del got[:rows]
+
+    step({0: 60, 1: 125})
+    for _ in range(6):  # 64 and 128 are the ends of pages
+        step({0: 1, 1: 1})
+    step({1: 1, 0: 1})  # the same counts in another order
+    pool.truncate(handles[0], 63)
+    done[0] = 63
+    step({0: 1, 2: 1})
+    step({0: 1, 1: 1})
+    pool.free(handles[1])
+    step({2: 70, 0: 2}, last_only=False)
+    step({2: 1, 0: 1}, last_only=False)
+    step({0: 1})
+    step({2: 1})
+
+
+def test_draws_of_a_batch_are_those_of_each_prompt_alone(decoder: QuantDecoder) -> None:
+    prompts = [[5, 6, 7], [9] * 70, [3]]
+    options = {"temperature": 1.0, "top_p": 0.95, "max_new_tokens": 60, "eos_ids": range(10)}
+    batch = decoder.generate(prompts, seed=4, **options)
+    assert len(set(map(len, batch.tokens))) > 1  # one goes on after another's end
+    for i, prompt in enumerate(prompts):
+        assert decoder.generate([prompt], seed=4 + i, **options).tokens[0] == batch.tokens[i]
 
 
 def test_end_of_sequence_and_stop_text(decoder: QuantDecoder) -> None:

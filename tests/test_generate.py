@@ -10,6 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from qkernels import ops
 from qkernels.generate import (
     PREFILL_CHUNK,
     GenerationSettings,
@@ -20,6 +21,7 @@ from qkernels.generate import (
     check_prompt,
     common_prefix,
 )
+from qkernels.int_buffer import IntBuffer
 from qkernels.text import IncrementalDecoder
 
 VOCAB = 64
@@ -225,6 +227,46 @@ def test_sampling_is_repeatable_and_differs_by_prompt() -> None:
     assert first == draw(3) == draw(3, max_batch=1)
     assert len({tuple(t) for t in first}) == 3 and first != draw(4)
     assert draw(None) != draw(None)
+
+
+def test_draws_are_those_of_the_op_while_sequences_come_and_leave() -> None:
+    """Request i draws token n with seed + i and offset n - 1, whatever is decoded beside it."""
+    g = torch.Generator().manual_seed(0)
+    table = torch.randn(512, VOCAB, generator=g) * 2
+    options = {"temperature": 0.8, "top_k": 20, "top_p": 0.9, "min_p": 0.01}
+
+    class Table(CountingPool):
+        def forward(self, parts, last_only: bool) -> torch.Tensor:
+            super().forward(parts, last_only)
+            return torch.stack([table[sum(self.sequences[handle]) % 512] for handle, _ in parts])
+
+    requests = [request(i, [i + 1] * (i + 1)) for i in range(5)]
+    settings = GenerationSettings(max_new_tokens=40, seed=7, eos_ids=(1, 2, 3), **options)
+    pool = Table()
+    list(Loop(pool, requests, settings, 100, max_batch=3).run())
+    assert len({len(r.new) for r in requests}) > 2  # they leave at different steps
+    assert {1, 2, 3} <= set(map(len, pool.calls))
+    for r in requests:
+        for offset in range(r.new_count):
+            logits = table[sum(r.ids[: r.prompt + offset]) % 512][None]
+            drawn = ops.sample(logits, **options, seed=7 + r.index, offset=offset)
+            assert drawn.tolist() == [r.new[offset]]
+
+
+@pytest.mark.parametrize(("dtype", "large"), [(torch.int32, 2**31 - 1), (torch.int64, 2**63 - 1)])
+def test_int_buffer(dtype: torch.dtype, large: int) -> None:
+    buffer = IntBuffer(3, dtype)
+    tensor = buffer.write([1, -2, large])
+    assert tensor.dtype == dtype and tensor.tolist() == [1, -2, large]
+    assert buffer.write((4, 5, 6)) is tensor and tensor.tolist() == [4, 5, 6]
+    for values in ([1, 2], [1, 2, 3, 4]):
+        with pytest.raises(ValueError, match=f"expected 3 integers, got {len(values)}"):
+            buffer.write(values)
+    with pytest.raises(OverflowError):
+        buffer.write([0, 0, large + 1])
+    assert tensor.tolist() == [4, 5, 6]
+    empty = IntBuffer(0, dtype).write([])
+    assert empty.shape == (0,) and empty.dtype == dtype
 
 
 @pytest.mark.parametrize(

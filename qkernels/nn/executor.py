@@ -233,22 +233,21 @@ class NativeExecutor:
     def __init__(
         self, steps: Sequence[Step], weights: Mapping[str, Weight], namespace: str = "qkernels"
     ) -> None:
-        self._ops = getattr(torch.ops, namespace)
+        ops = getattr(torch.ops, namespace)
         encoder = _Encoder(weights)
         for step in steps:
             encoder.add(step)
         self.vocab = encoder.width[writes(steps[-1])[0]]
         registers = [n for pair in encoder.registers for n in pair]
-        self._plan = self._ops.decoder_plan(
-            encoder.tensors, registers, encoder.code, encoder.numbers
-        )
-        weakref.finalize(self, self._ops.decoder_plan_free, self._plan)
+        self._plan = ops.decoder_plan(encoder.tensors, registers, encoder.code, encoder.numbers)
+        self._step = ops.decoder_step.default
+        weakref.finalize(self, ops.decoder_plan_free, self._plan)
         use_huge_pages(encoder.tensors)
 
     def __call__(
         self, ids: torch.Tensor, batch: Batch, select: torch.Tensor, cache: PagedKVCache
     ) -> torch.Tensor:
-        return self._ops.decoder_step(
+        return self._step(
             self._plan,
             ids,
             batch.query_start,

@@ -3,17 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..cache import PagedKVCache
+from ..cache import Batch, PagedKVCache
 from ..generate import Request, common_prefix
+from ..int_buffer import IntBuffer
 
 if TYPE_CHECKING:
     from .decoder import QuantDecoder
 
 PAGE = 64  # tokens per page of the cache
+
+
+class _Inputs:
+    """What the executor takes for parts of these lengths. Steps of decoding have the same ones, one
+    token per sequence, until a sequence comes or leaves; only what is written changes.
+    """
+
+    def __init__(self, counts: list[int]) -> None:
+        ends = list(accumulate(counts, initial=0))
+        self.counts = counts
+        self.ids = IntBuffer(ends[-1], torch.int64)
+        self.kv_len = IntBuffer(len(counts), torch.int32)
+        self.query_start = torch.tensor(ends, dtype=torch.int32)
+        self.last_rows = torch.tensor(ends[1:], dtype=torch.int64) - 1
 
 
 class KvPool:
@@ -32,6 +48,7 @@ class KvPool:
             page_size=PAGE,
             max_tokens=pages * PAGE,
         )
+        self._inputs = _Inputs([])
 
     def add(self) -> int:
         return self._cache.add()
@@ -50,10 +67,14 @@ class KvPool:
 
         One row per part, of its last token, or with last_only=False one per token.
         """
-        counts = [len(ids) for _, ids in parts]
-        ids = torch.tensor([token for _, part in parts for token in part], dtype=torch.int64)
-        batch = self._cache.reserve([handle for handle, _ in parts], counts)
-        select = torch.tensor(counts).cumsum(0) - 1 if last_only else torch.arange(ids.shape[0])
+        handles, counts = [handle for handle, _ in parts], [len(ids) for _, ids in parts]
+        if counts != self._inputs.counts:
+            self._inputs = _Inputs(counts)
+        inputs = self._inputs
+        ids = inputs.ids.write([token for _, part in parts for token in part])
+        kv_len = inputs.kv_len.write(self._cache.grow(handles, counts))
+        batch = Batch(inputs.query_start, kv_len, self._cache.page_table(handles))
+        select = inputs.last_rows if last_only else torch.arange(ids.shape[0])
         return self._decoder.executor()(ids, batch, select, self._cache)
 
 

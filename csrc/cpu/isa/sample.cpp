@@ -163,9 +163,13 @@ QK_INLINE bool find_max(Row& row, float* maxima, int chunks, int64_t columns) {
   return !any(nan);
 }
 
-QK_INLINE int64_t first_equal(const Row& row, float value) {
-  for (int64_t i = 0;; i++)
-    if (row.logits[i] == value) return i;
+// The first column of row.max: only the first chunk that has it is searched.
+QK_INLINE int64_t first_of_max(const Row& row, const float* maxima, int64_t columns) {
+  int64_t c = 0;
+  while (maxima[c] != row.max) c++;
+  int64_t i = c * columns;
+  while (row.logits[i] != row.max) i++;
+  return i;
 }
 
 QK_INLINE int64_t sample_row(const SampleArgs& a, int64_t b) {
@@ -175,7 +179,7 @@ QK_INLINE int64_t sample_row(const SampleArgs& a, int64_t b) {
   float maxima[kChunks];
   if (!find_max(row, maxima, chunks, columns)) return kSampleNan;
   if (row.max == -__builtin_inff()) return kSampleEmpty;
-  if (row.temperature == 0.f) return first_equal(row, row.max);
+  if (row.temperature == 0.f) return first_of_max(row, maxima, columns);
 
   const auto one = [](VF) __attribute__((always_inline)) { return VL{} + 1; };
   const auto weight = [&row](VF l)
