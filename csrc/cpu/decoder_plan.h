@@ -8,6 +8,7 @@
 #include "../check.h"
 #include "attention.h"
 #include "linear.h"
+#include "steady_threads.h"
 #include "team.h"
 
 namespace qk {
@@ -86,6 +87,7 @@ struct Plan {
   std::vector<Step> steps;
   int64_t vocab = 0, vocab_in = 0, layers = 0, kv_heads = 0, dim = 0;
   std::vector<char> scratch;
+  SteadyThreads threads;
   std::mutex busy;  // registers are shared state: one step at a time
 };
 

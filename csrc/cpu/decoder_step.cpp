@@ -8,6 +8,7 @@
 
 #include "decoder_plan.h"
 #include "run.h"
+#include "weight_bytes.h"
 
 namespace qk {
 namespace {
@@ -15,6 +16,10 @@ namespace {
 constexpr const char* kStep = "decoder_step";
 // Of the next weight, per thread, while it waits.
 constexpr int64_t kUpcomingBytes = 128 << 10;
+
+// Up to this many tokens in a step, its barriers are so close together that a thread which loses its
+// core costs more than it does.
+constexpr int64_t kFewTokens = 16;
 
 std::mutex g_plans_mutex;
 std::map<int64_t, std::shared_ptr<Plan>>& plans() {
@@ -125,20 +130,14 @@ class Runner {
   // What a thread of a single token's step reads first of the linear step `s`: as much as fits its
   // cache beside what it works on.
   Upcoming first_lines(const Step& s, const Team& team) const {
-    const Weight& w = s.weight;
-    const Range halves = team.share_rows(w.n);
-    const int64_t block = halves.begin / 2, blocks = (halves.end + 1) / 2 - block;
-    const int64_t units = w.kp / 16, groups = w.kp / w.group * 64;
-    const auto part = [&](const void* from, int64_t per_block, int64_t most) {
-      const char* at = static_cast<const char*>(from) + block * per_block;
-      return Upcoming::Part{from ? at : nullptr,
-                            from ? at + std::min(blocks * per_block, most) : nullptr};
-    };
-    const int64_t scale = scale_size(w.scale_kind);
-    return {
-        {part(w.codes, units * layout::unit_bytes(w.bits), kUpcomingBytes),
-         part(w.scale, groups * scale, kUpcomingBytes / 8),
-         part(w.zero, groups * (w.zero_kind == Zero::integer ? 1 : scale), kUpcomingBytes / 8)}};
+    const Range halves = team.share_rows(s.weight.n);
+    const int64_t block = halves.begin / 2;
+    Upcoming all = block_bytes(s.weight, block, (halves.end + 1) / 2 - block);
+    for (int i = 0; i < 3; i++) {
+      Upcoming::Part& part = all.parts[i];
+      part.end = std::min(part.end, part.at + (i == 0 ? kUpcomingBytes : kUpcomingBytes / 8));
+    }
+    return all;
   }
 
   void operator()(const Step& s, char* scratch, Team& all) {
@@ -292,7 +291,8 @@ Tensor decoder_step(int64_t handle, const Tensor& ids, const Tensor& query_start
   const Tensor logits = torch::stable::new_empty(ids, {in.selected, vocab}, ScalarType::Float);
   in.logits = mutable_data<float>(logits);
   if (in.tokens == 0) return logits;
-  const int size = team_size();
+  const bool few = in.tokens <= kFewTokens;
+  const int size = few ? plan->threads.count(team_size()) : team_size();
   for (Register& r : plan->registers)
     r.reserve(r.selected ? in.selected : in.tokens, in.one() ? size : 1);
 
@@ -309,7 +309,7 @@ Tensor decoder_step(int64_t handle, const Tensor& ids, const Tensor& query_start
   if (int64_t(plan->scratch.size()) < most + 64) plan->scratch.resize(size_t(most + 64));
   char* scratch = reinterpret_cast<char*>(
       layout::round_up(reinterpret_cast<intptr_t>(plan->scratch.data()), 64));
-  run_team(size, [&](Team& team) {
+  const bool stalled = run_team(size, [&](Team& team) {
     for (size_t i = 0; i < plan->steps.size(); i++) {
       const Step& s = plan->steps[i];
       if (in.one() && s.next_linear >= 0)
@@ -318,6 +318,7 @@ Tensor decoder_step(int64_t handle, const Tensor& ids, const Tensor& query_start
       run(s, scratch + offset[i], team);
     }
   });
+  if (few) plan->threads.ran(stalled);
   return logits;
 }
 

@@ -20,6 +20,12 @@ struct Range {
 // Pauses before a thread that waits goes to sleep: some 20 us.
 constexpr int kSpins = 1000;
 
+// Sleeps until `value`, which was `old`, is something else; whether that took so long (1 ms) that
+// someone must have lost a core. Whoever stores it in one order with all other atomics (seq_cst) and
+// then calls wake_all wakes everyone that sleeps.
+bool sleep_while(const std::atomic<int32_t>& value, int32_t old);
+void wake_all(std::atomic<int32_t>& value);
+
 // Rows of a weight that threads are dealt at a time: half of a block of the layout.
 constexpr int64_t kRowUnit = 32;
 
@@ -50,17 +56,24 @@ constexpr int kDeals = 4, kDealThreads = 32;
 struct alignas(64) Barrier {
   std::atomic<int64_t> arrived{0};
   alignas(64) std::atomic<int32_t> generation{0};  // of the width that Linux can sleep on
+  std::atomic<bool> stalled{false};  // a thread slept for long
   alignas(64) std::atomic<int64_t> next{0};  // for work handed out dynamically; reset by Team::sync
   Pieces pieces[kDeals][kDealThreads];       // likewise
 };
 
-// Memory that a thread will read soon. It is asked for while the thread waits for others, when the
-// memory bus has nothing else to do.
+// Memory that a thread will read soon: parts of a weight. It is asked for while the thread waits for
+// others, or computes, and the memory bus has nothing else to do.
 struct Upcoming {
   struct Part {
     const char *at, *end;
   };
-  Part parts[3] = {};  // the codes of a weight, its scales, its zeros
+  Part parts[3] = {};  // codes, scales, zeros
+
+  int64_t bytes() const {
+    int64_t sum = 0;
+    for (const Part& p : parts) sum += p.end - p.at;
+    return sum;
+  }
 
   // Asks for one more line; false when there is none.
   bool step() {
@@ -126,14 +139,15 @@ struct Team {
       barrier->next.store(0, std::memory_order_relaxed);
       for (int i = 0; i < dealt; i++)
         for (int thread = 0; thread < size; thread++) barrier->pieces[i][thread].reset();
-      barrier->generation.store(generation + 1);  // in one order with the count of sleepers
-      barrier->generation.notify_all();
+      barrier->generation.store(generation + 1);
+      wake_all(barrier->generation);
       return;
     }
     for (int spins = 0; barrier->generation.load(std::memory_order_acquire) == generation;) {
       if (upcoming.step()) continue;
       if (++spins < kSpins) QK_PAUSE();
-      else barrier->generation.wait(generation, std::memory_order_acquire);
+      else if (sleep_while(barrier->generation, generation))
+        barrier->stalled.store(true, std::memory_order_relaxed);
     }
   }
 };

@@ -8,6 +8,7 @@
 //   -middle * sum) integer    scale_w * scale_x * zero * sum minimum    minimum * scale_x * sum
 // The middle is 2^(bits - 1). Values of a table are multiplied as value + 128, so theirs is 128.
 #pragma once
+#include "../weight_bytes.h"
 #include "linear_tile.h"
 
 namespace qk::QK_ISA {
@@ -69,15 +70,14 @@ QK_INLINE Levels shifted_levels(const Weight& w) {
 namespace qk::QK_ISA {
 namespace {
 
-// The next block of rows, brought into L2 while many tokens keep the cores busy with this one.
-// Every span of every tile asks for its share.
+// The next block of rows, its codes and scales, brought into L2 while many tokens keep the cores busy
+// with this one. Every span of every tile asks for its share.
 struct Ahead {
-  const uint8_t* at;
-  const uint8_t* end;
+  Upcoming next;
   int lines;  // per span
 
   QK_INLINE void step() {
-    for (int i = 0; i < lines && at < end; i++, at += 64) __builtin_prefetch(at, 0, 2);
+    for (int i = 0; i < lines && next.step(); i++) {}
   }
 };
 
@@ -157,18 +157,23 @@ void int8_rows(const Int8Problem& p, RowBlocks::Block rows, int64_t token, Ahead
   }
 }
 
-// All rows of a block that a share has, tokens begin .. end - 1. next: the codes of the block that
-// follows in the share, or null.
+// All rows of a block that a share has, tokens begin .. end - 1. last: nothing of the share follows.
 template <class C, Zero Z, int Units>
 void int8_block(const Int8Problem& p, RowBlocks::Block rows, int64_t begin, int64_t end,
-                const uint8_t* next) {
+                bool last) {
   const LinearArgs& a = p.args;
-  const int64_t block_bytes = a.w.kp / 16 * layout::unit_bytes(C::bits);
-  const int64_t tiles =
-      (end - begin + 3) / 4 * ((rows.last - rows.first) * C::half_pieces);  // or somewhat fewer
-  const int64_t lines =
-      tiles > 64 ? 0 : (block_bytes / 64 + tiles * p.spans - 1) / (tiles * p.spans);
-  Ahead ahead{next, next ? next + block_bytes : nullptr, int(lines)};
+  Ahead ahead{};
+  if (end - begin > 2 && !last) {
+    ahead.next = block_bytes(a.w, rows.index + 1, 1);
+    const int pieces = (rows.last - rows.first) * C::half_pieces;
+    int64_t spans = 0;
+    for_each_tile(begin, end, [&](int64_t, int tokens) {
+      const int at_once = tile_pieces<C>(tokens) < pieces ? tile_pieces<C>(tokens) : pieces;
+      spans += pieces / at_once * p.spans;
+    });
+    const int64_t lines = (ahead.next.bytes() / 64 + spans - 1) / spans;
+    ahead.lines = spans > 64 * p.spans ? 0 : int(lines);  // many tokens leave time for it anyway
+  }
   for_each_tile(begin, end, [&](int64_t token, int tokens) {
     switch (tokens) {
       case 1: return int8_rows<C, Z, Units, 1>(p, rows, token, ahead);
@@ -197,12 +202,7 @@ void int8_linear(const Int8Problem& p, Team& team) {
         const RowBlocks blocks(team, thread, a.w.n);
         const int64_t row = piece % blocks.count(), begin = piece / blocks.count() * kTokenBlock;
         const int64_t end = begin + kTokenBlock < a.m ? begin + kTokenBlock : a.m;
-        const RowBlocks::Block rows = blocks.at(row);
-        const uint8_t* next =
-            row + 1 < blocks.count()
-                ? a.w.codes + layout::unit_offset((rows.index + 1) * 64, 0, a.w.kp, C::bits)
-                : nullptr;
-        int8_block<C, Z, Units>(p, rows, begin, end, next);
+        int8_block<C, Z, Units>(p, blocks.at(row), begin, end, row + 1 == blocks.count());
       });
 }
 

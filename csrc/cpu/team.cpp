@@ -1,0 +1,16 @@
+// What is compiled once, not per instruction set: the library's own code for sleeping.
+#include "team.h"
+
+#include <chrono>
+
+namespace qk {
+
+bool sleep_while(const std::atomic<int32_t>& value, int32_t old) {
+  using Clock = std::chrono::steady_clock;
+  const Clock::time_point start = Clock::now();
+  value.wait(old, std::memory_order_acquire);
+  return Clock::now() - start > std::chrono::milliseconds(1);
+}
+void wake_all(std::atomic<int32_t>& value) { value.notify_all(); }
+
+}  // namespace qk
