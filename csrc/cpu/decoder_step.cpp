@@ -17,8 +17,8 @@ constexpr const char* kStep = "decoder_step";
 // Of the next weight, per thread, while it waits.
 constexpr int64_t kUpcomingBytes = 128 << 10;
 
-// Up to this many tokens in a step, its barriers are so close together that a thread which loses its
-// core costs more than it does.
+// Up to this many tokens in a step, its barriers are so close together that a thread which loses
+// its core costs more than it does.
 constexpr int64_t kFewTokens = 16;
 
 std::mutex g_plans_mutex;

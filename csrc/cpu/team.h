@@ -21,8 +21,8 @@ struct Range {
 constexpr int kSpins = 1000;
 
 // Sleeps until `value`, which was `old`, is something else; whether that took so long (1 ms) that
-// someone must have lost a core. Whoever stores it in one order with all other atomics (seq_cst) and
-// then calls wake_all wakes everyone that sleeps.
+// someone must have lost a core. Whoever stores it in one order with all other atomics (seq_cst)
+// and then calls wake_all wakes everyone that sleeps.
 bool sleep_while(const std::atomic<int32_t>& value, int32_t old);
 void wake_all(std::atomic<int32_t>& value);
 
@@ -56,13 +56,13 @@ constexpr int kDeals = 4, kDealThreads = 32;
 struct alignas(64) Barrier {
   std::atomic<int64_t> arrived{0};
   alignas(64) std::atomic<int32_t> generation{0};  // of the width that Linux can sleep on
-  std::atomic<bool> stalled{false};  // a thread slept for long
+  std::atomic<bool> stalled{false};                // a thread slept for long
   alignas(64) std::atomic<int64_t> next{0};  // for work handed out dynamically; reset by Team::sync
   Pieces pieces[kDeals][kDealThreads];       // likewise
 };
 
-// Memory that a thread will read soon: parts of a weight. It is asked for while the thread waits for
-// others, or computes, and the memory bus has nothing else to do.
+// Memory that a thread will read soon: parts of a weight. It is asked for while the thread waits
+// for others, or computes, and the memory bus has nothing else to do.
 struct Upcoming {
   struct Part {
     const char *at, *end;
@@ -127,8 +127,8 @@ struct Team {
     }
   }
 
-  // Waits for every thread of the team. Spins for as long as an undisturbed thread may be late, then
-  // sleeps: if another one lost its core to something else, it can have this thread's.
+  // Waits for every thread of the team. Spins for as long as an undisturbed thread may be late,
+  // then sleeps: if another one lost its core to something else, it can have this thread's.
   void sync() {
     if (size == 1) return;
     const int dealt = deals;

@@ -70,14 +70,15 @@ QK_INLINE Levels shifted_levels(const Weight& w) {
 namespace qk::QK_ISA {
 namespace {
 
-// The next block of rows, its codes and scales, brought into L2 while many tokens keep the cores busy
-// with this one. Every span of every tile asks for its share.
+// The next block of rows, its codes and scales, brought into L2 while many tokens keep the cores
+// busy with this one. Every span of every tile asks for its share.
 struct Ahead {
   Upcoming next;
   int lines;  // per span
 
   QK_INLINE void step() {
-    for (int i = 0; i < lines && next.step(); i++) {}
+    for (int i = 0; i < lines && next.step(); i++) {
+    }
   }
 };
 
@@ -112,8 +113,7 @@ __attribute__((noinline)) void int8_tile(const Int8Problem& p, int64_t block, in
     VI d[R][T];
     QK_UNROLL(16)
     for (int r = 0; r < R; r++) QK_UNROLL(8)
-    for (int t = 0; t < T; t++)
-      d[r][t] = splat_i(Z == Zero::symmetric ? terms[t].start : 0);
+    for (int t = 0; t < T; t++) d[r][t] = splat_i(Z == Zero::symmetric ? terms[t].start : 0);
     dot_span<C, P, T, Units>(w, first, x, units, levels, d);
     if constexpr (T <= 2) {
       prefetch_group<R>(a.w.scale, at, scale_bytes);
@@ -157,7 +157,8 @@ void int8_rows(const Int8Problem& p, RowBlocks::Block rows, int64_t token, Ahead
   }
 }
 
-// All rows of a block that a share has, tokens begin .. end - 1. last: nothing of the share follows.
+// All rows of a block that a share has, tokens begin .. end - 1. last: nothing of the share
+// follows.
 template <class C, Zero Z, int Units>
 void int8_block(const Int8Problem& p, RowBlocks::Block rows, int64_t begin, int64_t end,
                 bool last) {
@@ -196,8 +197,7 @@ void int8_linear(const Int8Problem& p, Team& team) {
   const LinearArgs& a = p.args;
   const int64_t token_blocks = (a.m + kTokenBlock - 1) / kTokenBlock;
   team.deal(
-      a.own_rows,
-      [&](int thread) { return token_blocks * RowBlocks(team, thread, a.w.n).count(); },
+      a.own_rows, [&](int thread) { return token_blocks * RowBlocks(team, thread, a.w.n).count(); },
       [&](int thread, int64_t piece) {
         const RowBlocks blocks(team, thread, a.w.n);
         const int64_t row = piece % blocks.count(), begin = piece / blocks.count() * kTokenBlock;

@@ -129,8 +129,8 @@ QK_INLINE void dot_run(const uint8_t* w, int first, const int8_t* x, const Nibbl
 
 // Units: the 16 columns of a span, if known (1 or 2), else 0 and `units` says it.
 template <class C, int P, int T, int Units, int R>
-QK_INLINE void dot_span(const uint8_t* w, int first, const int8_t* x, int units,
-                        Levels table, VI (&d)[R][T]) {
+QK_INLINE void dot_span(const uint8_t* w, int first, const int8_t* x, int units, Levels table,
+                        VI (&d)[R][T]) {
   const NibbleLevels levels = nibble_levels(table);
   if constexpr (Units > 0) {
     if (T <= 2) prefetch_units<C, P, Units>(w, first);

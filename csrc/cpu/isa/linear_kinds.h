@@ -5,9 +5,9 @@
 
 namespace qk::QK_ISA {
 
-// Tokens are worked on in tiles of a few, which the registers hold the sums of; a tile never reaches
-// over a multiple of kTokenBlock, the tokens whose activations a thread goes through with one block
-// of weights before it turns to the next block. Tokens of the tile that comes next, when
+// Tokens are worked on in tiles of a few, which the registers hold the sums of; a tile never
+// reaches over a multiple of kTokenBlock, the tokens whose activations a thread goes through with
+// one block of weights before it turns to the next block. Tokens of the tile that comes next, when
 // `remaining` are left:
 constexpr int64_t kTokenBlock = 240;
 constexpr int next_tile(int64_t remaining) {

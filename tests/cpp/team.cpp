@@ -1,0 +1,108 @@
+// Teams of threads without torch: every piece is dealt once, whoever is slow; a thread that sleeps
+// wakes up. Prints "ok", or what went wrong.
+#include "team.h"
+
+#include <chrono>
+#include <cstdio>
+#include <cstdlib>
+#include <thread>
+#include <vector>
+
+#include "steady_threads.h"
+
+using namespace qk;
+
+namespace {
+
+void require(bool met, const char* what) {
+  if (met) return;
+  std::printf("%s\n", what);
+  std::exit(1);
+}
+
+template <class F>
+void on_threads(int size, Barrier& barrier, F f) {
+  std::vector<std::thread> threads;
+  for (int rank = 0; rank < size; rank++)
+    threads.emplace_back([&, rank] {
+      Team team{rank, size, &barrier};
+      f(team);
+    });
+  for (std::thread& t : threads) t.join();
+}
+
+void nap() { std::this_thread::sleep_for(std::chrono::microseconds(200)); }
+
+// Several deals between two barriers, more than there are places for, with one slow thread.
+void deals_once(int size, bool own_only) {
+  constexpr int rounds = 20, deals = kDeals + 2, pieces = 7;
+  std::vector<std::atomic<int>> done(size_t(rounds * deals * size * pieces));
+  std::atomic<int> taken_over{0};
+  Barrier barrier;
+  on_threads(size, barrier, [&](Team& team) {
+    for (int round = 0; round < rounds; round++) {
+      for (int deal = 0; deal < deals; deal++)
+        team.deal(
+            own_only, [&](int thread) { return int64_t((thread + deal) % (pieces + 1)); },
+            [&](int thread, int64_t piece) {
+              if (team.rank == 0) nap();
+              require(!own_only || thread == team.rank, "a share was not kept");
+              if (thread != team.rank) taken_over++;
+              done[size_t(((round * deals + deal) * size + thread) * pieces + piece)]++;
+            });
+      team.sync();
+    }
+  });
+  for (int i = 0; i < rounds * deals * size * pieces; i++) {
+    const int piece = i % pieces, thread = i / pieces % size, deal = i / pieces / size % deals;
+    require(done[size_t(i)] == (piece < (thread + deal) % (pieces + 1)),
+            "a piece was not dealt once");
+  }
+  require((taken_over > 0) == (size > 1 && size <= kDealThreads && !own_only),
+          "nothing was taken over from a slow thread, or something although it could not be");
+}
+
+// What one thread writes before a barrier is there for the others after it, however long they
+// slept.
+void barriers_hold(int size) {
+  Barrier barrier;
+  std::vector<int> at(size_t(size), 0);
+  on_threads(size, barrier, [&](Team& team) {
+    for (int round = 1; round <= 50; round++) {
+      if (round % size == team.rank && round % 5 == 0)
+        std::this_thread::sleep_for(std::chrono::milliseconds(3));
+      at[size_t(team.rank)] = round;
+      team.sync();
+      for (int other : at) require(other == round, "a barrier let a thread through");
+      team.sync();
+    }
+  });
+  require(size == 1 || barrier.stalled, "nobody noticed that a thread was away for 3 ms");
+}
+
+void steady_threads() {
+  SteadyThreads threads;
+  for (int step = 0; step < 200; step++) {
+    require(threads.count(8) == 8, "a thread was given up without need");
+    threads.ran(step % 8 == 0);  // now and then
+  }
+  int fewer = 0;
+  for (int step = 0; step < 300; step++) {
+    fewer += threads.count(8) == 7;
+    threads.ran(threads.count(8) == 8);  // always
+  }
+  require(fewer > 240 && fewer < 300, "a busy core was not given up, or never tried again");
+  require(threads.count(1) == 1, "the last thread was given up");
+  for (int step = 0; step < 40; step++) threads.ran(false);
+  require(threads.count(8) == 8, "a core that is free again was not taken back");
+}
+
+}  // namespace
+
+int main() {
+  for (int size : {1, 2, 3, 7, kDealThreads + 1})
+    for (bool own_only : {false, true}) deals_once(size, own_only);
+  for (int size : {1, 2, 5}) barriers_hold(size);
+  steady_threads();
+  std::printf("ok\n");
+}
