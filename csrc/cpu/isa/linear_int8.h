@@ -217,6 +217,11 @@ void int8_linear(const Int8Problem& p, Team& team) {
   constexpr bool worth_it = Z != Zero::integer || C::bits == 4 || C::bits == 8;
 #endif
   constexpr int usual = C::bits == 2 || C::bits == 3 || C::bits == 6 ? 1 : 2;
+#if defined(QK_ISA_AVX512)
+  // Groups of 128 columns, as GPTQ and AWQ have them: one token gains an eighth.
+  constexpr bool long_groups = C::bits == 4 && !C::table && Z != Zero::minimum;
+  if (long_groups && p.span == 128) return int8_linear<C, Z, long_groups ? 8 : 0>(p, team);
+#endif
   if (worth_it && p.span == 16 * usual) int8_linear<C, Z, worth_it ? usual : 0>(p, team);
   else int8_linear<C, Z, 0>(p, team);
 }
