@@ -56,13 +56,11 @@ void prepare_terms(const LinearArgs& a, int64_t token, int tokens, SpanTerm* ter
   }
 }
 
-// Fills x [columns / 4, tokens, 4] of a tile.
+// Fills x [columns / 16, tokens, 16] of a tile.
 void prepare_codes(const LinearArgs& a, int64_t token, int tokens, int64_t columns, int8_t* x) {
-  for (int t = 0; t < tokens; t++) {
-    const int8_t* from = a.act.codes + (token + t) * a.act.kx;
-    int8_t* to = x + 4 * t;
-    for (int64_t k = 0; k < columns; k += 4, to += 4 * tokens) std::memcpy(to, from + k, 4);
-  }
+  const int8_t* from = a.act.codes + token * a.act.kx;
+  for (int64_t k = 0; k < columns; k += 16)
+    for (int t = 0; t < tokens; t++, x += 16) std::memcpy(x, from + t * a.act.kx + k, 16);
 }
 
 void int8_linear(const LinearArgs& a, void* scratch, Team& team) {

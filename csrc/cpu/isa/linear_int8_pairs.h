@@ -65,7 +65,7 @@ struct NibbleLevels {
 QK_INLINE NibbleLevels nibble_levels(Levels levels) { return {levels & 15, levels >> 4}; }
 
 // d[r][t] += sum over 16 * Units columns of codes * activations, for P pieces (R row vectors) from
-// `first` x T tokens. w: the unit of the first columns; x [4 * Units, T, 4]: activations of those
+// `first` x T tokens. w: the unit of the first columns; x [Units, T, 16]: activations of those
 // columns.
 template <class C, int P, int T, int Units, int R>
 QK_INLINE void dot_run(const uint8_t* w, int first, const int8_t* x, const NibbleLevels& levels,
@@ -100,7 +100,7 @@ QK_INLINE void dot_run(const uint8_t* w, int first, const int8_t* x, const Nibbl
           }
           QK_UNROLL(4)
           for (int t = 0; t < T; t++) {
-            const VI four = splat_four(x + 4 * (i * T + t));
+            const VI four = splat_four(x + i / 4 * 16 * T + 16 * t + i % 4 * 4);
             if (i == from) {
               sum[z][0][t] = mul_pairs(part[0], four);
               sum[z][1][t] = mul_pairs(part[1], four);

@@ -34,7 +34,7 @@ QK_HOT VI dot_four(VI acc, VC codes, VI x) {
 }
 
 // d[r][t] += sum over 16 columns, a unit, of codes * activations, for P pieces (R row vectors) from
-// `first` x T tokens. x [4, T, 4]: activations of those columns.
+// `first` x T tokens. x [T, 16]: activations of those columns.
 template <class C, int P, int T, int R>
 QK_HOT void dot_unit(const uint8_t* w, int first, const int8_t* x, Levels levels, VI (&d)[R][T]) {
   if (T <= 2) prefetch_units<C, P, 1>(w, first);
@@ -54,7 +54,7 @@ QK_HOT void dot_unit(const uint8_t* w, int first, const int8_t* x, Levels levels
     }
     QK_UNROLL(8)
     for (int t = 0; t < T; t++) {
-      const VI four = splat_four(x + 4 * (i * T + t));
+      const VI four = splat_four(x + 16 * t + 4 * i);
       QK_UNROLL(4)
       for (int r = 0; r < R; r++) d[r][t] = dot_four(d[r][t], codes[r], four);
     }

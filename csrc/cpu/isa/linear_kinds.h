@@ -46,7 +46,7 @@ struct SpanTerm {
 // are some KB apart would share a few sets of the first-level cache.
 struct Int8Problem {
   const LinearArgs& args;
-  const int8_t* x;        // per tile of T tokens, one after the other: [columns / 4, T, 4]
+  const int8_t* x;        // per tile of T tokens, one after the other: [columns / 16, T, 16]
   const SpanTerm* terms;  // likewise: [spans, T]
   int64_t columns;        // spans * span
   int64_t spans, groups;  // spans of all columns; groups of a row of the weight
