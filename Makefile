@@ -53,8 +53,9 @@ bench: $(VENV)/bench.stamp $(VENV)/models.stamp $(PEER) qkernels/_C_cpu.so
 	$(BIN)/python bench/peers.py --threads $(THREADS) --peer-python $(PEER_PYTHON)
 	$(BIN)/python bench/loading_memory.py
 	$(BIN)/python bench/bench_transformers.py --threads $(THREADS)
-	$(MAKE) race
 	$(BIN)/python bench/report.py --plots
+	$(BIN)/python bench/report.py
+	$(MAKE) race
 	$(BIN)/python bench/report.py
 
 race: $(VENV)/bench.stamp $(PEER) qkernels/_C_cpu.so

@@ -76,11 +76,19 @@ def peer(results: list[Result]) -> str:
             ]
             rates = [rate(row, "qkernels"), rate(row, "llama_cpp")] if rated else []
             rows.append([*cells, *rates])
-        notes.append(read_note(result) + machine(result))
+        notes.append(read_note(result) + agreement(result) + machine(result))
     head = ["model", "what", "qkernels, tok/s", "llama.cpp, tok/s", "qkernels / llama.cpp"]
     if rated:
         head += ["qkernels: rate, share of read", "llama.cpp"]
     return table(head, rows) + "\n\n" + "\n".join(dict.fromkeys(notes))
+
+
+def agreement(result: Result) -> str:
+    """How many leading greedy tokens both engines chose, for results that say so."""
+    if "greedy_tokens_in_common" not in result:
+        return ""
+    common, of = result["greedy_tokens_in_common"], result["of"]
+    return f"{result['model']}: the first {common} of {of} greedy tokens after random ids agree. "
 
 
 def read_note(result: Result) -> str:
