@@ -1,8 +1,9 @@
 """Weights on huge pages, where the environment variable QKERNELS_HUGE_PAGES is 1: a decode step
 reads every weight once, and with pages of 4 KB some of that time goes into finding the pages.
 
-It is not the default: two threads gained nothing measurable, the first step takes longer, and a
-process that forks after loading would no longer share the weights with its children.
+It is not the default: what it adds differs between machines, the first step takes longer, and a
+process that forks after loading would no longer share the weights with its children. Large weights
+need none of this: `pack` asks for huge pages before it writes them, unless the variable is 0.
 
 Nothing is allocated or moved by hand. The kernel is asked to put blocks of 2 MB in which weights
 lie already on one page each (Linux 6.1, MADV_COLLAPSE); older ones are told that it may
@@ -22,10 +23,10 @@ import torch
 
 HUGE = 2 << 20
 _MADV_HUGEPAGE, _MADV_COLLAPSE = 14, 25
-_SETTING = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+SETTING = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 
-def allowed(setting: Path = _SETTING) -> bool:
+def allowed(setting: Path = SETTING) -> bool:
     """Whether huge pages are asked for (QKERNELS_HUGE_PAGES=1) and this machine lets programs use
     them: Linux, not switched off by its owner ("never")."""
     if not sys.platform.startswith("linux") or os.environ.get("QKERNELS_HUGE_PAGES") != "1":

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from qkernels.huge_pages import HUGE, allowed, blocks, use_huge_pages
+from qkernels import ops
+from qkernels.huge_pages import HUGE, SETTING, allowed, blocks, use_huge_pages
 
 
 def at_block(size: int, offset: int = 0) -> torch.Tensor:
@@ -60,6 +61,26 @@ def test_a_weight_moves_to_huge_pages_and_stays_the_same(monkeypatch: pytest.Mon
     assert moved <= 8 * HUGE
     assert huge_kilobytes(address) * 1024 >= moved
     assert weight.data_ptr() == address and torch.equal(weight, before)
+
+
+@pytest.mark.parametrize("setting", [None, "0"])
+def test_large_weights_are_packed_on_huge_pages(
+    monkeypatch: pytest.MonkeyPatch, setting: str | None
+) -> None:
+    monkeypatch.setenv("QKERNELS_HUGE_PAGES", "1")
+    if not allowed():
+        pytest.skip("this machine has no huge pages for programs")
+    if "[madvise]" not in SETTING.read_text():
+        pytest.skip("this machine gives them unasked")
+    if setting is None:
+        monkeypatch.delenv("QKERNELS_HUGE_PAGES")
+    else:
+        monkeypatch.setenv("QKERNELS_HUGE_PAGES", setting)
+    codes = torch.randint(0, 16, (8192, 16384), dtype=torch.uint8)
+    packed = ops.pack(codes, 4, 32)
+    assert packed.nbytes == 32 * HUGE
+    kilobytes = huge_kilobytes(packed.data_ptr() + packed.nbytes // 2)
+    assert (kilobytes == 0) == (setting == "0")
 
 
 def test_the_owner_of_the_machine_decides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,11 @@
 // pack, unpack, dequantize: codes and floats to and from the packed layout (csrc/layout.h).
+#include <cstdlib>
+#include <string_view>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include "../check.h"
 #include "kernels.h"
 #include "run.h"
@@ -10,6 +17,20 @@ namespace {
 constexpr int64_t kSerialCodes = 1 << 14;
 
 int team_for(int64_t codes) { return codes < kSerialCodes ? 1 : team_size(); }
+
+// Asks for huge pages under memory that nobody has written to yet, where it is large, unless
+// QKERNELS_HUGE_PAGES is 0: decoding reads every weight once per token, and finding 4 KB pages
+// takes part of the time. It is a wish that the system may ignore.
+void prefer_huge_pages(void* memory, int64_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr int64_t huge = 2 << 20, large = 2 * huge;
+  const char* setting = std::getenv("QKERNELS_HUGE_PAGES");
+  if (bytes < large || (setting && std::string_view(setting) == "0")) return;
+  const int64_t at = reinterpret_cast<intptr_t>(memory);
+  const int64_t begin = layout::round_up(at, huge), end = (at + bytes) / huge * huge;
+  madvise(reinterpret_cast<void*>(begin), size_t(end - begin), MADV_HUGEPAGE);
+#endif
+}
 
 // codes [N, K] uint8 -> [Np, Kp * bits / 8] int8
 Tensor pack(const Tensor& codes, int64_t bits, int64_t group, bool two_level) {
@@ -24,6 +45,7 @@ Tensor pack(const Tensor& codes, int64_t bits, int64_t group, bool two_level) {
         "two-level scales need a group_size that divides 256, got ", group);
   const int64_t kp = layout::padded_k(k, group, two_level), np = layout::padded_n(n);
   Tensor out = torch::stable::new_empty(codes, {np, kp * bits / 8}, ScalarType::Char);
+  prefer_huge_pages(mutable_data(out), np * kp * bits / 8);
   uint32_t seen = 0;
   const PackArgs args{data<uint8_t>(codes), mutable_data<uint8_t>(out), n, k, kp, int(bits), &seen};
   const Kernels& kernel = kernels();
