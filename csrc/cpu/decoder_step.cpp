@@ -3,6 +3,7 @@
 // checks the program once and keeps the tensors alive; `decoder_step` only checks what changes from
 // step to step.
 #include <algorithm>
+#include <chrono>
 #include <map>
 #include <memory>
 
@@ -309,7 +310,8 @@ Tensor decoder_step(int64_t handle, const Tensor& ids, const Tensor& query_start
   if (int64_t(plan->scratch.size()) < most + 64) plan->scratch.resize(size_t(most + 64));
   char* scratch = reinterpret_cast<char*>(
       layout::round_up(reinterpret_cast<intptr_t>(plan->scratch.data()), 64));
-  const bool stalled = run_team(size, [&](Team& team) {
+  const auto start = std::chrono::steady_clock::now();
+  const int64_t slept = run_team(size, [&](Team& team) {
     for (size_t i = 0; i < plan->steps.size(); i++) {
       const Step& s = plan->steps[i];
       if (in.one() && s.next_linear >= 0)
@@ -318,7 +320,8 @@ Tensor decoder_step(int64_t handle, const Tensor& ids, const Tensor& query_start
       run(s, scratch + offset[i], team);
     }
   });
-  if (few) plan->threads.ran(stalled);
+  const std::chrono::nanoseconds took = std::chrono::steady_clock::now() - start;
+  if (few) plan->threads.ran(SteadyThreads::stalled(slept, took.count()));
   return logits;
 }
 

@@ -1,6 +1,7 @@
 // How many threads a step of few tokens runs on.
 #pragma once
 #include <algorithm>
+#include <cstdint>
 
 namespace qk {
 
@@ -12,7 +13,11 @@ class SteadyThreads {
   // Threads of the next step, of `all`.
   int count(int all) const { return fewer_ > 0 ? std::max(all - 1, 1) : all; }
 
-  // stalled: in the step, a thread was waited for so long that it must have lost its core.
+  // Whether threads that slept for so long in a step, of so many nanoseconds, waited for one that
+  // had lost its core: large models have steps of many milliseconds, and threads are never quite
+  // even.
+  static bool stalled(int64_t slept, int64_t step) { return slept > 1000000 && slept > step / 4; }
+
   void ran(bool stalled) {
     if (fewer_ > 0) {
       fewer_--;

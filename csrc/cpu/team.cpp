@@ -5,11 +5,11 @@
 
 namespace qk {
 
-bool sleep_while(const std::atomic<int32_t>& value, int32_t old) {
+int64_t sleep_while(const std::atomic<int32_t>& value, int32_t old) {
   using Clock = std::chrono::steady_clock;
   const Clock::time_point start = Clock::now();
   value.wait(old, std::memory_order_acquire);
-  return Clock::now() - start > std::chrono::milliseconds(1);
+  return std::chrono::nanoseconds(Clock::now() - start).count();
 }
 void wake_all(std::atomic<int32_t>& value) { value.notify_all(); }
 

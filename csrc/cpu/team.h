@@ -20,10 +20,10 @@ struct Range {
 // Pauses before a thread that waits goes to sleep: some 20 us.
 constexpr int kSpins = 1000;
 
-// Sleeps until `value`, which was `old`, is something else; whether that took so long (1 ms) that
-// someone must have lost a core. Whoever stores it in one order with all other atomics (seq_cst)
-// and then calls wake_all wakes everyone that sleeps.
-bool sleep_while(const std::atomic<int32_t>& value, int32_t old);
+// Sleeps until `value`, which was `old`, is something else; returns for how many nanoseconds.
+// Whoever stores it in one order with all other atomics (seq_cst) and then calls wake_all wakes
+// everyone that sleeps.
+int64_t sleep_while(const std::atomic<int32_t>& value, int32_t old);
 void wake_all(std::atomic<int32_t>& value);
 
 // Rows of a weight that threads are dealt at a time: half of a block of the layout.
@@ -56,7 +56,7 @@ constexpr int kDeals = 4, kDealThreads = 32;
 struct alignas(64) Barrier {
   std::atomic<int64_t> arrived{0};
   alignas(64) std::atomic<int32_t> generation{0};  // of the width that Linux can sleep on
-  std::atomic<bool> stalled{false};                // a thread slept for long
+  std::atomic<int64_t> slept{0};                   // nanoseconds, of all threads
   alignas(64) std::atomic<int64_t> next{0};  // for work handed out dynamically; reset by Team::sync
   Pieces pieces[kDeals][kDealThreads];       // likewise
 };
@@ -146,8 +146,7 @@ struct Team {
     for (int spins = 0; barrier->generation.load(std::memory_order_acquire) == generation;) {
       if (upcoming.step()) continue;
       if (++spins < kSpins) QK_PAUSE();
-      else if (sleep_while(barrier->generation, generation))
-        barrier->stalled.store(true, std::memory_order_relaxed);
+      else barrier->slept += sleep_while(barrier->generation, generation);
     }
   }
 };

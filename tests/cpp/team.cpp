@@ -77,10 +77,14 @@ void barriers_hold(int size) {
       team.sync();
     }
   });
-  require(size == 1 || barrier.stalled, "nobody noticed that a thread was away for 3 ms");
+  require(size == 1 || barrier.slept > 10 * 2000000,
+          "nobody slept while a thread was away for 3 ms");
 }
 
 void steady_threads() {
+  require(SteadyThreads::stalled(3000000, 6000000), "3 of 6 ms are a lost core");
+  require(!SteadyThreads::stalled(3000000, 180000000), "3 of 180 ms are not");
+  require(!SteadyThreads::stalled(200000, 400000), "0.2 ms are not");
   SteadyThreads threads;
   for (int step = 0; step < 200; step++) {
     require(threads.count(8) == 8, "a thread was given up without need");
