@@ -73,9 +73,9 @@ def test_over_the_whole_range(isa, activation):
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_not_finite(isa, activation):
     x = torch.tensor([[torch.inf, torch.nan, -torch.inf, 3e38, -3e38]])
-    got, want = isa.ops.gate(x, None, activation), REFERENCE.gate(x, None, activation)
+    got = isa.ops.gate(x, None, activation)  # not torch's: its gelu overflows here on AVX-512
     assert got[0, 0] == torch.inf and got[0, 1].isnan()
-    assert got[0, 3] == want[0, 3] and got[0, 4] == want[0, 4] == 0
+    assert got[0, 3] == x[0, 3] and got[0, 4] == 0
 
 
 def same(a, b):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Sequence
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
@@ -49,6 +50,7 @@ class KvPool:
             max_tokens=pages * PAGE,
         )
         self._inputs = _Inputs([])
+        self._running = threading.Lock()  # a call owns the inputs until it is over
 
     def add(self) -> int:
         return self._cache.add()
@@ -67,15 +69,16 @@ class KvPool:
 
         One row per part, of its last token, or with last_only=False one per token.
         """
-        handles, counts = [handle for handle, _ in parts], [len(ids) for _, ids in parts]
-        if counts != self._inputs.counts:
-            self._inputs = _Inputs(counts)
-        inputs = self._inputs
-        ids = inputs.ids.write([token for _, part in parts for token in part])
-        kv_len = inputs.kv_len.write(self._cache.grow(handles, counts))
-        batch = Batch(inputs.query_start, kv_len, self._cache.page_table(handles))
-        select = inputs.last_rows if last_only else torch.arange(ids.shape[0])
-        return self._decoder.executor()(ids, batch, select, self._cache)
+        with self._running:
+            handles, counts = [handle for handle, _ in parts], [len(ids) for _, ids in parts]
+            if counts != self._inputs.counts:
+                self._inputs = _Inputs(counts)
+            inputs = self._inputs
+            ids = inputs.ids.write([token for _, part in parts for token in part])
+            kv_len = inputs.kv_len.write(self._cache.grow(handles, counts))
+            batch = Batch(inputs.query_start, kv_len, self._cache.page_table(handles))
+            select = inputs.last_rows if last_only else torch.arange(ids.shape[0])
+            return self._decoder.executor()(ids, batch, select, self._cache)
 
 
 class ChatMemory:
