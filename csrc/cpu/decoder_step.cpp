@@ -136,7 +136,8 @@ class Runner {
     Upcoming all = block_bytes(s.weight, block, (halves.end + 1) / 2 - block);
     for (int i = 0; i < 3; i++) {
       Upcoming::Part& part = all.parts[i];
-      part.end = std::min(part.end, part.at + (i == 0 ? kUpcomingBytes : kUpcomingBytes / 8));
+      const int64_t most = i == 0 ? kUpcomingBytes : kUpcomingBytes / 8;
+      if (part.end - part.at > most) part.end = part.at + most;
     }
     return all;
   }
