@@ -11,26 +11,20 @@
 //     rows x 4 vectors in registers
 //
 // Integer pages are never dequantized: with k = ks (kq - kz), q.k = ks (q.kq - kz sum(q)); vs is
-// folded into P, and vz into one number per row. Codes are converted as they are loaded when few
-// rows share a tile, and once per tile into float32 when many do; both give the same bits.
+// folded into P, and vz into one number per row. On AVX-512 both products are integers
+// (attention_fixed.h). Else codes, like other floats, are converted as they are loaded when few rows
+// share a tile, and once per tile into float32 when many do; both give the same bits.
 //
 // A sequence that has a single block of rows (decoding) is split along its keys into chunks whose
 // length depends on that sequence alone; their results are merged in order. So the bits of a
 // sequence depend neither on the team nor on the rest of the batch.
-#include "kv_rows.h"
+#include "attention_fixed.h"
 
 namespace qk::QK_ISA {
 namespace {
 
-constexpr int kRows = 48;  // a multiple of 3; K and V tiles are read once per block
-constexpr int kTile = 64;  // a tile of K at D = 64 is 16 KB of float32: half of a first-level cache
 constexpr int kChunk = 128;     // keys of the shortest chunk of a split sequence
 constexpr int kMaxChunks = 64;  // longer contexts get longer chunks, so that merging stays cheap
-constexpr float kInf = __builtin_inff();
-
-QK_INLINE int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
-QK_INLINE int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
-QK_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Both ops, as one problem. Exactly one of `paged` and `dense` is set.
 struct Problem {
@@ -104,24 +98,6 @@ Sequence sequence(const Problem& p, int64_t b) {
   return s;
 }
 
-// A stretch of keys of one head that lie at constant strides.
-struct Tile {
-  int64_t start, count;        // keys start .. start + count of the sequence
-  const char *k, *v;           // row of key `start`
-  int64_t k_stride, v_stride;  // bytes between keys
-  const uint16_t *k_scale,
-      *v_scale;                 // scale plane at key `start`, the zero points `page` further on
-  const char *next_k, *next_v;  // the tile after this one, or null; its strides are the same
-};
-
-// Asks for one row of the next tile. Tiles lie apart, so that the processor does not foresee them.
-template <class Row>
-QK_INLINE void fetch_row(const char* rows, int64_t row, int64_t stride, int64_t dim) {
-  if (rows == nullptr) return;
-  for (int64_t i = 0; i < Row::bytes(dim); i += 64)
-    __builtin_prefetch(rows + row * stride + i, 0, 2);
-}
-
 // The tile that holds `key`: tiles end at multiples of kTile within a page, and at the page's end.
 template <class Row>
 QK_INLINE Tile tile_at(const Problem& p, int64_t b, int64_t head, int64_t key) {
@@ -157,260 +133,27 @@ QK_INLINE Tile tile_at(const Problem& p, int64_t b, int64_t head, int64_t key) {
   return t;
 }
 
-// What a thread works in; the arrays are in its part of the scratch.
-struct Work {
-  float* q;     // [kRows, D], times the scale
-  float* o;     // [kRows, D]
-  float* s;     // [kRows, kTile]: scores, then weights
-  float* tile;  // [kTile, D]: K or V as float32
-  float max[kRows], sum[kRows], q_sum[kRows];
-  float keep[kRows], shift[kRows];   // O = O * keep - shift before a tile is added
-  int64_t begin[kRows], end[kRows];  // keys that the row sees, absolute
-  float k_scale[kTile], k_zero[kTile], v_scale[kTile], v_zero[kTile];
+// A tile by the sequence's numbers.
+struct HeadKey {
+  int64_t head, key;
 };
-QK_INLINE int64_t work_floats(int64_t dim) { return kRows * dim * 2 + kRows * kTile + kTile * dim; }
 
-// ---- scores ----
-
-// [sum(a), sum(b), sum(c), sum(d)]
-QK_INLINE F4 sums4(VF a, VF b, VF c, VF d) {
-#if defined(QK_ISA_AVX512)
-  const VI even = {0, 2, 16, 18, 4, 6, 20, 22, 8, 10, 24, 26, 12, 14, 28, 30}, odd = even + 1;
-#elif defined(QK_ISA_AVX2)
-  const VI even = {0, 2, 8, 10, 4, 6, 12, 14}, odd = even + 1;
-#else
-  const VI even = {0, 2, 4, 6}, odd = even + 1;
-#endif
-  const VF ab = __builtin_shuffle(a, b, even) + __builtin_shuffle(a, b, odd);
-  const VF cd = __builtin_shuffle(c, d, even) + __builtin_shuffle(c, d, odd);
-  const VF abcd = __builtin_shuffle(ab, cd, even) +
-                  __builtin_shuffle(ab, cd, odd);  // in every lane of 128 bits
-  F4 lane[W / 4];
-  std::memcpy(lane, &abcd, sizeof abcd);
-  for (int n = W / 8; n > 0; n /= 2)
-    for (int i = 0; i < n; i++) lane[i] += lane[i + n];
-  return lane[0];
-}
-
-// s [R, 4 U] = q [R, D] . keys [4 U, D], key i at k + min(key + i, last) * stride.
-template <class Row, int R, int U>
-QK_INLINE void dots(const float* q, int64_t dim, const char* k, int64_t stride, int64_t key,
-                    int64_t last, float* s) {
-  const char* row[4 * U];
-  for (int t = 0; t < 4 * U; t++) row[t] = k + min64(key + t, last) * stride;
-  VF acc[R][4 * U] = {};
-  for (int64_t c = 0; c < dim / kDims; c++) {
-#pragma GCC unroll 4
-    for (int j = 0; j < kVecs; j++) {
-      VF query[R];
-#pragma GCC unroll 3
-      for (int r = 0; r < R; r++) query[r] = load(q + r * dim + kDims * c + W * j);
-#pragma GCC unroll 8
-      for (int t = 0; t < 4 * U; t++) {
-        const VF x = Row::load(row[t], c, j);
-#pragma GCC unroll 3
-        for (int r = 0; r < R; r++) acc[r][t] = fma(query[r], x, acc[r][t]);
-      }
-    }
-  }
-#pragma GCC unroll 3
-  for (int r = 0; r < R; r++)
-#pragma GCC unroll 2
-    for (int u = 0; u < U; u++) {
-      const F4 sum = sums4(acc[r][4 * u], acc[r][4 * u + 1], acc[r][4 * u + 2], acc[r][4 * u + 3]);
-      std::memcpy(s + r * kTile + key + 4 * u, &sum, sizeof sum);
-    }
-}
-
-template <class Row, int R>
-void scores(const float* q, int64_t dim, const char* k, int64_t stride, int64_t begin, int64_t end,
-            float* s, const char* next) {
-  constexpr int U =
-      R == 1 ? 2 : 1;  // at least 8 accumulators: the latency of an FMA times two per cycle
-  for (int64_t t = begin / (4 * U) * (4 * U); t < end; t += 4 * U) {
-    for (int i = 0; i < 4 * U; i++) fetch_row<Row>(next, t + i, stride, dim);
-    dots<Row, R, U>(q, dim, k, stride, t, end - 1, s);
-  }
-}
-
-// ---- softmax ----
-
-// The row's scores of a tile (lanes [v0, v1), visible [a, b)) become weights; its maximum and sum
-// are updated.
-template <bool integer>
-QK_INLINE void softmax(Work& w, int r, int64_t v0, int64_t v1, int64_t a, int64_t b,
-                       float softcap) {
-  float* s = w.s + r * kTile;
-  if (integer)
-    for (int64_t t = v0; t < v1; t += W)
-      store(s + t, load(w.k_scale + t) * (load(s + t) - load(w.k_zero + t) * splat(w.q_sum[r])));
-  if (softcap > 0.f)
-    for (int64_t t = v0; t < v1; t += W) {  // tanh(x) = 1 - 2 / (exp(2 x) + 1)
-      const VF e = vexp(load(s + t) * splat(2.f / softcap));
-      store(s + t, splat(softcap) - splat(2.f * softcap) / (e + splat(1.f)));
-    }
-  for (int64_t t = v0; t < min64(a, v1); t++) s[t] = -kInf;
-  for (int64_t t = max64(b, v0); t < v1; t++) s[t] = -kInf;
-  VF top = splat(-kInf);
-  for (int64_t t = v0; t < v1; t += W) top = vmax(load(s + t), top);
-  const float max = w.max[r], tile_max = reduce_max(top), new_max = tile_max > max ? tile_max : max;
-  const float base = new_max == -kInf ? 0.f : new_max;  // nothing visible yet: exp(-inf - 0) = 0
-  VF sum{}, shift{};
-  for (int64_t t = v0; t < v1; t += W) {
-    VF e = vexp(load(s + t) - splat(base));
-    sum += e;
-    if (integer) {
-      e *= load(w.v_scale + t);
-      shift = fma(e, load(w.v_zero + t), shift);
-    }
-    store(s + t, e);
-  }
-  w.keep[r] = vexp(splat(max - base))[0];
-  w.max[r] = new_max;
-  w.sum[r] = w.sum[r] * w.keep[r] + reduce_add(sum);
-  w.shift[r] = integer ? reduce_add(shift) : 0.f;
-}
-
-// ---- weigh ----
-
-// o [R, 16 C] = o * keep - shift + p [R, keys] v [keys, 16 C] for the dims from 16 c on.
-template <class Row, int R, int C>
-QK_INLINE void weigh_dims(const float* p, const char* v, int64_t stride, int64_t begin, int64_t end,
-                          int64_t c, float* o, int64_t dim, const float* keep, const float* shift,
-                          const char* next) {
-  constexpr int N = C * kVecs;
-  VF acc[R][N];
-#pragma GCC unroll 3
-  for (int r = 0; r < R; r++)
-#pragma GCC unroll 8
-    for (int i = 0; i < N; i++)
-      acc[r][i] = load(o + r * dim + kDims * c + W * i) * splat(keep[r]) - splat(shift[r]);
-  for (int64_t t = begin; t < end; t++) {
-    if (c == 0) fetch_row<Row>(next, t, stride, dim);
-    VF weight[R];
-#pragma GCC unroll 3
-    for (int r = 0; r < R; r++) weight[r] = splat(p[r * kTile + t]);
-#pragma GCC unroll 8
-    for (int i = 0; i < N; i++) {
-      const VF x = Row::load(v + t * stride, c + i / kVecs, i % kVecs);
-#pragma GCC unroll 3
-      for (int r = 0; r < R; r++) acc[r][i] = fma(weight[r], x, acc[r][i]);
-    }
-  }
-#pragma GCC unroll 3
-  for (int r = 0; r < R; r++)
-#pragma GCC unroll 8
-    for (int i = 0; i < N; i++) store(o + r * dim + kDims * c + W * i, acc[r][i]);
-}
-
-template <class Row, int R, int C>
-QK_INLINE void weigh_from(int64_t c, const float* p, const char* v, int64_t stride, int64_t begin,
-                          int64_t end, float* o, int64_t dim, const float* keep, const float* shift,
-                          const char* next) {
-  for (; c + C <= dim / kDims; c += C)
-    weigh_dims<Row, R, C>(p, v, stride, begin, end, c, o, dim, keep, shift, next);
-  if constexpr (C > 1)
-    weigh_from<Row, R, C / 2>(c, p, v, stride, begin, end, o, dim, keep, shift, next);
-}
-
-template <class Row, int R>
-void weigh(const float* p, const char* v, int64_t stride, int64_t begin, int64_t end, float* o,
-           int64_t dim, const float* keep, const float* shift, const char* next) {
-  constexpr int vectors =
-      R == 1 ? 8 : 4;  // R * vectors accumulators: 8 hide the latency, 12 fit into 16 registers
-  weigh_from<Row, R, vectors / kVecs>(0, p, v, stride, begin, end, o, dim, keep, shift, next);
-}
-
-// ---- one item ----
-
-// Rows are taken three at a time; four are two pairs, because a single row leaves the multipliers
-// waiting.
-QK_INLINE int next_rows(int left) { return left >= 3 && left != 4 ? 3 : left == 1 ? 1 : 2; }
-template <int N>
-struct Count {
-  static constexpr int count = N;
-};
-template <class F>
-QK_INLINE void with_count(int rows, F f) {
-  if (rows == 3) f(Count<3>{});
-  else if (rows == 2) f(Count<2>{});
-  else f(Count<1>{});
-}
-
-// rows [count, D] in storage order -> float32
 template <class Row>
-void convert(const char* rows, int64_t stride, int64_t count, int64_t dim, float* out) {
-  for (int64_t t = 0; t < count; t++)
-    for (int64_t c = 0; c < dim / kDims; c++)
-#pragma GCC unroll 4
-      for (int j = 0; j < kVecs; j++)
-        store(out + t * dim + kDims * c + W * j, Row::load(rows + t * stride, c, j));
+void attend_any_tile(Work& w, int rows, int64_t dim, const Tile& t, float softcap) {
+#if defined(QK_ISA_AVX512)
+  if constexpr (Row::integer) attend_fixed_tile<Row>(w, rows, dim, t, softcap);
+  else
+#endif
+  // Two passes over a tile: for few rows converting twice is cheaper than storing float32.
+  if (Row::is_float32 || rows <= 6) attend_tile<Row, Row>(w, rows, dim, t, softcap);
+  else attend_tile<FloatRow<Dtype::f32>, Row>(w, rows, dim, t, softcap);
 }
 
-// The part of the tile that rows r .. r + count of the block see between them.
-QK_INLINE Range seen(const Work& w, const Tile& t, int r, int count) {
-  int64_t begin = kTile, end = 0;
-  for (int i = r; i < r + count; i++) {
-    const int64_t a = max64(w.begin[i] - t.start, 0), b = min64(w.end[i] - t.start, t.count);
-    if (a >= b) continue;
-    begin = min64(begin, a);
-    end = max64(end, b);
-  }
-  return {begin, end};
-}
-
-template <class Row, class Stored>  // Row: what `k` and `v` point to; Stored: the type of the pages
-void attend_tile(Work& w, int rows, int64_t dim, const Tile& t, float softcap) {
-  const char *k = t.k, *v = t.v, *next_k = t.next_k, *next_v = t.next_v;
-  int64_t k_stride = t.k_stride, v_stride = t.v_stride;
-  if constexpr (!kSame<Row, Stored>) {
-    next_k = next_v = nullptr;  // many rows keep a tile busy for long
-    convert<Stored>(t.k, t.k_stride, t.count, dim, w.tile);
-    k = reinterpret_cast<const char*>(w.tile);
-    k_stride = dim * 4;
-  }
-  for (int r = 0, n; r < rows; r += n) {
-    n = next_rows(rows - r);
-    const Range keys = seen(w, t, r, n);
-    if (keys.begin >= keys.end) continue;
-    with_count(n, [&](auto c) {
-      scores<Row, decltype(c)::count>(w.q + r * dim, dim, k, k_stride, keys.begin, keys.end,
-                                      w.s + r * kTile, next_k);
-    });
-    next_k = nullptr;
-    const int64_t v0 = keys.begin / W * W, v1 = ceil_div(keys.end, W) * W;
-    for (int i = r; i < r + n; i++)
-      softmax<Stored::integer>(w, i, v0, v1, w.begin[i] - t.start, w.end[i] - t.start, softcap);
-  }
-  if constexpr (!kSame<Row, Stored>) {
-    convert<Stored>(t.v, t.v_stride, t.count, dim, w.tile);
-    v = reinterpret_cast<const char*>(w.tile);
-    v_stride = dim * 4;
-  }
-  for (int r = 0, n; r < rows; r += n) {
-    n = next_rows(rows - r);
-    const Range keys = seen(w, t, r, n);
-    if (keys.begin >= keys.end) continue;
-    with_count(n, [&](auto c) {
-      weigh<Row, decltype(c)::count>(w.s + r * kTile, v, v_stride, keys.begin, keys.end,
-                                     w.o + r * dim, dim, w.keep + r, w.shift + r, next_v);
-    });
-    next_v = nullptr;
-  }
-}
-
-// The scales of a tile's keys. Past the last key there may be anything, even NaN: it becomes 0.
-QK_INLINE void widen_scales(const uint16_t* from, int64_t count, float* to) {
-  int64_t i = 0;
-  for (; i + W <= count; i += W) store(to + i, load_half(from + i));
-  for (; i < count; i++) to[i] = half_to_float(from[i]);
-  for (; i < kTile; i++) to[i] = 0.f;
-}
-
-// Rows row0 .. row0 + rows of a KV head over the keys in `span`: w.o, w.max and w.sum.
+// Rows row0 .. row0 + rows of a KV head over the keys in `span`: w.o, w.max and w.sum. `following`:
+// the head and the first key of what this thread will probably work on next, or head -1.
 template <class Row>
 void attend(const Problem& p, const Sequence& s, int64_t b, int64_t head, int64_t row0, int rows,
-            Range span, Work& w) {
+            Range span, HeadKey following, Work& w) {
   const int64_t group = p.q_heads / p.kv_heads, dim = p.dim;
   int64_t first = s.keys, last = 0;
   with_type(p.type, [&](auto io) {
@@ -427,6 +170,9 @@ void attend(const Problem& p, const Sequence& s, int64_t b, int64_t head, int64_
         sum += x;
       }
       w.q_sum[r] = reduce_add(sum);
+#if defined(QK_ISA_AVX512)
+      if constexpr (Row::integer) fix_query(w, r, dim);
+#endif
       w.max[r] = -kInf, w.sum[r] = 0.f;
       const Range keys = visible(p, s, query);
       w.begin[r] = max64(keys.begin, span.begin), w.end[r] = min64(keys.end, span.end);
@@ -440,9 +186,11 @@ void attend(const Problem& p, const Sequence& s, int64_t b, int64_t head, int64_
   for (int64_t key = first; key < last;) {
     Tile t = next;
     key = t.start + t.count;
-    if (key < last) {
-      next = tile_at<Row>(p, b, head, key);
+    if (key < last || following.head >= 0) {
+      next = key < last ? tile_at<Row>(p, b, head, key)
+                        : tile_at<Row>(p, b, following.head, following.key);
       t.next_k = next.k, t.next_v = next.v;
+      if (Row::integer) fetch_scales(next, p.paged->pages.page);
     }
     t.count = min64(t.count, last - t.start);
     if (Row::integer) {
@@ -452,10 +200,7 @@ void attend(const Problem& p, const Sequence& s, int64_t b, int64_t head, int64_
       widen_scales(t.v_scale, t.count, w.v_scale);
       widen_scales(t.v_scale + page, t.count, w.v_zero);
     }
-    const bool few_rows =
-        rows <= 6;  // two passes over a tile: converting twice is cheaper than storing float32
-    if (Row::is_float32 || few_rows) attend_tile<Row, Row>(w, rows, dim, t, p.softcap);
-    else attend_tile<FloatRow<Dtype::f32>, Row>(w, rows, dim, t, p.softcap);
+    attend_any_tile<Row>(w, rows, dim, t, p.softcap);
   }
 }
 
@@ -470,18 +215,22 @@ QK_INLINE void finish(const Problem& p, const Sequence& s, int64_t head, int64_t
   for (int64_t d = 0; d < p.dim; d += W) T::store(out + d, load(o + d) * inverse);
 }
 
-// Item `index` of a sequence. The last rows come first: they see most keys, and short items at the
-// end even out.
-void attend_item(const Problem& p, const Sequence& s, int64_t b, int64_t index, float* partial,
-                 Work& w) {
+// Item `index` of a sequence, in a team of `team`. The last rows come first: they see most keys, and
+// short items at the end even out.
+void attend_item(const Problem& p, const Sequence& s, int64_t b, int64_t index, int team,
+                 float* partial, Work& w) {
   const int64_t head = index % p.kv_heads, part = index / p.kv_heads;
   const int64_t block = s.blocks - 1 - part / s.chunks, chunk = part % s.chunks;
   const int64_t row0 = block * kRows;
   const int rows = int(min64(kRows, s.rows - row0));
   const int64_t begin = s.first_key + chunk * s.chunk;
   const Range span = s.chunks > 1 ? Range{begin, min64(begin + s.chunk, s.keys)} : Range{0, s.keys};
-  with_rows(p.kv_type,
-            [&](auto row) { attend<decltype(row)>(p, s, b, head, row0, rows, span, w); });
+  HeadKey following{-1, 0};
+  if (const int64_t next = index + team; s.chunks > 1 && next < s.items)
+    following = {next % p.kv_heads, s.first_key + next / p.kv_heads * s.chunk};
+  with_rows(p.kv_type, [&](auto row) {
+    attend<decltype(row)>(p, s, b, head, row0, rows, span, following, w);
+  });
   if (s.chunks == 1) {
     with_type(p.type, [&](auto io) {
       for (int r = 0; r < rows; r++)
@@ -543,7 +292,7 @@ void attend_batch(const Problem& p, void* scratch, Team& team) {
     const Sequence s = sequence(p, b);
     any_split |= s.chunks > 1;
     for (; item < first_item + s.items; item = claim())
-      attend_item(p, s, b, item - first_item, partials + first_partial, w);
+      attend_item(p, s, b, item - first_item, team.size, partials + first_partial, w);
     first_item += s.items;
     first_partial += s.partial;
   }

@@ -33,6 +33,7 @@ QK_INLINE VI widen(const char* p) {
 }
 struct Int8Row {
   static constexpr bool integer = true, is_float32 = false;
+  static constexpr int bits = 8;
   static int64_t bytes(int64_t dim) { return dim; }
   static QK_INLINE VF load(const char* row, int64_t c, int j) {
     return to_float(widen(row + kDims * c + W * j));
@@ -40,6 +41,7 @@ struct Int8Row {
 };
 struct Int4Row {  // 8 bytes per 16 dims: dims 0..7 in the low nibbles, 8..15 in the high ones
   static constexpr bool integer = true, is_float32 = false;
+  static constexpr int bits = 4;
   static int64_t bytes(int64_t dim) { return dim / 2; }
   static QK_INLINE VF load(const char* row, int64_t c, int j) {
     const char* p = row + kDims / 2 * c;

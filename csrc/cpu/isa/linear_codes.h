@@ -12,16 +12,6 @@
 
 #include "../../layout.h"
 
-// Emulated code is for tests: unrolled it takes minutes to compile.
-#if defined(QK_ISA_AVX512) && !defined(QK_NATIVE_AVX512)
-#define QK_UNROLL(n) _Pragma("GCC unroll 1")
-#define QK_HOT __attribute__((noinline))
-#else
-#define QK_UNROLL_(text) _Pragma(#text)
-#define QK_UNROLL(n) QK_UNROLL_(GCC unroll n)
-#define QK_HOT QK_INLINE
-#endif
-
 namespace qk::QK_ISA {
 namespace {
 

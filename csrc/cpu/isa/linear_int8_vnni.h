@@ -1,6 +1,7 @@
 // Integer dot products on AVX-512 VNNI: vpdpbusd adds four u8 x s8 products to an int32 lane, so
 // that codes of 4 and 8 bits are used as they are, one row per lane.
 #pragma once
+#include "dot_four.h"
 #include "linear_tile.h"
 
 namespace qk::QK_ISA {
@@ -10,27 +11,6 @@ namespace {
 template <class C>
 constexpr int tile_pieces(int tokens) {
   return (tokens <= 3 ? 2 : 1) * C::half_pieces;
-}
-
-// acc + four products per lane, without saturation.
-QK_HOT VI dot_four(VI acc, VC codes, VI x) {
-#if defined(QK_NATIVE_AVX512)
-  return (VI)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)codes, (__m512i)x);
-#else
-  // Even and odd bytes as 16-bit words; the products of two words are added in 32 bits.
-  typedef int16_t VS __attribute__((vector_size(4 * W)));
-  const VS parts[4] = {(VS)((VW)codes & 255), (VS)x << 8 >> 8, (VS)((VW)codes >> 8), (VS)x >> 8};
-  const __m256i* half = (const __m256i*)parts;
-  for (int i = 0; i < 2; i++) {
-    const __m256i even =
-        _mm256_madd_epi16(_mm256_loadu_si256(half + i), _mm256_loadu_si256(half + 2 + i));
-    const __m256i odd =
-        _mm256_madd_epi16(_mm256_loadu_si256(half + 4 + i), _mm256_loadu_si256(half + 6 + i));
-    __m256i* to = (__m256i*)&acc + i;
-    _mm256_storeu_si256(to, _mm256_add_epi32(_mm256_loadu_si256(to), _mm256_add_epi32(even, odd)));
-  }
-  return acc;
-#endif
 }
 
 // d[r][t] += sum over 16 columns, a unit, of codes * activations, for P pieces (R row vectors) from
@@ -56,7 +36,7 @@ QK_HOT void dot_unit(const uint8_t* w, int first, const int8_t* x, Levels levels
     for (int t = 0; t < T; t++) {
       const VI four = splat_four(x + 16 * t + 4 * i);
       QK_UNROLL(4)
-      for (int r = 0; r < R; r++) d[r][t] = dot_four(d[r][t], codes[r], four);
+      for (int r = 0; r < R; r++) d[r][t] = dot_four(d[r][t], (VI)codes[r], four);
     }
   }
 }

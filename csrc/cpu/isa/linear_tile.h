@@ -25,9 +25,6 @@ QK_INLINE void keep(V& v) {
 #endif
 }
 
-// Four activations in every lane.
-QK_INLINE VI splat_four(const int8_t* x) { return splat_i(load_raw<int32_t>(x)); }
-
 QK_INLINE VI load_u8(const uint8_t* p) {
 #if defined(QK_NATIVE_AVX512)
   return (VI)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p));

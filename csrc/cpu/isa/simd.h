@@ -14,6 +14,16 @@
 #define QK_NATIVE_AVX512 1
 #endif
 
+// Emulated code is for tests: unrolled it takes minutes to compile.
+#if defined(QK_ISA_AVX512) && !defined(QK_NATIVE_AVX512)
+#define QK_UNROLL(n) _Pragma("GCC unroll 1")
+#define QK_HOT __attribute__((noinline))
+#else
+#define QK_UNROLL_(text) _Pragma(#text)
+#define QK_UNROLL(n) QK_UNROLL_(GCC unroll n)
+#define QK_HOT QK_INLINE
+#endif
+
 namespace qk::QK_ISA {
 namespace {
 
@@ -45,6 +55,8 @@ template <class V, class P>
 QK_INLINE void store_raw(P* p, V v) {
   std::memcpy(p, &v, sizeof v);
 }
+// Four bytes in every lane.
+QK_INLINE VI splat_four(const int8_t* x) { return splat_i(load_raw<int32_t>(x)); }
 QK_INLINE VF load(const float* p) { return load_raw<VF>(p); }
 QK_INLINE void store(float* p, VF v) { store_raw(p, v); }
 
@@ -98,13 +110,15 @@ QK_INLINE float reduce_max(VF v) {
   return fold<F4>(v, [](auto a, auto b) { return a > b ? a : b; })[0];
 }
 
-// exp to 2 ulp: 2^round(x / ln 2) times a degree-6 polynomial of the rest; 0 below -87.3, +inf
-// above 88.7; NaN stays.
-QK_INLINE VF vexp(VF x) {
-  const VF clipped = vmin(vmax(x, splat(-87.3f)), splat(88.7f));
-  const VI n = round_int(clipped * splat(1.44269504f));
+// What exp is made of: 2^n times a degree-6 polynomial of the rest, n = round(x / ln 2).
+struct ExpParts {
+  VF p;
+  VI n;
+};
+QK_INLINE ExpParts exp_parts(VF x) {
+  const VI n = round_int(x * splat(1.44269504f));
   const VF nf = to_float(n);
-  VF r = fma(nf, splat(-0.693145752f), clipped);
+  VF r = fma(nf, splat(-0.693145752f), x);
   r = fma(nf, splat(-1.42860677e-6f), r);
   VF p = splat(1.3888889e-3f);
   p = fma(p, r, splat(8.3333333e-3f));
@@ -113,12 +127,25 @@ QK_INLINE VF vexp(VF x) {
   p = fma(p, r, splat(0.5f));
   p = fma(p, r, splat(1.f));
   p = fma(p, r, splat(1.f));
+  return {p, n};
+}
+
+// exp to 2 ulp; 0 below -87.3, +inf above 88.7; NaN stays.
+QK_INLINE VF vexp(VF x) {
+  const ExpParts e = exp_parts(vmin(vmax(x, splat(-87.3f)), splat(88.7f)));
   // 2^n in two factors, so that n = 128 does not overflow the exponent before the product does.
-  const VI half = n >> 1;
-  const VF scaled = p * (VF)((half + 127) << 23) * (VF)((n - half + 127) << 23);
+  const VI half = e.n >> 1;
+  const VF scaled = e.p * (VF)((half + 127) << 23) * (VF)((e.n - half + 127) << 23);
   const VF low = x < splat(-87.3f) ? splat(0.f) : scaled;
   const VF high = x > splat(88.7f) ? splat(__builtin_inff()) : low;
   return x == x ? high : x;
+}
+// The same bits where x <= 0 or x is NaN.
+QK_INLINE VF vexp_negative(VF x) {
+  const VF least = splat(-87.3f);
+  const ExpParts e = exp_parts(x < least ? least : x);
+  const VF scaled = e.p * (VF)((e.n + 127) << 23);
+  return x < least ? splat(0.f) : scaled;
 }
 
 QK_INLINE float half_to_float(uint16_t h) {

@@ -1,0 +1,325 @@
+// A block of rows against one tile of keys: scores, softmax, and the weighted sum of values.
+#pragma once
+#include "kv_rows.h"
+
+namespace qk::QK_ISA {
+namespace {
+
+constexpr int kRows = 48;  // a multiple of 3; K and V tiles are read once per block
+constexpr int kTile = 64;  // a tile of K at D = 64 is 16 KB of float32: half of a first-level cache
+constexpr float kInf = __builtin_inff();
+
+constexpr int32_t kLanes[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+
+QK_INLINE int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
+QK_INLINE int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
+QK_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// A stretch of keys of one head that lie at constant strides.
+struct Tile {
+  int64_t start, count;        // keys start .. start + count of the sequence
+  const char *k, *v;           // row of key `start`
+  int64_t k_stride, v_stride;  // bytes between keys
+  const uint16_t *k_scale,
+      *v_scale;                 // scale plane at key `start`, the zero points `page` further on
+  const char *next_k, *next_v;  // the tile after this one, or null; its strides are the same
+};
+
+// Asks for one row of the next tile. Tiles lie apart, so that the processor does not foresee them.
+template <class Row>
+QK_INLINE void fetch_row(const char* rows, int64_t row, int64_t stride, int64_t dim) {
+  if (rows == nullptr) return;
+  for (int64_t i = 0; i < Row::bytes(dim); i += 64)
+    __builtin_prefetch(rows + row * stride + i, 0, 2);
+}
+// The same for the scales and zero points of a tile.
+QK_INLINE void fetch_scales(const Tile& t, int64_t page) {
+  for (int64_t i = 0; i < t.count; i += 32)
+    for (const uint16_t* plane : {t.k_scale, t.k_scale + page, t.v_scale, t.v_scale + page})
+      __builtin_prefetch(plane + i, 0, 2);
+}
+
+// What a thread works in; the arrays are in its part of the scratch.
+struct Work {
+  float* q;     // [kRows, D], times the scale
+  float* o;     // [kRows, D]
+  float* s;     // [kRows, kTile]: scores, then weights
+  float* tile;  // [kTile, D]: K or V as float32, or both in the order of attention_fixed.h
+  float max[kRows], sum[kRows], q_sum[kRows];
+  float q_step[kRows];  // attention_fixed.h
+  float keep[kRows], shift[kRows];   // O = O * keep - shift before a tile is added
+  int64_t begin[kRows], end[kRows];  // keys that the row sees, absolute
+  float k_scale[kTile], k_zero[kTile], v_scale[kTile], v_zero[kTile];
+};
+QK_INLINE int64_t work_floats(int64_t dim) { return kRows * dim * 2 + kRows * kTile + kTile * dim; }
+
+// ---- scores ----
+
+// [sum(a), sum(b), sum(c), sum(d)]
+QK_INLINE F4 sums4(VF a, VF b, VF c, VF d) {
+#if defined(QK_ISA_AVX512)
+  const VI even = {0, 2, 16, 18, 4, 6, 20, 22, 8, 10, 24, 26, 12, 14, 28, 30}, odd = even + 1;
+#elif defined(QK_ISA_AVX2)
+  const VI even = {0, 2, 8, 10, 4, 6, 12, 14}, odd = even + 1;
+#else
+  const VI even = {0, 2, 4, 6}, odd = even + 1;
+#endif
+  const VF ab = __builtin_shuffle(a, b, even) + __builtin_shuffle(a, b, odd);
+  const VF cd = __builtin_shuffle(c, d, even) + __builtin_shuffle(c, d, odd);
+  const VF abcd = __builtin_shuffle(ab, cd, even) +
+                  __builtin_shuffle(ab, cd, odd);  // in every lane of 128 bits
+  F4 lane[W / 4];
+  std::memcpy(lane, &abcd, sizeof abcd);
+  for (int n = W / 8; n > 0; n /= 2)
+    for (int i = 0; i < n; i++) lane[i] += lane[i + n];
+  return lane[0];
+}
+
+// s [R, 4 U] = q [R, D] . keys [4 U, D], key i at k + min(key + i, last) * stride.
+template <class Row, int R, int U>
+QK_INLINE void dots(const float* q, int64_t dim, const char* k, int64_t stride, int64_t key,
+                    int64_t last, float* s) {
+  const char* row[4 * U];
+  for (int t = 0; t < 4 * U; t++) row[t] = k + min64(key + t, last) * stride;
+  VF acc[R][4 * U] = {};
+  for (int64_t c = 0; c < dim / kDims; c++) {
+#pragma GCC unroll 4
+    for (int j = 0; j < kVecs; j++) {
+      VF query[R];
+#pragma GCC unroll 3
+      for (int r = 0; r < R; r++) query[r] = load(q + r * dim + kDims * c + W * j);
+#pragma GCC unroll 8
+      for (int t = 0; t < 4 * U; t++) {
+        const VF x = Row::load(row[t], c, j);
+#pragma GCC unroll 3
+        for (int r = 0; r < R; r++) acc[r][t] = fma(query[r], x, acc[r][t]);
+      }
+    }
+  }
+#pragma GCC unroll 3
+  for (int r = 0; r < R; r++)
+#pragma GCC unroll 2
+    for (int u = 0; u < U; u++) {
+      const F4 sum = sums4(acc[r][4 * u], acc[r][4 * u + 1], acc[r][4 * u + 2], acc[r][4 * u + 3]);
+      std::memcpy(s + r * kTile + key + 4 * u, &sum, sizeof sum);
+    }
+}
+
+template <class Row, int R>
+void scores(const float* q, int64_t dim, const char* k, int64_t stride, int64_t begin, int64_t end,
+            float* s, const char* next) {
+  constexpr int U =
+      R == 1 ? 2 : 1;  // at least 8 accumulators: the latency of an FMA times two per cycle
+  for (int64_t t = begin / (4 * U) * (4 * U); t < end; t += 4 * U) {
+    for (int i = 0; i < 4 * U; i++) fetch_row<Row>(next, t + i, stride, dim);
+    dots<Row, R, U>(q, dim, k, stride, t, end - 1, s);
+  }
+}
+
+// ---- softmax ----
+
+// Scores of rows r0 .. r0 + R - 1 of a tile that starts at key `start` (lanes [v0, v1)) become
+// weights; the rows' maxima and sums are updated. top: the largest magnitudes of weights, as bits.
+// Rows go side by side: one alone waits for itself most of the time.
+template <bool integer, int R>
+QK_INLINE void softmax(Work& w, int r0, int64_t v0, int64_t v1, int64_t start, float softcap,
+                       VI (&top)[R]) {
+  float* s = w.s + r0 * kTile;
+  VF most[R], base[R], sum[R] = {}, shift[R] = {};
+  bool masked = false;
+  for (int r = 0; r < R; r++) {
+    most[r] = splat(-kInf), top[r] = VI{};
+    masked |= w.begin[r0 + r] > start + v0 || w.end[r0 + r] < start + v1;
+  }
+  for (int64_t t = v0; t < v1; t += W) {
+    VF scale, zero;
+    if (integer) scale = load(w.k_scale + t), zero = load(w.k_zero + t);
+#pragma GCC unroll 3
+    for (int r = 0; r < R; r++) {
+      VF x = load(s + r * kTile + t);
+      if (integer) x = scale * (x - zero * splat(w.q_sum[r0 + r]));
+      if (softcap > 0.f)  // tanh(x) = 1 - 2 / (exp(2 x) + 1)
+        x = splat(softcap) -
+            splat(2.f * softcap) / (vexp(x * splat(2.f / softcap)) + splat(1.f));
+      if (masked) {
+        const VI key = load_raw<VI>(kLanes) + int32_t(t);
+        const VI first = splat_i(int32_t(max64(w.begin[r0 + r] - start, 0)));
+        const VI end = splat_i(int32_t(min64(w.end[r0 + r] - start, kTile)));
+        x = key >= first ? x : splat(-kInf);
+        x = key < end ? x : splat(-kInf);
+      }
+      store(s + r * kTile + t, x);
+      most[r] = vmax(x, most[r]);
+    }
+  }
+#pragma GCC unroll 3
+  for (int r = 0; r < R; r++) {
+    const float old = w.max[r0 + r], tile = reduce_max(most[r]), max = tile > old ? tile : old;
+    const float from = max == -kInf ? 0.f : max;  // nothing visible yet: exp(-inf - 0) = 0
+    base[r] = splat(from);
+    w.max[r0 + r] = max;
+    w.keep[r0 + r] = vexp_negative(splat(old - from))[0];
+  }
+  for (int64_t t = v0; t < v1; t += W) {
+    VF scale, zero;
+    if (integer) scale = load(w.v_scale + t), zero = load(w.v_zero + t);
+#pragma GCC unroll 3
+    for (int r = 0; r < R; r++) {
+      VF e = vexp_negative(load(s + r * kTile + t) - base[r]);
+      sum[r] += e;
+      if (integer) {
+        e *= scale;
+        shift[r] = fma(e, zero, shift[r]);
+        const VI bits = (VI)vabs(e);
+        top[r] = bits > top[r] ? bits : top[r];
+      }
+      store(s + r * kTile + t, e);
+    }
+  }
+#pragma GCC unroll 3
+  for (int r = 0; r < R; r++) {
+    w.sum[r0 + r] = w.sum[r0 + r] * w.keep[r0 + r] + reduce_add(sum[r]);
+    w.shift[r0 + r] = integer ? reduce_add(shift[r]) : 0.f;
+  }
+}
+
+// ---- weigh ----
+
+// o [R, 16 C] = o * keep - shift + p [R, keys] v [keys, 16 C] for the dims from 16 c on.
+template <class Row, int R, int C>
+QK_INLINE void weigh_dims(const float* p, const char* v, int64_t stride, int64_t begin, int64_t end,
+                          int64_t c, float* o, int64_t dim, const float* keep, const float* shift,
+                          const char* next) {
+  constexpr int N = C * kVecs;
+  VF acc[R][N];
+#pragma GCC unroll 3
+  for (int r = 0; r < R; r++)
+#pragma GCC unroll 8
+    for (int i = 0; i < N; i++)
+      acc[r][i] = load(o + r * dim + kDims * c + W * i) * splat(keep[r]) - splat(shift[r]);
+  for (int64_t t = begin; t < end; t++) {
+    if (c == 0) fetch_row<Row>(next, t, stride, dim);
+    VF weight[R];
+#pragma GCC unroll 3
+    for (int r = 0; r < R; r++) weight[r] = splat(p[r * kTile + t]);
+#pragma GCC unroll 8
+    for (int i = 0; i < N; i++) {
+      const VF x = Row::load(v + t * stride, c + i / kVecs, i % kVecs);
+#pragma GCC unroll 3
+      for (int r = 0; r < R; r++) acc[r][i] = fma(weight[r], x, acc[r][i]);
+    }
+  }
+#pragma GCC unroll 3
+  for (int r = 0; r < R; r++)
+#pragma GCC unroll 8
+    for (int i = 0; i < N; i++) store(o + r * dim + kDims * c + W * i, acc[r][i]);
+}
+
+template <class Row, int R, int C>
+QK_INLINE void weigh_from(int64_t c, const float* p, const char* v, int64_t stride, int64_t begin,
+                          int64_t end, float* o, int64_t dim, const float* keep, const float* shift,
+                          const char* next) {
+  for (; c + C <= dim / kDims; c += C)
+    weigh_dims<Row, R, C>(p, v, stride, begin, end, c, o, dim, keep, shift, next);
+  if constexpr (C > 1)
+    weigh_from<Row, R, C / 2>(c, p, v, stride, begin, end, o, dim, keep, shift, next);
+}
+
+template <class Row, int R>
+void weigh(const float* p, const char* v, int64_t stride, int64_t begin, int64_t end, float* o,
+           int64_t dim, const float* keep, const float* shift, const char* next) {
+  constexpr int vectors =
+      R == 1 ? 8 : 4;  // R * vectors accumulators: 8 hide the latency, 12 fit into 16 registers
+  weigh_from<Row, R, vectors / kVecs>(0, p, v, stride, begin, end, o, dim, keep, shift, next);
+}
+
+// ---- one item ----
+
+// Rows are taken three at a time; four are two pairs, because a single row leaves the multipliers
+// waiting.
+QK_INLINE int next_rows(int left) { return left >= 3 && left != 4 ? 3 : left == 1 ? 1 : 2; }
+template <int N>
+struct Count {
+  static constexpr int count = N;
+};
+template <class F>
+QK_INLINE void with_count(int rows, F f) {
+  if (rows == 3) f(Count<3>{});
+  else if (rows == 2) f(Count<2>{});
+  else f(Count<1>{});
+}
+
+// rows [count, D] in storage order -> float32
+template <class Row>
+void convert(const char* rows, int64_t stride, int64_t count, int64_t dim, float* out) {
+  for (int64_t t = 0; t < count; t++)
+    for (int64_t c = 0; c < dim / kDims; c++)
+#pragma GCC unroll 4
+      for (int j = 0; j < kVecs; j++)
+        store(out + t * dim + kDims * c + W * j, Row::load(rows + t * stride, c, j));
+}
+
+// The part of the tile that rows r .. r + count of the block see between them.
+QK_INLINE Range seen(const Work& w, const Tile& t, int r, int count) {
+  int64_t begin = kTile, end = 0;
+  for (int i = r; i < r + count; i++) {
+    const int64_t a = max64(w.begin[i] - t.start, 0), b = min64(w.end[i] - t.start, t.count);
+    if (a >= b) continue;
+    begin = min64(begin, a);
+    end = max64(end, b);
+  }
+  return {begin, end};
+}
+
+template <class Row, class Stored>  // Row: what `k` and `v` point to; Stored: the type of the pages
+void attend_tile(Work& w, int rows, int64_t dim, const Tile& t, float softcap) {
+  const char *k = t.k, *v = t.v, *next_k = t.next_k, *next_v = t.next_v;
+  int64_t k_stride = t.k_stride, v_stride = t.v_stride;
+  if constexpr (!kSame<Row, Stored>) {
+    next_k = next_v = nullptr;  // many rows keep a tile busy for long
+    convert<Stored>(t.k, t.k_stride, t.count, dim, w.tile);
+    k = reinterpret_cast<const char*>(w.tile);
+    k_stride = dim * 4;
+  }
+  for (int r = 0, n; r < rows; r += n) {
+    n = next_rows(rows - r);
+    const Range keys = seen(w, t, r, n);
+    if (keys.begin >= keys.end) continue;
+    with_count(n, [&](auto c) {
+      scores<Row, decltype(c)::count>(w.q + r * dim, dim, k, k_stride, keys.begin, keys.end,
+                                      w.s + r * kTile, next_k);
+    });
+    next_k = nullptr;
+    const int64_t v0 = keys.begin / W * W, v1 = ceil_div(keys.end, W) * W;
+    with_count(n, [&](auto c) {
+      VI top[decltype(c)::count];
+      softmax<Stored::integer>(w, r, v0, v1, t.start, softcap, top);
+    });
+  }
+  if constexpr (!kSame<Row, Stored>) {
+    convert<Stored>(t.v, t.v_stride, t.count, dim, w.tile);
+    v = reinterpret_cast<const char*>(w.tile);
+    v_stride = dim * 4;
+  }
+  for (int r = 0, n; r < rows; r += n) {
+    n = next_rows(rows - r);
+    const Range keys = seen(w, t, r, n);
+    if (keys.begin >= keys.end) continue;
+    with_count(n, [&](auto c) {
+      weigh<Row, decltype(c)::count>(w.s + r * kTile, v, v_stride, keys.begin, keys.end,
+                                     w.o + r * dim, dim, w.keep + r, w.shift + r, next_v);
+    });
+    next_v = nullptr;
+  }
+}
+
+// The scales of a tile's keys. Past the last key there may be anything, even NaN: it becomes 0.
+QK_INLINE void widen_scales(const uint16_t* from, int64_t count, float* to) {
+  int64_t i = 0;
+  for (; i + W <= count; i += W) store(to + i, load_half(from + i));
+  for (; i < count; i++) to[i] = half_to_float(from[i]);
+  for (; i < kTile; i++) to[i] = 0.f;
+}
+
+}  // namespace
+}  // namespace qk::QK_ISA
