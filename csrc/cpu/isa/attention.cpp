@@ -133,9 +133,9 @@ QK_INLINE Tile tile_at(const Problem& p, int64_t b, int64_t head, int64_t key) {
   return t;
 }
 
-// A tile by the sequence's numbers.
-struct HeadKey {
-  int64_t head, key;
+// Where a piece of work begins: sequence, head and key; sequence -1: nowhere.
+struct Place {
+  int64_t b, head, key;
 };
 
 template <class Row>
@@ -150,10 +150,10 @@ void attend_any_tile(Work& w, int rows, int64_t dim, const Tile& t, float softca
 }
 
 // Rows row0 .. row0 + rows of a KV head over the keys in `span`: w.o, w.max and w.sum. `following`:
-// the head and the first key of what this thread will probably work on next, or head -1.
+// what this thread will probably work on next.
 template <class Row>
 void attend(const Problem& p, const Sequence& s, int64_t b, int64_t head, int64_t row0, int rows,
-            Range span, HeadKey following, Work& w) {
+            Range span, Place following, Work& w) {
   const int64_t group = p.q_heads / p.kv_heads, dim = p.dim;
   int64_t first = s.keys, last = 0;
   with_type(p.type, [&](auto io) {
@@ -186,9 +186,9 @@ void attend(const Problem& p, const Sequence& s, int64_t b, int64_t head, int64_
   for (int64_t key = first; key < last;) {
     Tile t = next;
     key = t.start + t.count;
-    if (key < last || following.head >= 0) {
+    if (key < last || following.b >= 0) {
       next = key < last ? tile_at<Row>(p, b, head, key)
-                        : tile_at<Row>(p, b, following.head, following.key);
+                        : tile_at<Row>(p, following.b, following.head, following.key);
       t.next_k = next.k, t.next_v = next.v;
       if (Row::integer) fetch_scales(next, p.paged->pages.page);
     }
@@ -215,9 +215,16 @@ QK_INLINE void finish(const Problem& p, const Sequence& s, int64_t head, int64_t
   for (int64_t d = 0; d < p.dim; d += W) T::store(out + d, load(o + d) * inverse);
 }
 
-// Item `index` of a sequence, in a team of `team`. The last rows come first: they see most keys, and
-// short items at the end even out.
-void attend_item(const Problem& p, const Sequence& s, int64_t b, int64_t index, int team,
+// Where item `index` of sequence b begins, if that sequence is a single block of rows: tiles are
+// fetched ahead for decoding.
+QK_INLINE Place place(const Problem& p, const Sequence& s, int64_t b, int64_t index) {
+  if (s.blocks != 1 || index >= s.items || s.first_key >= s.keys) return {-1, 0, 0};
+  return {b, index % p.kv_heads, s.first_key + index / p.kv_heads * s.chunk};
+}
+
+// Item `index` of a sequence. The last rows come first: they see most keys, and short items at the
+// end even out.
+void attend_item(const Problem& p, const Sequence& s, int64_t b, int64_t index, Place following,
                  float* partial, Work& w) {
   const int64_t head = index % p.kv_heads, part = index / p.kv_heads;
   const int64_t block = s.blocks - 1 - part / s.chunks, chunk = part % s.chunks;
@@ -225,9 +232,6 @@ void attend_item(const Problem& p, const Sequence& s, int64_t b, int64_t index, 
   const int rows = int(min64(kRows, s.rows - row0));
   const int64_t begin = s.first_key + chunk * s.chunk;
   const Range span = s.chunks > 1 ? Range{begin, min64(begin + s.chunk, s.keys)} : Range{0, s.keys};
-  HeadKey following{-1, 0};
-  if (const int64_t next = index + team; s.chunks > 1 && next < s.items)
-    following = {next % p.kv_heads, s.first_key + next / p.kv_heads * s.chunk};
   with_rows(p.kv_type, [&](auto row) {
     attend<decltype(row)>(p, s, b, head, row0, rows, span, following, w);
   });
@@ -288,11 +292,16 @@ void attend_batch(const Problem& p, void* scratch, Team& team) {
     return team.size == 1 ? claimed++ : team.barrier->next.fetch_add(1, std::memory_order_relaxed);
   };
   int64_t item = claim();
-  for (int64_t b = 0; b < p.batch; b++) {
-    const Sequence s = sequence(p, b);
+  Sequence s = sequence(p, 0), after = s;
+  for (int64_t b = 0; b < p.batch; b++, s = after) {
     any_split |= s.chunks > 1;
-    for (; item < first_item + s.items; item = claim())
-      attend_item(p, s, b, item - first_item, team.size, partials + first_partial, w);
+    if (b + 1 < p.batch) after = sequence(p, b + 1);
+    for (; item < first_item + s.items; item = claim()) {
+      const int64_t index = item - first_item, next = index + team.size;
+      Place following = place(p, s, b, next);
+      if (next >= s.items && b + 1 < p.batch) following = place(p, after, b + 1, next - s.items);
+      attend_item(p, s, b, index, following, partials + first_partial, w);
+    }
     first_item += s.items;
     first_partial += s.partial;
   }
