@@ -82,18 +82,26 @@ struct Ahead {
   }
 };
 
-// Pieces first .. first + P - 1 of a block of 64 rows, T tokens, all columns.
+// The spans of a tile that are worked on at a time. `sums` [rows, tokens] holds what those before
+// them came to, and what these make of it, unless they are the first or the last ones.
+struct Spans {
+  int64_t begin, end;
+  float* sums;
+};
+
+// Pieces first .. first + P - 1 of a block of 64 rows, T tokens.
 // Units: as for dot_span.
 template <class C, Zero Z, int Units, int P, int T>
 __attribute__((noinline)) void int8_tile(const Int8Problem& p, int64_t block, int first,
-                                         int64_t token, Ahead& ahead) {
+                                         int64_t token, Spans spans, Ahead& ahead) {
   constexpr int V = C::vectors, R = P * V;
   const LinearArgs& a = p.args;
   const int units = Units > 0 ? Units : p.span / 16;
   const int64_t span_bytes = units * layout::unit_bytes(C::bits);
-  const uint8_t* w = a.w.codes + layout::unit_offset(block * 64, 0, a.w.kp, C::bits);
-  const int8_t* x = p.x + token * p.columns;
-  const SpanTerm* terms = p.terms + token * p.spans;
+  const uint8_t* w =
+      a.w.codes + layout::unit_offset(block * 64, 0, a.w.kp, C::bits) + spans.begin * span_bytes;
+  const int8_t* x = p.x + token * p.columns + spans.begin * p.span * T;
+  const SpanTerm* terms = p.terms + token * p.spans + spans.begin * T;
   const int row = piece_row<C>(first, 0);
   const int64_t block_groups = layout::kBlockGroup / a.w.group;  // used with two-level scales only
   const int scale_bytes = scale_size(a.w.scale_kind);
@@ -102,14 +110,19 @@ __attribute__((noinline)) void int8_tile(const Int8Problem& p, int64_t block, in
   VF acc[R][T];
   QK_UNROLL(16)
   for (int r = 0; r < R; r++) QK_UNROLL(8)
-  for (int t = 0; t < T; t++) acc[r][t] = splat(0.f);
+  for (int t = 0; t < T; t++)
+    acc[r][t] = spans.begin == 0 ? splat(0.f) : load(spans.sums + (r * T + t) * W);
 
-  int64_t at = block * p.groups * 64 + row;  // of the group's scales
-  int64_t block_at = a.w.block_scale ? block * (a.w.kp / layout::kBlockGroup) * 64 + row : 0;
-  int span_in_group = 0;
-  int64_t group_in_block = 0;
+  const int64_t group = spans.begin / p.spans_per_group;
+  int64_t at = (block * p.groups + group) * 64 + row;  // of the group's scales
+  int64_t block_at = 0, group_in_block = 0;
+  if (a.w.block_scale) {
+    group_in_block = group % block_groups;
+    block_at = (block * (a.w.kp / layout::kBlockGroup) + group / block_groups) * 64 + row;
+  }
+  int span_in_group = int(spans.begin % p.spans_per_group);
 #pragma GCC unroll 1
-  for (int64_t s = 0; s < p.spans; s++, w += span_bytes, x += p.span * T, terms += T) {
+  for (int64_t s = spans.begin; s < spans.end; s++, w += span_bytes, x += p.span * T, terms += T) {
     VI d[R][T];
     QK_UNROLL(16)
     for (int r = 0; r < R; r++) QK_UNROLL(8)
@@ -139,6 +152,12 @@ __attribute__((noinline)) void int8_tile(const Int8Problem& p, int64_t block, in
       if (++group_in_block == block_groups) group_in_block = 0, block_at += 64;
     }
   }
+  if (spans.end < p.spans) {
+    QK_UNROLL(16)
+    for (int r = 0; r < R; r++) QK_UNROLL(8)
+    for (int t = 0; t < T; t++) store(spans.sums + (r * T + t) * W, acc[r][t]);
+    return;
+  }
   int row_of[R];
   for (int r = 0; r < R; r++) row_of[r] = piece_row<C>(r / V, r % V);
   write_tile(a, (const float*)acc, row_of, block * 64 + row, R, token, T);
@@ -146,16 +165,38 @@ __attribute__((noinline)) void int8_tile(const Int8Problem& p, int64_t block, in
 
 // The rows that a share has of a block, T tokens.
 template <class C, Zero Z, int Units, int T>
-void int8_rows(const Int8Problem& p, RowBlocks::Block rows, int64_t token, Ahead& ahead) {
-  constexpr int half = C::half_pieces, P = tile_pieces<C>(T);
-  if constexpr (P > half) {
-    if (rows.last - rows.first == 2) int8_tile<C, Z, Units, P, T>(p, rows.index, 0, token, ahead);
-    else int8_tile<C, Z, Units, half, T>(p, rows.index, rows.first * half, token, ahead);
-  } else {
-    for (int piece = rows.first * half; piece < rows.last * half; piece += P)
-      int8_tile<C, Z, Units, P, T>(p, rows.index, piece, token, ahead);
+void int8_rows(const Int8Problem& p, RowBlocks::Block rows, int64_t token, Spans spans,
+               Ahead& ahead) {
+  constexpr int half = C::half_pieces, P = tile_pieces<C>(T), first = P > half ? half : P;
+  if constexpr (P > half)
+    if (rows.last - rows.first == 2)
+      return int8_tile<C, Z, Units, P, T>(p, rows.index, 0, token, spans, ahead);
+  for (int piece = rows.first * half; piece < rows.last * half; piece += first) {
+    int8_tile<C, Z, Units, first, T>(p, rows.index, piece, token, spans, ahead);
+    if (spans.sums) spans.sums += first * C::vectors * T * W;
   }
 }
+
+template <class C, Zero Z, int Units>
+void int8_rows(const Int8Problem& p, RowBlocks::Block rows, int64_t token, int tokens, Spans spans,
+               Ahead& ahead) {
+  switch (tokens) {
+    case 1: return int8_rows<C, Z, Units, 1>(p, rows, token, spans, ahead);
+    case 2: return int8_rows<C, Z, Units, 2>(p, rows, token, spans, ahead);
+#if !defined(QK_ISA_SCALAR)
+    case 3: return int8_rows<C, Z, Units, 3>(p, rows, token, spans, ahead);
+#endif
+    case 4: return int8_rows<C, Z, Units, 4>(p, rows, token, spans, ahead);
+#if defined(QK_ISA_AVX512)
+    case 6: return int8_rows<C, Z, Units, 6>(p, rows, token, spans, ahead);
+#endif
+  }
+}
+
+// Codes of 32 rows that stay in the second-level cache while the activations of a block of tokens go
+// by. Where there are more, columns are taken in chunks, from that many tokens on. (Chunks that fit
+// the first-level cache cost a tenth: tiles get too short.)
+constexpr int64_t kChunkBytes = 256 << 10, kChunkTokens = 12;
 
 // All rows of a block that a share has, tokens begin .. end - 1. last: nothing of the share
 // follows.
@@ -163,31 +204,38 @@ template <class C, Zero Z, int Units>
 void int8_block(const Int8Problem& p, RowBlocks::Block rows, int64_t begin, int64_t end,
                 bool last) {
   const LinearArgs& a = p.args;
+  const int64_t code_bytes = layout::unit_bytes(C::bits) / 2 * (p.columns / 16);
+  const int64_t chunks = end - begin < kChunkTokens ? 1 : (code_bytes - 1) / kChunkBytes + 1;
+  const int64_t chunk_spans = (p.spans - 1) / chunks + 1;
+  const bool chunked = chunk_spans < p.spans;
   Ahead ahead{};
   if (end - begin > 2 && !last) {
     ahead.next = block_bytes(a.w, rows.index + 1, 1);
     const int pieces = (rows.last - rows.first) * C::half_pieces;
+    const int most = chunked ? C::half_pieces : pieces;
     int64_t spans = 0;
     for_each_tile(begin, end, [&](int64_t, int tokens) {
-      const int at_once = tile_pieces<C>(tokens) < pieces ? tile_pieces<C>(tokens) : pieces;
+      const int at_once = tile_pieces<C>(tokens) < most ? tile_pieces<C>(tokens) : most;
       spans += pieces / at_once * p.spans;
     });
     const int64_t lines = (ahead.next.bytes() / 64 + spans - 1) / spans;
     ahead.lines = spans > 64 * p.spans ? 0 : int(lines);  // many tokens leave time for it anyway
   }
-  for_each_tile(begin, end, [&](int64_t token, int tokens) {
-    switch (tokens) {
-      case 1: return int8_rows<C, Z, Units, 1>(p, rows, token, ahead);
-      case 2: return int8_rows<C, Z, Units, 2>(p, rows, token, ahead);
-#if !defined(QK_ISA_SCALAR)
-      case 3: return int8_rows<C, Z, Units, 3>(p, rows, token, ahead);
-#endif
-      case 4: return int8_rows<C, Z, Units, 4>(p, rows, token, ahead);
-#if defined(QK_ISA_AVX512)
-      case 6: return int8_rows<C, Z, Units, 6>(p, rows, token, ahead);
-#endif
+  if (!chunked) {
+    for_each_tile(begin, end, [&](int64_t token, int tokens) {
+      int8_rows<C, Z, Units>(p, rows, token, tokens, {0, p.spans, nullptr}, ahead);
+    });
+    return;
+  }
+  alignas(64) float sums[kTokenBlock * 32];
+  for (int half = rows.first; half < rows.last; half++)
+    for (int64_t s = 0; s < p.spans; s += chunk_spans) {
+      const int64_t stop = s + chunk_spans < p.spans ? s + chunk_spans : p.spans;
+      for_each_tile(begin, end, [&](int64_t token, int tokens) {
+        int8_rows<C, Z, Units>(p, {rows.index, half, half + 1}, token, tokens,
+                               {s, stop, sums + (token - begin) * 32}, ahead);
+      });
     }
-  });
 }
 
 // A piece is a block of rows times a block of tokens; rows come first, so that the activations of
