@@ -87,6 +87,25 @@ def test_every_number_of_tokens(
 
 
 @pytest.mark.parametrize(
+    "name",
+    ["W8 g32 float16", "W8 row float16", "W8 g32 float16 zero", "W6 g16 int8", "W4 g32 int8 min"],
+)
+def test_long_rows(isa: Isa, name: str, generator: torch.Generator) -> None:
+    """So long that the codes of many tokens' rows are taken in chunks of columns: the same bits as
+    of few tokens, which take them whole."""
+    plain = random_plain(LINEAR_SPECS[name], 70, 17000, generator)
+    packed = plain.pack()
+    group = default_act_group(packed)
+    x = random_x(23, 17000, torch.float32, generator)
+    bias = torch.randn(70, generator=generator)
+    check(isa.ops.linear, x, plain, packed, bias, "int8", group)
+    many = isa.ops.linear(x, *packed.op_args(), bias, "int8", group)
+    for i in range(0, 23, 6):
+        few = isa.ops.linear(x[i : i + 6], *packed.op_args(), bias, "int8", group)
+        assert torch.equal(few, many[i : i + 6])
+
+
+@pytest.mark.parametrize(
     "group, act_group", [(32, 128), (128, 32), (16, 16), (64, 256), (-1, 32), (-1, 16)]
 )
 def test_groups_of_activations_and_weights_may_differ(
