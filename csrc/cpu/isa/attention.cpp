@@ -23,7 +23,7 @@
 namespace qk::QK_ISA {
 namespace {
 
-constexpr int kChunk = 128;     // keys of the shortest chunk of a split sequence
+constexpr int kChunk = 256;     // keys of the shortest chunk of a split sequence
 constexpr int kMaxChunks = 64;  // longer contexts get longer chunks, so that merging stays cheap
 
 // Both ops, as one problem. Exactly one of `paged` and `dense` is set.

@@ -26,17 +26,23 @@ struct Tile {
 };
 
 // Asks for one row of the next tile. Tiles lie apart, so that the processor does not foresee them.
+// Into L1 where both tiles of K and V fit it: a core has more of such requests on their way.
 template <class Row>
 QK_INLINE void fetch_row(const char* rows, int64_t row, int64_t stride, int64_t dim) {
   if (rows == nullptr) return;
-  for (int64_t i = 0; i < Row::bytes(dim); i += 64)
-    __builtin_prefetch(rows + row * stride + i, 0, 2);
+  const char* from = rows + row * stride;
+  const int64_t bytes = Row::bytes(dim);
+  if (bytes <= 128) {
+    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(from + i, 0, 3);
+  } else {
+    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(from + i, 0, 2);
+  }
 }
 // The same for the scales and zero points of a tile.
 QK_INLINE void fetch_scales(const Tile& t, int64_t page) {
   for (int64_t i = 0; i < t.count; i += 32)
     for (const uint16_t* plane : {t.k_scale, t.k_scale + page, t.v_scale, t.v_scale + page})
-      __builtin_prefetch(plane + i, 0, 2);
+      __builtin_prefetch(plane + i, 0, 3);
 }
 
 // What a thread works in; the arrays are in its part of the scratch.
