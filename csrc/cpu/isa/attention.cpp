@@ -6,14 +6,17 @@
 // kTile keys:
 //
 //   for each block of rows, for each tile of keys
-//     scores  S [rows, tile] = Q K^T       3 rows x 4 keys in registers, vectors along the head
-//     dimension softmax P = exp(S - max), rescaling what came before weigh   O [rows, D] += P V 3
-//     rows x 4 vectors in registers
+//     scores   S [rows, tile] = Q K^T
+//     softmax  P = exp(S - max), rescaling what came before
+//     weigh    O [rows, D] += P V
+//
+// attention_tile.h has these for few rows (decoding), where keys are used as they lie, and for many,
+// where the tile is first brought into an order that suits. A query's bits may differ between the
+// two in the last place.
 //
 // Integer pages are never dequantized: with k = ks (kq - kz), q.k = ks (q.kq - kz sum(q)); vs is
 // folded into P, and vz into one number per row. On AVX-512 both products are integers
-// (attention_fixed.h). Else codes, like other floats, are converted as they are loaded when few rows
-// share a tile, and once per tile into float32 when many do; both give the same bits.
+// (attention_fixed.h).
 //
 // A sequence that has a single block of rows (decoding) is split along its keys into chunks whose
 // length depends on that sequence alone; their results are merged in order. So the bits of a
@@ -24,6 +27,7 @@ namespace qk::QK_ISA {
 namespace {
 
 constexpr int kChunk = 256;     // keys of the shortest chunk of a split sequence
+constexpr int kFewRows = 6;     // of a block
 constexpr int kMaxChunks = 64;  // longer contexts get longer chunks, so that merging stays cheap
 
 // Both ops, as one problem. Exactly one of `paged` and `dense` is set.
@@ -144,9 +148,8 @@ void attend_any_tile(Work& w, int rows, int64_t dim, const Tile& t, float softca
   if constexpr (Row::integer) attend_fixed_tile<Row>(w, rows, dim, t, softcap);
   else
 #endif
-  // Two passes over a tile: for few rows converting twice is cheaper than storing float32.
-  if (Row::is_float32 || rows <= 6) attend_tile<Row, Row>(w, rows, dim, t, softcap);
-  else attend_tile<FloatRow<Dtype::f32>, Row>(w, rows, dim, t, softcap);
+  if (rows <= kFewRows) attend_tile<Row>(w, rows, dim, t, softcap);
+  else attend_many<Row>(w, rows, dim, t, softcap);
 }
 
 // Rows row0 .. row0 + rows of a KV head over the keys in `span`: w.o, w.max and w.sum. `following`:

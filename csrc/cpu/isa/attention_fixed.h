@@ -117,7 +117,7 @@ QK_INLINE void gather(const char* rows, int64_t stride, int64_t c, VI (&y)[4]) {
 
 // Groups [g0, g1) of keys -> [D / 4, kTile, 4]: four dims of a key beside each other.
 template <class Row>
-QK_HOT void order_keys(const char* k, int64_t stride, int64_t g0, int64_t g1, int64_t dim,
+QK_HOT void fixed_keys(const char* k, int64_t stride, int64_t g0, int64_t g1, int64_t dim,
                        uint8_t* out, const char* next) {
   for (int64_t g = g0; g < g1; g++) {
     for (int i = 0; i < 16; i++) fetch_row<Row>(next, 16 * g + i, stride, dim);
@@ -138,7 +138,7 @@ QK_HOT void order_keys(const char* k, int64_t stride, int64_t g0, int64_t g1, in
 // Groups [g0, g1) of values -> [D / 16, kGroups, 4, 64]: vector i has dims 4 i .. 4 i + 3 of its
 // 16, and in its 128 bits l those of keys 4 l .. 4 l + 3, which lie beside each other.
 template <class Row>
-QK_HOT void order_values(const char* v, int64_t stride, int64_t g0, int64_t g1, int64_t dim,
+QK_HOT void fixed_values(const char* v, int64_t stride, int64_t g0, int64_t g1, int64_t dim,
                          uint8_t* out, const char* next) {
   for (int64_t g = g0; g < g1; g++) {
     for (int i = 0; i < 16; i++) fetch_row<Row>(next, 16 * g + i, stride, dim);
@@ -280,8 +280,8 @@ void attend_fixed_tile(Work& w, int rows, int64_t dim, const Tile& t, float soft
   const Range used = seen(w, t, 0, rows);
   if (used.begin >= used.end) return;
   const int64_t first = used.begin / 16, last = ceil_div(used.end, 16);
-  order_keys<Row>(t.k, t.k_stride, first, last, dim, keys, t.next_k);
-  order_values<Row>(t.v, t.v_stride, first, last, dim, values, t.next_v);
+  fixed_keys<Row>(t.k, t.k_stride, first, last, dim, keys, t.next_k);
+  fixed_values<Row>(t.v, t.v_stride, first, last, dim, values, t.next_v);
   for (int r = 0, n; r < rows; r += n) {
     n = next_rows(rows - r);
     const Range mine = seen(w, t, r, n);

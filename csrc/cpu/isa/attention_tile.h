@@ -122,6 +122,73 @@ void scores(const float* q, int64_t dim, const char* k, int64_t stride, int64_t 
   }
 }
 
+// ---- scores of many rows ----
+
+// x[i][j] <-> x[j][i]
+QK_INLINE void transpose(VF (&x)[W]) {
+#pragma GCC unroll 4
+  for (int step = 1; step < W; step *= 2) {
+    const VI lane = load_raw<VI>(kLanes), odd = (lane & step) != 0;
+    const VI low = odd ? lane - step + W : lane, high = odd ? lane + W : lane + step;
+#pragma GCC unroll 16
+    for (int i = 0; i < W; i++) {
+      if (i & step) continue;
+      const VF a = x[i], b = x[i + step];
+      x[i] = __builtin_shuffle(a, b, low);
+      x[i + step] = __builtin_shuffle(a, b, high);
+    }
+  }
+}
+
+// Keys [count, D] -> [D, kTile] float32; beyond `count`, up to a multiple of W, the last one again.
+template <class Row>
+void order_keys(const char* k, int64_t stride, int64_t count, int64_t dim, float* out) {
+  for (int64_t t = 0; t < count; t += W)
+    for (int64_t c = 0; c < dim / kDims; c++)
+      for (int j = 0; j < kVecs; j++) {
+        VF x[W];
+#pragma GCC unroll 16
+        for (int i = 0; i < W; i++) x[i] = Row::load(k + min64(t + i, count - 1) * stride, c, j);
+        transpose(x);
+        float* to = out + (kDims * c + W * j) * kTile + t;
+#pragma GCC unroll 16
+        for (int i = 0; i < W; i++) store(to + i * kTile, x[i]);
+      }
+}
+
+// Rows times 4 vectors of keys are sums in registers: 24 of 32, or 12 of 16.
+constexpr int kWide = W == 16 ? 6 : 3;
+
+// s [R, keys] = q [R, D] . keys [D, kTile], whole groups of 4 W keys.
+template <int R>
+void wide_scores(const float* q, int64_t dim, const float* keys, Range range, float* s) {
+  for (int64_t t = range.begin / (4 * W) * (4 * W); t < range.end; t += 4 * W) {
+    VF acc[R][4] = {};
+    const float* from = keys + t;
+    for (int64_t d = 0; d < dim; d++, from += kTile) {
+      VF x[4];
+#pragma GCC unroll 4
+      for (int v = 0; v < 4; v++) x[v] = load(from + W * v);
+#pragma GCC unroll 6
+      for (int r = 0; r < R; r++) {
+        const VF query = splat(q[r * dim + d]);
+#pragma GCC unroll 4
+        for (int v = 0; v < 4; v++) acc[r][v] = fma(query, x[v], acc[r][v]);
+      }
+    }
+#pragma GCC unroll 6
+    for (int r = 0; r < R; r++)
+#pragma GCC unroll 4
+      for (int v = 0; v < 4; v++) store(s + r * kTile + t + W * v, acc[r][v]);
+  }
+}
+template <int R = kWide>
+void wide_scores(int rows, const float* q, int64_t dim, const float* keys, Range range, float* s) {
+  if constexpr (R > 1)
+    if (rows < R) return wide_scores<R - 1>(rows, q, dim, keys, range, s);
+  wide_scores<R>(q, dim, keys, range, s);
+}
+
 // ---- softmax ----
 
 // Scores of rows r0 .. r0 + R - 1 of a tile that starts at key `start` (lanes [v0, v1)) become
@@ -277,45 +344,74 @@ QK_INLINE Range seen(const Work& w, const Tile& t, int r, int count) {
   return {begin, end};
 }
 
-template <class Row, class Stored>  // Row: what `k` and `v` point to; Stored: the type of the pages
+template <bool integer>
+void softmax_rows(Work& w, int r, int rows, const Tile& t, float softcap) {
+  const Range keys = seen(w, t, r, rows);
+  if (keys.begin >= keys.end) return;
+  with_count(rows, [&](auto c) {
+    VI top[decltype(c)::count];
+    softmax<integer>(w, r, keys.begin / W * W, ceil_div(keys.end, W) * W, t.start, softcap, top);
+  });
+}
+
+template <class Row>
+void weigh_rows(Work& w, int r, int rows, const Tile& t, const char* v, int64_t stride, int64_t dim,
+                const char* next) {
+  const Range keys = seen(w, t, r, rows);
+  if (keys.begin >= keys.end) return;
+  with_count(rows, [&](auto c) {
+    weigh<Row, decltype(c)::count>(w.s + r * kTile, v, stride, keys.begin, keys.end, w.o + r * dim,
+                                   dim, w.keep + r, w.shift + r, next);
+  });
+}
+
+// Few rows: codes and 16-bit floats are converted as they are loaded, once for K and once for V.
+template <class Row>
 void attend_tile(Work& w, int rows, int64_t dim, const Tile& t, float softcap) {
-  const char *k = t.k, *v = t.v, *next_k = t.next_k, *next_v = t.next_v;
-  int64_t k_stride = t.k_stride, v_stride = t.v_stride;
-  if constexpr (!kSame<Row, Stored>) {
-    next_k = next_v = nullptr;  // many rows keep a tile busy for long
-    convert<Stored>(t.k, t.k_stride, t.count, dim, w.tile);
-    k = reinterpret_cast<const char*>(w.tile);
-    k_stride = dim * 4;
-  }
+  const char *next_k = t.next_k, *next_v = t.next_v;
   for (int r = 0, n; r < rows; r += n) {
     n = next_rows(rows - r);
     const Range keys = seen(w, t, r, n);
     if (keys.begin >= keys.end) continue;
     with_count(n, [&](auto c) {
-      scores<Row, decltype(c)::count>(w.q + r * dim, dim, k, k_stride, keys.begin, keys.end,
+      scores<Row, decltype(c)::count>(w.q + r * dim, dim, t.k, t.k_stride, keys.begin, keys.end,
                                       w.s + r * kTile, next_k);
     });
     next_k = nullptr;
-    const int64_t v0 = keys.begin / W * W, v1 = ceil_div(keys.end, W) * W;
-    with_count(n, [&](auto c) {
-      VI top[decltype(c)::count];
-      softmax<Stored::integer>(w, r, v0, v1, t.start, softcap, top);
-    });
+    softmax_rows<Row::integer>(w, r, n, t, softcap);
   }
-  if constexpr (!kSame<Row, Stored>) {
-    convert<Stored>(t.v, t.v_stride, t.count, dim, w.tile);
+  for (int r = 0, n; r < rows; r += n) {
+    n = next_rows(rows - r);
+    weigh_rows<Row>(w, r, n, t, t.v, t.v_stride, dim, next_v);
+    next_v = nullptr;
+  }
+}
+
+// Many rows: the tile becomes float32, K with the keys in the lanes, so that scores need no sums
+// across lanes.
+template <class Row>
+void attend_many(Work& w, int rows, int64_t dim, const Tile& t, float softcap) {
+  order_keys<Row>(t.k, t.k_stride, t.count, dim, w.tile);
+  for (int r = 0, n; r < rows; r += n) {
+    n = rows - r < kWide ? rows - r : kWide;
+    const Range keys = seen(w, t, r, n);
+    if (keys.begin >= keys.end) continue;
+    wide_scores(n, w.q + r * dim, dim, w.tile, keys, w.s + r * kTile);
+    for (int i = r, few; i < r + n; i += few) {
+      few = next_rows(r + n - i);
+      softmax_rows<Row::integer>(w, i, few, t, softcap);
+    }
+  }
+  const char* v = t.v;
+  int64_t v_stride = t.v_stride;
+  if constexpr (!Row::is_float32) {
+    convert<Row>(t.v, t.v_stride, t.count, dim, w.tile);
     v = reinterpret_cast<const char*>(w.tile);
     v_stride = dim * 4;
   }
   for (int r = 0, n; r < rows; r += n) {
     n = next_rows(rows - r);
-    const Range keys = seen(w, t, r, n);
-    if (keys.begin >= keys.end) continue;
-    with_count(n, [&](auto c) {
-      weigh<Row, decltype(c)::count>(w.s + r * kTile, v, v_stride, keys.begin, keys.end,
-                                     w.o + r * dim, dim, w.keep + r, w.shift + r, next_v);
-    });
-    next_v = nullptr;
+    weigh_rows<FloatRow<Dtype::f32>>(w, r, n, t, v, v_stride, dim, nullptr);
   }
 }
 

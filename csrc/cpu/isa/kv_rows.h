@@ -58,11 +58,6 @@ struct Int4Row {  // 8 bytes per 16 dims: dims 0..7 in the low nibbles, 8..15 in
   }
 };
 
-template <class A, class B>
-constexpr bool kSame = false;
-template <class A>
-constexpr bool kSame<A, A> = true;
-
 template <class F>
 QK_INLINE void with_rows(KvType type, F f) {
   switch (type) {
