@@ -182,13 +182,6 @@ void wide_scores(const float* q, int64_t dim, const float* keys, Range range, fl
       for (int v = 0; v < 4; v++) store(s + r * kTile + t + W * v, acc[r][v]);
   }
 }
-template <int R = kWide>
-void wide_scores(int rows, const float* q, int64_t dim, const float* keys, Range range, float* s) {
-  if constexpr (R > 1)
-    if (rows < R) return wide_scores<R - 1>(rows, q, dim, keys, range, s);
-  wide_scores<R>(q, dim, keys, range, s);
-}
-
 // ---- softmax ----
 
 // Scores of rows r0 .. r0 + R - 1 of a tile that starts at key `start` (lanes [v0, v1)) become
@@ -265,7 +258,7 @@ QK_INLINE void weigh_dims(const float* p, const char* v, int64_t stride, int64_t
                           const char* next) {
   constexpr int N = C * kVecs;
   VF acc[R][N];
-#pragma GCC unroll 3
+#pragma GCC unroll 6
   for (int r = 0; r < R; r++)
 #pragma GCC unroll 8
     for (int i = 0; i < N; i++)
@@ -273,16 +266,16 @@ QK_INLINE void weigh_dims(const float* p, const char* v, int64_t stride, int64_t
   for (int64_t t = begin; t < end; t++) {
     if (c == 0) fetch_row<Row>(next, t, stride, dim);
     VF weight[R];
-#pragma GCC unroll 3
+#pragma GCC unroll 6
     for (int r = 0; r < R; r++) weight[r] = splat(p[r * kTile + t]);
 #pragma GCC unroll 8
     for (int i = 0; i < N; i++) {
       const VF x = Row::load(v + t * stride, c + i / kVecs, i % kVecs);
-#pragma GCC unroll 3
+#pragma GCC unroll 6
       for (int r = 0; r < R; r++) acc[r][i] = fma(weight[r], x, acc[r][i]);
     }
   }
-#pragma GCC unroll 3
+#pragma GCC unroll 6
   for (int r = 0; r < R; r++)
 #pragma GCC unroll 8
     for (int i = 0; i < N; i++) store(o + r * dim + kDims * c + W * i, acc[r][i]);
@@ -301,8 +294,8 @@ QK_INLINE void weigh_from(int64_t c, const float* p, const char* v, int64_t stri
 template <class Row, int R>
 void weigh(const float* p, const char* v, int64_t stride, int64_t begin, int64_t end, float* o,
            int64_t dim, const float* keep, const float* shift, const char* next) {
-  constexpr int vectors =
-      R == 1 ? 8 : 4;  // R * vectors accumulators: 8 hide the latency, 12 fit into 16 registers
+  // R * vectors accumulators: 8 hide the latency, 12 fit into 16 registers, 24 into 32.
+  constexpr int vectors = R == 1 ? 8 : 4;
   weigh_from<Row, R, vectors / kVecs>(0, p, v, stride, begin, end, o, dim, keep, shift, next);
 }
 
@@ -315,11 +308,11 @@ template <int N>
 struct Count {
   static constexpr int count = N;
 };
-template <class F>
+template <int Most = 3, class F>
 QK_INLINE void with_count(int rows, F f) {
-  if (rows == 3) f(Count<3>{});
-  else if (rows == 2) f(Count<2>{});
-  else f(Count<1>{});
+  if constexpr (Most > 1)
+    if (rows < Most) return with_count<Most - 1>(rows, f);
+  f(Count<Most>{});
 }
 
 // rows [count, D] in storage order -> float32
@@ -344,22 +337,21 @@ QK_INLINE Range seen(const Work& w, const Tile& t, int r, int count) {
   return {begin, end};
 }
 
+// Rows that are weighed together need weights for the same keys.
 template <bool integer>
-void softmax_rows(Work& w, int r, int rows, const Tile& t, float softcap) {
-  const Range keys = seen(w, t, r, rows);
-  if (keys.begin >= keys.end) return;
+void softmax_rows(Work& w, int r, int rows, Range keys, const Tile& t, float softcap) {
   with_count(rows, [&](auto c) {
     VI top[decltype(c)::count];
     softmax<integer>(w, r, keys.begin / W * W, ceil_div(keys.end, W) * W, t.start, softcap, top);
   });
 }
 
-template <class Row>
+template <class Row, int Most = 3>
 void weigh_rows(Work& w, int r, int rows, const Tile& t, const char* v, int64_t stride, int64_t dim,
                 const char* next) {
   const Range keys = seen(w, t, r, rows);
   if (keys.begin >= keys.end) return;
-  with_count(rows, [&](auto c) {
+  with_count<Most>(rows, [&](auto c) {
     weigh<Row, decltype(c)::count>(w.s + r * kTile, v, stride, keys.begin, keys.end, w.o + r * dim,
                                    dim, w.keep + r, w.shift + r, next);
   });
@@ -378,7 +370,7 @@ void attend_tile(Work& w, int rows, int64_t dim, const Tile& t, float softcap) {
                                       w.s + r * kTile, next_k);
     });
     next_k = nullptr;
-    softmax_rows<Row::integer>(w, r, n, t, softcap);
+    softmax_rows<Row::integer>(w, r, n, keys, t, softcap);
   }
   for (int r = 0, n; r < rows; r += n) {
     n = next_rows(rows - r);
@@ -396,10 +388,12 @@ void attend_many(Work& w, int rows, int64_t dim, const Tile& t, float softcap) {
     n = rows - r < kWide ? rows - r : kWide;
     const Range keys = seen(w, t, r, n);
     if (keys.begin >= keys.end) continue;
-    wide_scores(n, w.q + r * dim, dim, w.tile, keys, w.s + r * kTile);
+    with_count<kWide>(n, [&](auto c) {
+      wide_scores<decltype(c)::count>(w.q + r * dim, dim, w.tile, keys, w.s + r * kTile);
+    });
     for (int i = r, few; i < r + n; i += few) {
       few = next_rows(r + n - i);
-      softmax_rows<Row::integer>(w, i, few, t, softcap);
+      softmax_rows<Row::integer>(w, i, few, keys, t, softcap);
     }
   }
   const char* v = t.v;
@@ -410,8 +404,8 @@ void attend_many(Work& w, int rows, int64_t dim, const Tile& t, float softcap) {
     v_stride = dim * 4;
   }
   for (int r = 0, n; r < rows; r += n) {
-    n = next_rows(rows - r);
-    weigh_rows<FloatRow<Dtype::f32>>(w, r, n, t, v, v_stride, dim, nullptr);
+    n = rows - r < kWide ? rows - r : kWide;
+    weigh_rows<FloatRow<Dtype::f32>, kWide>(w, r, n, t, v, v_stride, dim, nullptr);
   }
 }
 
