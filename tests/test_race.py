@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ sys.path.insert(0, str(ROOT / "bench"))
 import peer_llama_cpp as peer  # noqa: E402  its folder is no package
 import race  # noqa: E402
 import random_gguf  # noqa: E402
+import workers  # noqa: E402
 from footprint import Footprint, footprint, read_ceiling  # noqa: E402
 from workers import Worker, WorkerError  # noqa: E402
 
@@ -273,6 +275,39 @@ def test_a_worker_that_ends_between_requests_is_told() -> None:
     with pytest.raises(WorkerError, match="gone for good"):
         worker.ask(do="anything")
     worker.close()
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The processes that workers start."""
+    processes: list[Any] = []
+    real = workers.subprocess.Popen
+
+    def start(*args: Any, **kwargs: Any) -> Any:
+        processes.append(real(*args, **kwargs))
+        return processes[-1]
+
+    monkeypatch.setattr(workers.subprocess, "Popen", start)
+    return processes
+
+
+def test_a_worker_whose_hello_is_none_leaves_no_process(started: list[Any]) -> None:
+    code = "import sys, time; print('lost', file=sys.stderr); print('hi', flush=True)"
+    with pytest.raises(WorkerError, match=r"answered 'hi\\n', no JSON:\nlost"):
+        Worker([sys.executable, "-c", f"{code}; time.sleep(60)"])
+    assert [process.poll() for process in started] == [-signal.SIGKILL]
+
+
+def test_an_interrupted_start_leaves_no_process(
+    started: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(self: Worker) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Worker, "_read", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        Worker([sys.executable, "-c", "import time; time.sleep(60)"])
+    assert [process.poll() for process in started] == [-signal.SIGKILL]
 
 
 @pytest.mark.usefixtures("fake_peer")
