@@ -330,3 +330,38 @@ def test_the_command_writes_a_file_races_and_removes_it(
     monkeypatch.setattr(sys, "argv", [*run, "--keep", "--write-only"])
     race.main()
     assert [p.name for p in tmp_path.iterdir()] == ["random-llama-tiny-q4_k_m.gguf"]
+
+
+def test_only_the_file_that_would_be_written_now_is_used_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = ["race.py", "--model", "tiny", "--type", "Q4_0", "--dir", str(tmp_path), "--write-only"]
+    monkeypatch.setattr(sys, "argv", run)
+    race.main()
+    path = tmp_path / "random-llama-tiny-q4_0.gguf"
+    right, written = path.read_bytes(), f"writing {path}"
+    assert capsys.readouterr().out == f"{written}\n"
+    race.main()
+    assert capsys.readouterr().out == ""
+
+    random_gguf.write(path, TINY, "Q4_K_M")
+    other_type = path.read_bytes()
+    random_gguf.write(path, TINY, "Q4_0", seed=1)
+    other_seed = path.read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr(random_gguf, "_ROPE_BASE", 10_000.0)
+        random_gguf.write(path, TINY, "Q4_0")
+    stale = [other_type, other_seed, path.read_bytes(), right[:-4096], b"no GGUF"]
+    for content in stale:
+        path.write_bytes(content)
+        race.main()
+        assert capsys.readouterr().out.startswith(f"{written} anew: it is damaged")
+        assert path.read_bytes() == right
+
+
+def test_a_file_of_an_older_format_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = random_gguf.write(tmp_path / "m.gguf", TINY, "Q4_0")
+    assert random_gguf.is_current(path, TINY, "Q4_0")
+    assert not random_gguf.is_current(path, random_gguf.with_layers(TINY, 3), "Q4_0")
+    monkeypatch.setattr(random_gguf, "FORMAT", random_gguf.FORMAT + 1)
+    assert not random_gguf.is_current(path, TINY, "Q4_0")
