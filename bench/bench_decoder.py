@@ -62,7 +62,7 @@ class Point:
     batch: int
     context: int
     prefill: list[float] = field(default_factory=list)  # tokens/s
-    first_token: list[float] = field(default_factory=list)  # seconds from the call to a token
+    first_token: list[float] = field(default_factory=list)  # seconds from the call to any token
     decode: list[float] = field(default_factory=list)  # tokens/s, all sequences together
 
     def take(self, decoder: Any, prompts: list[list[int]], new: int, keep: bool) -> None:
@@ -134,7 +134,7 @@ def sweep_row(point: Point, step_bytes: int, ceiling: float) -> dict[str, Any]:
 def sweep_line(row: dict[str, Any]) -> str:
     return (
         f"kv {row['kv_dtype']:8} batch {row['batch']} context {row['context']:5}  "
-        f"prefill {row['prefill']['median']:8.1f} tok/s, first token after "
+        f"prefill {row['prefill']['median']:8.1f} tok/s, first token of any sequence after "
         f"{row['first_token']['median']:.3f} s   decode {row['decode']['median']:7.1f} tok/s, "
         f"{row['gb_per_s']:.1f} GB/s ({row['percent_of_read']:.0f}%)"
     )
