@@ -6,9 +6,9 @@
 
 The first goes over activation modes and KV types, the second over context lengths and batches with
 int8 activations, the third measures accuracy. MODEL: GGUF file, directory or PACKAGE:FILE. All
-combinations are loaded first; the rounds go over all of them in turn, and a measurement of the read
-bandwidth comes before every round, so that each meets the same machine. Prompts are random ids, new
-in every round.
+combinations are loaded first; the rounds go over all of them in turn, every other one backwards,
+and a measurement of the read bandwidth comes before every round, so that each meets the same
+machine. Prompts are random ids, new in every round.
 
 Bytes of the percentage: the weights that a step reads, as stored or as packed, whichever is less,
 plus the keys and values of every sequence at its mean context.
@@ -19,9 +19,10 @@ from __future__ import annotations
 import argparse
 import random
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -41,6 +42,7 @@ DECODE_PROMPT = 32
 SWEEP_KV = ("int8", "float16")
 BATCH_CONTEXT = 128  # tokens of each prompt where batches are compared
 _LOADS = 3  # per KV type
+Item = TypeVar("Item")
 _GREEDY = {"temperature": 0, "stop_at_eos": False}
 
 
@@ -60,7 +62,7 @@ class Point:
     batch: int
     context: int
     prefill: list[float] = field(default_factory=list)  # tokens/s
-    first_token: list[float] = field(default_factory=list)  # seconds from the call to a token
+    first_token: list[float] = field(default_factory=list)  # seconds from the call to any token
     decode: list[float] = field(default_factory=list)  # tokens/s, all sequences together
 
     def take(self, decoder: Any, prompts: list[list[int]], new: int, keep: bool) -> None:
@@ -75,6 +77,12 @@ def points(contexts: list[int], batches: list[int]) -> list[Point]:
     """Every context with one sequence, every batch at BATCH_CONTEXT, for each KV type."""
     sizes = [(1, context) for context in contexts] + [(b, BATCH_CONTEXT) for b in batches]
     return [Point(kv, *size) for kv in SWEEP_KV for size in dict.fromkeys(sizes)]
+
+
+def turned(items: Sequence[Item], turn: int) -> Sequence[Item]:
+    """The order of a round: every other one goes backwards, so that a machine that slows down, or
+    gets faster, does so for both ends alike."""
+    return items[::-1] if turn % 2 else items
 
 
 def sweep(path: Path, options: argparse.Namespace) -> dict[str, Any]:
@@ -93,7 +101,7 @@ def sweep(path: Path, options: argparse.Namespace) -> dict[str, Any]:
     measured, bandwidths = points(options.contexts, options.batches), []
     for turn in range(options.rounds + 1):  # the first warms up
         bandwidths.append(record.read_bandwidth(repeats=3))
-        for point in measured:
+        for point in turned(measured, turn):
             decoder = decoders[point.kv_dtype]
             vocab, lengths = decoder.config.vocab, [point.context] * point.batch
             prompts = [[rng.randrange(vocab) for _ in range(length)] for length in lengths]
@@ -126,7 +134,7 @@ def sweep_row(point: Point, step_bytes: int, ceiling: float) -> dict[str, Any]:
 def sweep_line(row: dict[str, Any]) -> str:
     return (
         f"kv {row['kv_dtype']:8} batch {row['batch']} context {row['context']:5}  "
-        f"prefill {row['prefill']['median']:8.1f} tok/s, first token after "
+        f"prefill {row['prefill']['median']:8.1f} tok/s, first token of any sequence after "
         f"{row['first_token']['median']:.3f} s   decode {row['decode']['median']:7.1f} tok/s, "
         f"{row['gb_per_s']:.1f} GB/s ({row['percent_of_read']:.0f}%)"
     )
@@ -140,7 +148,7 @@ def speeds(decoders: dict[tuple[str, str], Any], path: Path, options: argparse.N
     bandwidths = []
     for turn in range(options.rounds + 1):  # the first warms up
         bandwidths.append(record.read_bandwidth(repeats=3))
-        for key, decoder in decoders.items():
+        for key, decoder in turned(list(decoders.items()), turn):
             vocab = decoder.config.vocab
             prompt = [rng.randrange(vocab) for _ in range(options.prefill)]
             long = decoder.generate([prompt], max_new_tokens=1, **_GREEDY).timings

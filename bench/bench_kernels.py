@@ -46,9 +46,14 @@ def test_kernel(benchmark: Any, case: bench.Case, variant: str) -> None:
     import pytest
 
     problem = problem_of(case)
-    call = problem.ours if variant == OURS else problem.baselines.get(variant)
-    if call is None:
-        pytest.skip(problem.left_out.get(variant, f"{variant} is no baseline of this case"))
+    call = problem.ours
+    if variant != OURS:
+        baseline = problem.baselines.get(variant)
+        if baseline is None:
+            pytest.skip(problem.left_out.get(variant, f"{variant} is no baseline of this case"))
+        call = baseline.call
+        with torch.inference_mode():
+            baseline.check(f"{case.name}: {variant}", call(0))
     benchmark.group = case.name
     benchmark.extra_info.update(case.fields(), bytes=problem.nbytes, ops=problem.ops)
     turn = iter(range(sys.maxsize))

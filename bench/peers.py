@@ -49,6 +49,9 @@ NEEDS = {
     "llama_cpp": ("llama_cpp",),
     "vllm": ("vllm",),
 }
+# Bits per weight as each side reads them: 4-bit codes, and per block of 32 a scale, float16 in ours
+# and float32 in that of MatMulNBits, as the activations are.
+BITS = {"qkernels": W4.bits_per_weight, "onnxruntime": 4 + 32 / 32}
 _SAMPLE = 0.03  # seconds
 # Both sides quantize activations to int8, which costs about 1% of a product's size.
 _TOLERANCE = 0.05
@@ -131,15 +134,16 @@ def require_same(name: str, got: torch.Tensor, want: torch.Tensor) -> None:
         raise WrongProduct(f"{name}: off by {error:.3f} of its size, expected below {_TOLERANCE}")
 
 
-def row_of(
-    case: LinearCase, nbytes: float, ops: float, ours: list[float], theirs: list[float]
-) -> dict[str, Any]:
-    row: dict[str, Any] = {**case.fields(), "bytes": round(nbytes), "ops": round(ops)}
+def row_of(case: LinearCase, ops: float, ours: list[float], theirs: list[float]) -> dict[str, Any]:
+    """Times, and rates by the bytes of each side's own weight."""
+    row: dict[str, Any] = {**case.fields(), "ops": round(ops)}
     for name, samples in (("qkernels", ours), ("onnxruntime", theirs)):
         found = record.summary(samples)
         seconds = found["median"] / 1e6
+        nbytes = round(case.n * case.k * BITS[name] / 8)
         rates = {"gb_per_s": nbytes / seconds / 1e9, "gops": ops / seconds / 1e9}
-        row[name] = {**found, **{what: round(rate, 2) for what, rate in rates.items()}}
+        rounded = {what: round(rate, 2) for what, rate in rates.items()}
+        row[name] = {**found, "bytes": nbytes, **rounded}
     row["ratio"] = round(row["onnxruntime"]["median"] / row["qkernels"]["median"], 3)
     return row
 
@@ -158,7 +162,7 @@ def matmul_nbits(
         with tempfile.TemporaryDirectory(prefix="qkernels-peers-") as name:
             folder = Path(name)
             weight = save_inputs(folder, n, k, rows)
-            copies = rotation.copies(round(n * k * W4.bits_per_weight / 8))
+            copies = rotation.copies(round(n * k * BITS["onnxruntime"] / 8))
             command = [python, script, name, "--copies", str(copies)]
             with closing(Worker([*command, "--threads", str(options.threads)])) as worker:
                 for m in rows:
@@ -177,7 +181,7 @@ def matmul_nbits(
                         lambda x=x: worker.ask(x=str(x), seconds=_SAMPLE)["us"],
                         options.rounds,
                     )
-                    row = row_of(case, problem.nbytes, problem.ops, *samples)
+                    row = row_of(case, problem.ops, *samples)
                     print(line(row), flush=True)
                     found.append(row)
     ceiling = read_ceiling(bandwidths)

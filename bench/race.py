@@ -2,10 +2,11 @@
 
     python bench/race.py --model 8b --type Q4_K_M [--peer-python PYTHON] [--threads 2]
 
-Writes the GGUF file (bench/random_gguf.py), then measures as bench/peer_llama_cpp.py does. The 8B
-file takes 4.9 GB of disk, and both engines together twice that in memory; --layers makes it
-shorter. Models with random weights choose between tokens that are nearly as likely, so that greedy
-tokens part early in a race: how many agree is told, and nothing is required of it.
+Writes the GGUF file (bench/random_gguf.py) unless --dir has the same one, then measures as
+bench/peer_llama_cpp.py does. The 8B file takes 4.9 GB of disk, and both engines together twice that
+in memory; --layers makes it shorter. Models with random weights choose between tokens that are
+nearly as likely, so that greedy tokens part early in a race: how many agree is told, and nothing is
+required of it.
 """
 
 from __future__ import annotations
@@ -64,8 +65,9 @@ def main() -> None:
         for kind in options.type:
             path = folder / file_name(model, kind, whole.layers)
             was_there = path.exists()
-            if not was_there:
-                print(f"writing {path}", flush=True)
+            if not (was_there and random_gguf.is_current(path, model, kind)):
+                why = " anew: it is damaged, or of other sizes or code" if was_there else ""
+                print(f"writing {path}{why}", flush=True)
                 random_gguf.write(path, model, kind)
             if options.write_only:
                 continue

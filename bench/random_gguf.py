@@ -8,6 +8,7 @@ the smallest that llama.cpp accepts.
 
 from __future__ import annotations
 
+import hashlib
 import math
 import sys
 from collections.abc import Callable, Iterator
@@ -23,9 +24,12 @@ if str(ROOT) not in sys.path:
 
 from qkernels.bench.shapes import MODELS as SHAPES  # noqa: E402
 from qkernels.bench.shapes import ModelShapes  # noqa: E402
+from qkernels.checkpoints import CheckpointError, GGUFFile  # noqa: E402
 from qkernels.checkpoints.gguf_tokenizer import byte_alphabet  # noqa: E402
 
 TYPES = ("Q4_0", "Q4_K_M")
+FORMAT = 1  # raised with every change of what `write` makes of the same arguments
+IDENTITY = "qkernels.random_blocks"  # key of the metadata
 _TILE_BYTES = 16 << 20  # of a tensor, made and written at a time
 _ROPE_BASE, _TRAINED = 500_000.0, 8192  # tokens of context that the frequencies were trained on
 _RMS_EPS = 1e-5
@@ -175,6 +179,26 @@ def plan(model: RandomModel, kind: str) -> list[TensorPlan]:
     return tensors
 
 
+def identity(model: RandomModel, kind: str, seed: int = 0) -> str:
+    """A digest of all that a file is made from; the file holds it. Raises ValueError as `plan`."""
+    digest = hashlib.sha256(repr((FORMAT, model, kind, seed)).encode())
+    digest.update(repr((_ROPE_BASE, _TRAINED, _RMS_EPS, _CONTEXT)).encode())
+    for tensor in plan(model, kind):
+        digest.update(repr((tensor.name, tensor.type, tensor.shape)).encode())
+        if tensor.values is not None:
+            digest.update(tensor.values.tobytes())
+    return digest.hexdigest()
+
+
+def is_current(path: Path, model: RandomModel, kind: str, seed: int = 0) -> bool:
+    """Whether the file is whole and what `write` would make now."""
+    try:
+        with GGUFFile(path) as file:
+            return file.metadata.get(IDENTITY) == identity(model, kind, seed)
+    except CheckpointError:
+        return False
+
+
 def _add_tokenizer(writer: Any, vocab: int) -> None:
     """A byte-level vocabulary of 256 bytes, one merge, two control tokens and unused ones."""
     known = [*byte_alphabet(), "he", "<|begin_of_text|>", "<|end_of_text|>"]
@@ -191,11 +215,12 @@ def _add_tokenizer(writer: Any, vocab: int) -> None:
     writer.add_eos_token_id(known.index("<|end_of_text|>"))
 
 
-def _add_metadata(writer: Any, model: RandomModel, kind: str) -> None:
+def _add_metadata(writer: Any, model: RandomModel, kind: str, seed: int) -> None:
     import gguf
 
     s = model.shapes
     writer.add_name(f"{s.name}, random blocks")
+    writer.add_string(IDENTITY, identity(model, kind, seed))
     writer.add_block_count(model.layers)
     writer.add_context_length(_CONTEXT)
     writer.add_embedding_length(s.hidden)
@@ -225,7 +250,7 @@ def write(path: Path, model: RandomModel, kind: str, seed: int = 0) -> Path:
     unfinished = path.with_name(path.name + ".part")
     writer = gguf.GGUFWriter(str(unfinished), "llama")
     try:
-        _add_metadata(writer, model, kind)
+        _add_metadata(writer, model, kind, seed)
         for tensor in tensors:
             # For quantized tensors the writer takes the shape in bytes and derives that of weights.
             code, shape = gguf.GGMLQuantizationType[tensor.type], list(tensor.shape)

@@ -122,7 +122,8 @@ def sweep(results: list[Result]) -> str:
         loaded = f"{result['model']} loads in {load['median']:.2f} s ({load['min']:.2f} to "
         loaded += f"{load['max']:.2f}). "
         notes.append(loaded + read_note(result) + machine(result))
-    head = ["model", "KV", "batch", "context", "first token, ms", "prefill, tok/s"]
+    head = ["model", "KV", "batch", "context"]
+    head += ["first token of any sequence, ms", "prefill, tok/s"]
     head += ["decode, tok/s", "decode, GB/s (of read)"]
     return table(head, rows) + "\n\n" + "\n".join(notes)
 

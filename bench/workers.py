@@ -13,13 +13,14 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 Message = dict[str, Any]
 
 
 class WorkerError(RuntimeError):
-    """A worker ended, with the end of what it wrote to stderr."""
+    """A worker ended or gave no answer, with the end of what it wrote to stderr."""
 
 
 def serve(start: Callable[[], tuple[Message, Callable[[Message], Message]]]) -> None:
@@ -35,7 +36,8 @@ def serve(start: Callable[[], tuple[Message, Callable[[Message], Message]]]) -> 
 
 
 class Worker:
-    """A process that calls `serve`. hello: its first line. Raises WorkerError when it ends."""
+    """A process that calls `serve`. hello: its first line. Raises WorkerError when it ends; one
+    that does not start leaves no process."""
 
     def __init__(self, command: Sequence[str]) -> None:
         # A file, not a pipe: llama.cpp logs more than a pipe that nobody reads would hold.
@@ -47,16 +49,27 @@ class Worker:
             stderr=self._errors,
             text=True,
         )
-        self.hello: Message = self._read()
+        try:
+            self.hello: Message = self._read()
+        except BaseException:  # nobody has the worker yet to close it
+            self._process.kill()
+            self.close()
+            raise
 
     def _read(self) -> Message:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
             self._process.wait()
-            self._errors.seek(0)
-            raise WorkerError(f"a worker ended:\n{self._errors.read()[-2000:]}")
-        return json.loads(line)
+            raise WorkerError(f"a worker ended:\n{self._said()}")
+        try:
+            return json.loads(line)
+        except ValueError:
+            raise WorkerError(f"a worker answered {line!r}, no JSON:\n{self._said()}") from None
+
+    def _said(self) -> str:
+        self._errors.seek(0)
+        return self._errors.read()[-2000:]
 
     def ask(self, **request: Any) -> Message:
         assert self._process.stdin is not None
@@ -68,7 +81,9 @@ class Worker:
         return self._read()
 
     def close(self) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.close()
+        assert self._process.stdin is not None and self._process.stdout is not None
+        with suppress(BrokenPipeError):  # a request that an ended worker has not read
+            self._process.stdin.close()
         self._process.wait()
+        self._process.stdout.close()
         self._errors.close()

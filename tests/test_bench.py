@@ -34,7 +34,7 @@ from qkernels.bench.cases import (
 )
 from qkernels.bench.inputs import Rotation, TooLarge, random_weight
 from qkernels.bench.shapes import MODELS
-from qkernels.bench.suite import build
+from qkernels.bench.suite import build, variants
 from qkernels.bench.timing import Timer, interleave
 from qkernels.cache import KV_DTYPES
 from qkernels.quant.spec import BITS, QuantSpec
@@ -201,7 +201,9 @@ def test_a_wrong_kernel_is_an_error_and_not_timed(
 
         monkeypatch.setattr(module, "select", wrong)
     timed: list[Any] = []
-    monkeypatch.setattr("qkernels.bench.suite.interleave", lambda *args: timed.append(args))
+    monkeypatch.setattr(
+        "qkernels.bench.suite.interleave", lambda *args, **checks: timed.append(args)
+    )
     with pytest.raises(bench.CheckError, match=r"differ from the reference; worst at \[0"):
         bench.measure(case, bench.QUICK_EFFORT, SMALL)
     assert timed == []
@@ -242,6 +244,100 @@ def test_one_token_that_is_missing_is_an_error(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(attention, "select", without_the_last)
     with pytest.raises(bench.CheckError, match="differ from the reference"):
         build(case, Rotation(1, 1 << 24)).check()
+
+
+LINEARS = [
+    LinearCase(MODEL, 3, bench.QUICK, "tiny", 96, 160, QuantSpec(bits, 32), act)
+    for bits, act in ((4, "int8"), (8, "int8"), (8, "float"))
+]
+ATTENTIONS = [
+    attention_case(kv_dtype, m) for kv_dtype in ("float16", "float32", "int8") for m in (1, 7, 100)
+]
+NORMS = [norm_case(center, False) for center in (False, True)]
+
+
+@pytest.mark.parametrize("case", [*LINEARS, *ATTENTIONS, *NORMS], ids=lambda case: case.name)
+def test_right_baselines_pass(case: bench.Case) -> None:
+    problem = build(case, SMALL)
+    assert not problem.left_out
+    for name, baseline in problem.baselines.items():
+        baseline.check(name, baseline.call(0))
+
+
+def refused(case: bench.Case, baseline: str) -> None:
+    """Timing must stop with an error that names the case and the baseline."""
+    timed: list[Any] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Timer, "sample", lambda self: timed.append(self))
+        with pytest.raises(bench.CheckError, match="differ from the reference") as error:
+            bench.measure(case, bench.QUICK_EFFORT, SMALL)
+    assert str(error.value).startswith(f"{case.name}: {baseline}")
+    assert timed == []
+
+
+@pytest.mark.parametrize("m", [7, 100])
+def test_a_baseline_without_its_causal_mask_is_an_error(
+    m: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = attention.F.scaled_dot_product_attention
+
+    def unmasked(*args: Any, attn_mask: Any, is_causal: bool, **kwargs: Any) -> Tensor:
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(attention.F, "scaled_dot_product_attention", unmasked)
+    refused(attention_case("int8", m), "torch_sdpa")
+
+
+@pytest.mark.parametrize("m", [1, 7, 100])
+def test_a_baseline_with_mixed_up_heads_is_an_error(
+    m: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = attention.F.scaled_dot_product_attention
+
+    def mixed(q: Tensor, k: Tensor, v: Tensor, **kwargs: Any) -> Tensor:
+        return real(q, k, v.roll(1, dims=1), **kwargs)
+
+    monkeypatch.setattr(attention.F, "scaled_dot_product_attention", mixed)
+    refused(attention_case("int8", m), "torch_sdpa")
+
+
+@pytest.mark.parametrize(
+    "case, baseline, argument, change",
+    [
+        (LINEARS[0], linear.BFLOAT16, 1, lambda w: w.roll(1, 0)),
+        (LINEARS[0], linear.FLOAT32, 0, lambda x: x.bfloat16().float()),
+        (LINEARS[0], linear.INT4, 3, lambda scales: scales.flip(2)),
+        (LINEARS[0], linear.INT4, 3, lambda scales: scales.roll(1, 1)),
+        (LINEARS[2], linear.INT8, 2, lambda scale: scale.roll(1)),
+        (LINEARS[1], linear.INT_MM, 0, lambda codes: codes.clamp(-3, 3)),
+        (NORMS[0], "torch_rms_norm", 3, lambda eps: 0.1),
+        (NORMS[1], "torch_layer_norm", 3, lambda bias: bias * 1.01),
+    ],
+)
+def test_a_baseline_that_computes_something_else_is_an_error(
+    case: bench.Case,
+    baseline: str,
+    argument: int,
+    change: Callable[[Any], Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for module in (linear, norm):
+        monkeypatch.setattr(module, "turns", changed_turns(case, baseline, argument, change))
+    refused(case, baseline)
+
+
+def changed_turns(
+    case: bench.Case, baseline: str, argument: int, change: Callable[[Any], Any]
+) -> Callable[[Any, Any], Callable[[int], Any]]:
+    """`turns` that changes an argument of the calls of one baseline, known by their order."""
+    names = iter(["ours", *variants(case)[1:]])
+
+    def turns(items: Any, call: Any) -> Callable[[int], Any]:
+        if next(names) == baseline:
+            items = [(*a[:argument], change(a[argument]), *a[argument + 1 :]) for a in items]
+        return inputs.turns(items, call)
+
+    return turns
 
 
 def test_nan_is_wrong() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -48,6 +49,25 @@ def test_a_row_counts_steps_not_tokens() -> None:
     assert (row["batch"], row["context"], row["first_token"]["median"]) == (4, 128, 0.2)
     assert row["gb_per_s"] == pytest.approx(20.0)  # 80 tokens/s in 20 steps
     assert row["percent_of_read"] == pytest.approx(50.0)
+
+
+def test_every_other_round_goes_backwards(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench_decoder.record, "read_bandwidth", lambda repeats: 30.0)
+    log: list[tuple[str, int]] = []
+    real = bench_decoder.Point.take
+
+    def take(point: bench_decoder.Point, *given: Any, **kept: Any) -> None:
+        log.append((point.kv_dtype, point.context))
+        real(point, *given, **kept)
+
+    monkeypatch.setattr(bench_decoder.Point, "take", take)
+    options = argparse.Namespace(contexts=[8, 40], batches=[1], decode=4, rounds=5)
+    bench_decoder.sweep(tiny, options)
+    size = 6  # three contexts, two KV types
+    rounds = [log[i : i + size] for i in range(0, len(log), size)]
+    assert len(rounds) == 6 and len(set(rounds[0])) == size
+    for turn, order in enumerate(rounds):
+        assert order == (rounds[0][::-1] if turn % 2 else rounds[0])
 
 
 def test_a_sweep(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:

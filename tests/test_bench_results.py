@@ -32,7 +32,7 @@ def one_thread(with_threads: Callable[[int], None]) -> None:
 
 def test_the_figures_of_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
     times = {OURS: [4.0] * 5, "torch_bfloat16": [8.0] * 5, "torch_float32": [2.0] * 5}
-    monkeypatch.setattr(suite, "interleave", lambda variants, effort: dict(times))
+    monkeypatch.setattr(suite, "interleave", lambda variants, effort, checks: dict(times))
     row = bench.measure(TINY[0], bench.QUICK_EFFORT, SMALL)
     assert row["gb_per_s"] == 1.8  # 7200 bytes in 4 us
     assert row["gops"] == 17.28  # 69120 operations

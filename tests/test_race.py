@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ sys.path.insert(0, str(ROOT / "bench"))
 import peer_llama_cpp as peer  # noqa: E402  its folder is no package
 import race  # noqa: E402
 import random_gguf  # noqa: E402
+import workers  # noqa: E402
 from footprint import Footprint, footprint, read_ceiling  # noqa: E402
 from workers import Worker, WorkerError  # noqa: E402
 
@@ -275,6 +277,39 @@ def test_a_worker_that_ends_between_requests_is_told() -> None:
     worker.close()
 
 
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The processes that workers start."""
+    processes: list[Any] = []
+    real = workers.subprocess.Popen
+
+    def start(*args: Any, **kwargs: Any) -> Any:
+        processes.append(real(*args, **kwargs))
+        return processes[-1]
+
+    monkeypatch.setattr(workers.subprocess, "Popen", start)
+    return processes
+
+
+def test_a_worker_whose_hello_is_none_leaves_no_process(started: list[Any]) -> None:
+    code = "import sys, time; print('lost', file=sys.stderr); print('hi', flush=True)"
+    with pytest.raises(WorkerError, match=r"answered 'hi\\n', no JSON:\nlost"):
+        Worker([sys.executable, "-c", f"{code}; time.sleep(60)"])
+    assert [process.poll() for process in started] == [-signal.SIGKILL]
+
+
+def test_an_interrupted_start_leaves_no_process(
+    started: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(self: Worker) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Worker, "_read", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        Worker([sys.executable, "-c", "import time; time.sleep(60)"])
+    assert [process.poll() for process in started] == [-signal.SIGKILL]
+
+
 @pytest.mark.usefixtures("fake_peer")
 def test_the_command_writes_a_file_races_and_removes_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -295,3 +330,38 @@ def test_the_command_writes_a_file_races_and_removes_it(
     monkeypatch.setattr(sys, "argv", [*run, "--keep", "--write-only"])
     race.main()
     assert [p.name for p in tmp_path.iterdir()] == ["random-llama-tiny-q4_k_m.gguf"]
+
+
+def test_only_the_file_that_would_be_written_now_is_used_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = ["race.py", "--model", "tiny", "--type", "Q4_0", "--dir", str(tmp_path), "--write-only"]
+    monkeypatch.setattr(sys, "argv", run)
+    race.main()
+    path = tmp_path / "random-llama-tiny-q4_0.gguf"
+    right, written = path.read_bytes(), f"writing {path}"
+    assert capsys.readouterr().out == f"{written}\n"
+    race.main()
+    assert capsys.readouterr().out == ""
+
+    random_gguf.write(path, TINY, "Q4_K_M")
+    other_type = path.read_bytes()
+    random_gguf.write(path, TINY, "Q4_0", seed=1)
+    other_seed = path.read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr(random_gguf, "_ROPE_BASE", 10_000.0)
+        random_gguf.write(path, TINY, "Q4_0")
+    stale = [other_type, other_seed, path.read_bytes(), right[:-4096], b"no GGUF"]
+    for content in stale:
+        path.write_bytes(content)
+        race.main()
+        assert capsys.readouterr().out.startswith(f"{written} anew: it is damaged")
+        assert path.read_bytes() == right
+
+
+def test_a_file_of_an_older_format_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = random_gguf.write(tmp_path / "m.gguf", TINY, "Q4_0")
+    assert random_gguf.is_current(path, TINY, "Q4_0")
+    assert not random_gguf.is_current(path, random_gguf.with_layers(TINY, 3), "Q4_0")
+    monkeypatch.setattr(random_gguf, "FORMAT", random_gguf.FORMAT + 1)
+    assert not random_gguf.is_current(path, TINY, "Q4_0")

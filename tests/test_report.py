@@ -231,6 +231,7 @@ def sweep_result() -> dict[str, object]:
 
 def test_a_sweep_has_every_wait_of_a_user() -> None:
     text = report.sweep([sweep_result()])
+    assert "| context | first token of any sequence, ms | prefill, tok/s |" in text
     assert "| m.gguf | int8 | 2 | 128 | 250 | 500.0 (499.0 to 501.0) |" in text
     assert "| 200.0 (199.0 to 201.0) | 20.0 (50%) |" in text
     assert "m.gguf loads in 0.50 s (0.40 to 0.60)." in text

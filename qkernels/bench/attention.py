@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterator
 from functools import partial
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,8 +13,8 @@ from ..backends import select
 from ..cache import KV_DTYPES, LayerCache, token_bytes
 from ..reference.attention import attend, read_pages
 from .cases import AttentionCase
-from .check import U32, require_close, some
-from .inputs import Problem, Rotation, random_bytes, random_floats, turns
+from .check import U32, require_close, some, unit
+from .inputs import Baseline, Problem, Rotation, random_bytes, random_floats, turns
 from .shapes import MODELS
 
 SDPA, SDPA_FLOAT32 = "torch_sdpa", "torch_sdpa_float32"
@@ -72,26 +71,33 @@ def _pool(kv_dtype: str, pages: int, heads: int, dim: int) -> LayerCache:
 
 
 def _check(case: AttentionCase, out: Tensor, q: Tensor, table: Tensor, pool: LayerCache) -> None:
-    """Some tokens against the reference, all heads.
+    """Some tokens against the reference, all heads. Integer pages sum codes and zero points apart,
+    each twice as large as the values."""
+    dim = q.shape[2]
+    k = read_pages(pool.k_pages, pool.k_scale, table, case.context, dim)
+    v = read_pages(pool.v_pages, pool.v_scale, table, case.context, dim)
+    wide = 1.0 if pool.k_scale is None else 2.0
+    for token, want, bound in _expected(q, k, v, wide):
+        require_close(f"{case.name}, token {token}", out[token], want, bound)
+
+
+def _expected(q: Tensor, k: Tensor, v: Tensor, wide: float) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """Some tokens of q, which are the last ones of k and v: (token, the reference's result
+    [Hq, D], how far float32 may be from it).
 
     A score is a sum of D products, whose partial sums stay far below the sum of their magnitudes:
     four u of that are allowed. An error d of the scores moves an output by up to 2 d max|v|. An
     output sums `context` terms, whose rounding errors grow like a random walk, with sqrt(context).
-    Integer pages sum codes and zero points apart, each twice as large as the values.
+    wide: what is summed, relative to the values.
     """
-    dim, length = q.shape[2], case.context
-    k = read_pages(pool.k_pages, pool.k_scale, table, length, dim)
-    v = read_pages(pool.v_pages, pool.v_scale, table, length, dim)
-    wide = 1.0 if pool.k_scale is None else 2.0
-    for token in some(case.m, _CHECKED_TOKENS):
-        seen = length - case.m + token + 1
+    dim = q.shape[2]
+    for token in some(q.shape[0], _CHECKED_TOKENS):
+        seen = k.shape[0] - q.shape[0] + token + 1
         one = q[token : token + 1]
         want = attend(one, k[:seen], v[:seen], dim**-0.5, True, 0, 0.0)
         terms = dim**-0.5 * one.abs().sum(-1).max() * wide * k.abs().max()
         score = 4 * U32 * terms
-        bound = (2 * score + 4 * U32 * (4 + seen**0.5)) * wide * v.abs().max()
-        what = f"{case.name}, token {token}"
-        require_close(what, out[token : token + 1], want, bound.expand_as(want))
+        yield token, want[0], (2 * score + 4 * U32 * (4 + seen**0.5)) * wide * v.abs().max()
 
 
 def baseline_names(case: AttentionCase) -> list[str]:
@@ -106,9 +112,7 @@ def _sdpa_dtype(case: AttentionCase, name: str) -> torch.dtype:
     return torch.bfloat16 if kind.scaled else kind.torch_dtype
 
 
-def _sdpa(
-    case: AttentionCase, q: Tensor, rotation: Rotation, dtype: torch.dtype
-) -> Callable[[int], Any]:
+def _sdpa(case: AttentionCase, q: Tensor, rotation: Rotation, dtype: torch.dtype) -> Baseline:
     """Dense keys and values of one sequence."""
     model = MODELS[case.model]
     shape = (2, 1, model.kv_heads, case.context, model.head_dim)
@@ -127,4 +131,12 @@ def _sdpa(
             query, k, v, attn_mask=mask, is_causal=causal, enable_gqa=grouped
         )
 
-    return turns([tuple(kv.unbind()) for kv in copies], attention)
+    def check(what: str, out: Tensor) -> None:
+        """out [1, Hq, m, D]. Scores, probabilities and results are rounded to the type, each an
+        error of about `unit` of a result's size; the norm over D is sqrt(D) times that."""
+        one, (k, v) = query[0].transpose(0, 1).float(), copies[0][:, 0].transpose(1, 2).float()
+        for token, want, bound in _expected(one, k, v, 1.0):
+            rounding = unit(dtype) * want.norm(dim=-1, keepdim=True)
+            require_close(f"{what}, token {token}", out[0, :, token], want, bound + rounding)
+
+    return Baseline(turns([tuple(kv.unbind()) for kv in copies], attention), check)

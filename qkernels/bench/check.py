@@ -11,6 +11,11 @@ from ..quant.weight import PlainWeight, dequantize_groups
 U32 = 2.0**-24  # half a unit in the last place of float32
 
 
+def unit(dtype: torch.dtype) -> float:
+    """Half a unit in the last place: the largest relative error of rounding to a float type."""
+    return torch.finfo(dtype).eps / 2
+
+
 class CheckError(RuntimeError):
     """A kernel's result is not what the reference gives."""
 
@@ -19,10 +24,10 @@ def require_close(what: str, got: Tensor, want: Tensor, bound: Tensor) -> None:
     """Raises CheckError unless |got - want| <= bound everywhere; NaN fails."""
     if got.shape != want.shape:
         raise CheckError(f"{what}: shape {list(got.shape)}, expected {list(want.shape)}")
-    error = (got.double() - want.double()).abs()
-    wrong = ~(error <= bound.double())
+    error, bound = (got.double() - want.double()).abs(), bound.double().expand_as(want)
+    wrong = ~(error <= bound)
     if wrong.any():
-        worst = (error / bound.double()).nan_to_num(torch.inf).flatten().argmax()
+        worst = (error / bound).nan_to_num(torch.inf).flatten().argmax()
         at = [int(i) for i in torch.unravel_index(worst, error.shape)]
         raise CheckError(
             f"{what}: {int(wrong.sum())} of {wrong.numel()} values differ from the reference; "

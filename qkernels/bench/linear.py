@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,13 +16,15 @@ from ..quant.weight import PackedWeight
 from ..reference import linear as reference_linear
 from ..reference import quantize_act
 from .cases import LinearCase
-from .check import U32, magnitude, require_close, some
+from .check import U32, magnitude, require_close, some, unit
 from .inputs import (
+    Baseline,
     Problem,
     Rotation,
     activations,
     float_copies,
     random_bytes,
+    random_floats,
     random_weight,
     turns,
     weight_copies,
@@ -81,28 +82,65 @@ def _check(case: LinearCase, y: Tensor, x: Tensor, weight: PackedWeight, act_gro
     sqrt(K) u of the sum of the magnitudes, of which four times is allowed, and 8 u for the scales.
     A worst-case bound of K u would let a whole group be missing where K is large.
     """
-    whole = case.m * case.n * case.k <= 1 << 24
-    rows = some(case.m, case.m if whole else _CHECKED_ROWS)
-    blocks = -(-case.n // UNIT_ROWS)
+    rows, blocks = _checked(case)
     part = x[rows]
     size = part.abs()
     if case.act == "int8":
         codes, scale, _ = quantize_act(part, act_group)
         size = codes.float().abs() * scale.repeat_interleave(act_group, dim=1)
-    for block in some(blocks, blocks if whole else _CHECKED_BLOCKS):
-        start, stop = block * UNIT_ROWS, min(case.n, (block + 1) * UNIT_ROWS)
+    for start, stop in blocks:
         cut = weight.slice_rows(start, stop)
         want = reference_linear(part, *cut.op_args(), None, case.act, act_group)
         bound = 2 * (4 * case.k**0.5 + 8) * U32 * (size[:, : case.k] @ magnitude(cut.unpack()).T)
         require_close(f"{case.name}, rows {start} to {stop}", y[rows, start:stop], want, bound)
 
 
-def _float(
-    dtype: torch.dtype, case: LinearCase, x: Tensor, rotation: Rotation
-) -> Callable[[int], Any]:
+def _checked(case: LinearCase) -> tuple[list[int], list[tuple[int, int]]]:
+    """Rows of x, and from where to where rows of the weight are checked."""
+    whole = case.m * case.n * case.k <= 1 << 24
+    count = -(-case.n // UNIT_ROWS)
+    blocks = some(count, count if whole else _CHECKED_BLOCKS)
+    rows = some(case.m, case.m if whole else _CHECKED_ROWS)
+    return rows, [(b * UNIT_ROWS, min(case.n, (b + 1) * UNIT_ROWS)) for b in blocks]
+
+
+def _product_check(
+    case: LinearCase, x: Tensor, weight: Callable[[int, int], Tensor]
+) -> Callable[[str, Tensor], None]:
+    """A check of y [m, n] = x [m, k] times a weight, of which weight(start, stop) are rows.
+
+    torch sums in float32, as we do, or in int32, where nothing is rounded. Beside that it may round
+    weights, activations, partial sums and the result to the float type of y: each is an error of
+    `unit` of the norm of the products, or of the result.
+    """
+
+    def check(what: str, y: Tensor) -> None:
+        rows, blocks = _checked(case)
+        part = x[rows].double()
+        for start, stop in blocks:
+            w = weight(start, stop).double()
+            want = part @ w.T
+            if y.dtype.is_floating_point:
+                norm = (part.square() @ w.square().T).sqrt()
+                bound = 8 * case.k**0.5 * U32 * (part.abs() @ w.abs().T)
+                bound += unit(y.dtype) * (2 * want.abs() + 4 * norm)
+            else:
+                bound = torch.full_like(want, 0.5)
+            require_close(f"{what}, rows {start} to {stop}", y[rows, start:stop], want, bound)
+
+    return check
+
+
+def _float(dtype: torch.dtype, case: LinearCase, x: Tensor, rotation: Rotation) -> Baseline:
     x = x.to(dtype)
     copies = float_copies((case.n, case.k), dtype, rotation)
-    return turns([(x, w) for w in copies], F.linear)
+    check = _product_check(case, x, lambda start, stop: copies[0][start:stop])
+    return Baseline(turns([(x, w) for w in copies], F.linear), check)
+
+
+def _bfloat16_scales(count: int) -> Tensor:
+    """From 0.005 to 0.015, all kinds: one that is mixed up shows in a check."""
+    return (0.01 + 0.005 * random_floats((count,), torch.float32).clamp(-1, 1)).bfloat16()
 
 
 def _byte_copies(rows: int, columns: int, rotation: Rotation) -> tuple[Tensor, ...]:
@@ -119,36 +157,64 @@ def _int4_misfit(case: LinearCase) -> str | None:
     return None
 
 
-def _int4(case: LinearCase, x: Tensor, rotation: Rotation) -> Callable[[int], Any]:
-    """Activations are bfloat16; two codes lie in a byte, so that any bytes are a weight. Scales and
-    zeros: [K / group, N, 2]."""
+def _int4(case: LinearCase, x: Tensor, rotation: Rotation) -> Baseline:
+    """Activations are bfloat16; two codes lie in a byte, so that any bytes are a weight. Only the
+    first copy is packed from codes, which its check needs. Scales and offsets: [K / group, N, 2];
+    w = scale (q - 8) + offset."""
     group = case.spec.group_size
-    scales = torch.full((case.k // group, case.n, 2), 0.01, dtype=torch.bfloat16)
+    scales = _bfloat16_scales(case.k // group * case.n * 2).view(-1, case.n, 2)
     copies = _byte_copies(case.n, case.k // 2, rotation)
+    pack = torch.ops.aten._convert_weight_to_int4pack_for_cpu
+    checked: dict[tuple[int, int], Tensor] = {}
+    for start, stop in _row_blocks(case.n):  # the codes of all rows at once would be 4 bytes each
+        codes = random_bytes((stop - start) * case.k, seed=start).view(-1, case.k) & 15
+        copies[0][start:stop] = pack(codes.int(), 1)
+        for block in _checked(case)[1]:
+            if start <= block[0] < stop:
+                checked[block] = codes[block[0] - start : block[1] - start].clone()
+
+    def weight(start: int, stop: int) -> Tensor:
+        scale, offset = scales[:, start:stop].float().repeat_interleave(group, 0).unbind(2)
+        return (checked[start, stop].float() - 8) * scale.T + offset.T
+
     x = x.bfloat16()
-    return turns(
-        [(x, w, group, scales.clone()) for w in copies], torch.ops.aten._weight_int4pack_mm_for_cpu
+    return Baseline(
+        turns(
+            [(x, w, group, scales.clone()) for w in copies],
+            torch.ops.aten._weight_int4pack_mm_for_cpu,
+        ),
+        _product_check(case, x, weight),
     )
 
 
-def _int8(case: LinearCase, x: Tensor, rotation: Rotation) -> Callable[[int], Any]:
+def _row_blocks(n: int) -> list[tuple[int, int]]:
+    """Multiples of the 64 rows that torch packs together."""
+    step = 64 * UNIT_ROWS
+    return [(start, min(n, start + step)) for start in range(0, n, step)]
+
+
+def _int8(case: LinearCase, x: Tensor, rotation: Rotation) -> Baseline:
     """A bfloat16 scale per row; activations are bfloat16."""
-    scales = torch.full((case.n,), 0.01, dtype=torch.bfloat16)
+    scales = _bfloat16_scales(case.n)
     x = x.bfloat16()
-    copies = _byte_copies(case.n, case.k, rotation)
-    return turns(
-        [(x, w.view(torch.int8), scales) for w in copies], torch.ops.aten._weight_int8pack_mm
+    copies = [w.view(torch.int8) for w in _byte_copies(case.n, case.k, rotation)]
+    return Baseline(
+        turns([(x, w, scales) for w in copies], torch.ops.aten._weight_int8pack_mm),
+        _product_check(case, x, lambda a, b: copies[0][a:b].float() * scales[a:b, None].float()),
     )
 
 
-def _int_mm(case: LinearCase, x: Tensor, rotation: Rotation) -> Callable[[int], Any]:
+def _int_mm(case: LinearCase, x: Tensor, rotation: Rotation) -> Baseline:
     """int8 times int8 to int32 alone: neither quantizing activations nor scaling is in it."""
     codes = x.clamp(-127, 127).to(torch.int8)
-    copies = _byte_copies(case.n, case.k, rotation)
-    return turns([(codes, w.view(torch.int8).t()) for w in copies], torch._int_mm)
+    copies = [w.view(torch.int8) for w in _byte_copies(case.n, case.k, rotation)]
+    return Baseline(
+        turns([(codes, w.t()) for w in copies], torch._int_mm),
+        _product_check(case, codes, lambda start, stop: copies[0][start:stop]),
+    )
 
 
-_BASELINES: dict[str, Callable[[LinearCase, Tensor, Rotation], Callable[[int], Any]]] = {
+_BASELINES: dict[str, Callable[[LinearCase, Tensor, Rotation], Baseline]] = {
     BFLOAT16: partial(_float, torch.bfloat16),
     FLOAT32: partial(_float, torch.float32),
     INT4: _int4,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -45,17 +46,22 @@ def default_rotation() -> Rotation:
 def measure(case: Case, effort: Effort, rotation: Rotation) -> Row:
     """One row without its share of the ceilings, which are known when all is done.
 
-    Raises CheckError where the kernel is wrong; nothing is timed then.
+    Raises CheckError where the kernel or a baseline is wrong; there are no samples then.
     """
     problem = build(case, rotation)
     problem.check()
-    samples = interleave({OURS: problem.ours, **problem.baselines}, effort)
+    theirs = problem.baselines
+    samples = interleave(
+        {OURS: problem.ours, **{name: baseline.call for name, baseline in theirs.items()}},
+        effort,
+        checks={name: partial(b.check, f"{case.name}: {name}") for name, b in theirs.items()},
+    )
     ours = summary(samples.pop(OURS))
     seconds = ours["median"] / 1e6
     baselines = {}
     for name, values in samples.items():
-        theirs = summary(values)
-        baselines[name] = {"us": theirs, "ratio": round(theirs["median"] / ours["median"], 3)}
+        taken = summary(values)
+        baselines[name] = {"us": taken, "ratio": round(taken["median"] / ours["median"], 3)}
     return {
         **case.fields(),
         "us": ours,
@@ -126,8 +132,8 @@ def run(
     """Measures the cases with torch's current threads.
 
     Returns a result as `result` describes it, and what stopped it early: a CheckError where a
-    kernel differs from the reference, KeyboardInterrupt, or None. What was measured until then is
-    in the result; where that is nothing the exception is raised.
+    kernel or a baseline differs from the reference, KeyboardInterrupt, or None. What was measured
+    until then is in the result; where that is nothing the exception is raised.
     """
     effort = effort or Effort()
     ceilings, rows, stopped = Ceilings(), [], None

@@ -10,6 +10,7 @@ from typing import Any
 
 Call = Callable[[int], Any]
 Clock = Callable[[], float]
+Check = Callable[[Any], None]
 _SLOW_SECONDS, _SLOW_TIMES = 1.0, 4.0
 
 
@@ -33,7 +34,8 @@ class Timer:
     """One variant: calls per sample, found while warming up, and where its rotation stands.
 
     limit: seconds of a first call after which there is no other one; `only` has its microseconds
-    then, and is None otherwise. per_call: seconds that a call took while warming up.
+    then, and is None otherwise. check: takes the result of the first call. per_call: seconds that a
+    call took while warming up.
     """
 
     def __init__(
@@ -42,10 +44,16 @@ class Timer:
         seconds: float,
         clock: Clock = time.perf_counter,
         limit: float = math.inf,
+        check: Check | None = None,
     ) -> None:
-        self._call, self._clock, self._next = call, clock, 0
+        self._call, self._clock, self._next = call, clock, 1
         self.calls = 1
-        self.per_call = self._run(1)  # allocates, and starts the threads
+        start = clock()
+        first = call(0)  # allocates, and starts the threads
+        self.per_call = clock() - start
+        if check is not None:
+            check(first)
+        del first
         self.only = 1e6 * self.per_call if self.per_call > limit else None
         if self.only is not None:
             return
@@ -71,19 +79,24 @@ class Timer:
 
 
 def interleave(
-    variants: Mapping[str, Call], effort: Effort, clock: Clock = time.perf_counter
+    variants: Mapping[str, Call],
+    effort: Effort,
+    clock: Clock = time.perf_counter,
+    checks: Mapping[str, Check] | None = None,
 ) -> dict[str, list[float]]:
     """Microseconds per call of each variant, a sample per round; every other round goes backwards,
     so that none is always the first after another.
 
     The first variant is ours. Another whose first call takes more than a second and more than
     four times as long as ours is not called again: that call is its only sample. (torch's int8
-    product without AVX-512 takes minutes for a large matrix.)
+    product without AVX-512 takes minutes for a large matrix.) For the same reason `checks`, by
+    variant, get the result of that first call and not of one more; what they raise ends it all
+    before the first sample.
     """
     timers: dict[str, Timer] = {}
     limit = math.inf
     for name, call in variants.items():
-        timers[name] = Timer(call, effort.seconds, clock, limit)
+        timers[name] = Timer(call, effort.seconds, clock, limit, (checks or {}).get(name))
         if len(timers) == 1:
             limit = max(_SLOW_SECONDS, _SLOW_TIMES * timers[name].per_call)
     samples = {name: [] if t.only is None else [t.only] for name, t in timers.items()}
