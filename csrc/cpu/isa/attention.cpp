@@ -10,9 +10,9 @@
 //     softmax  P = exp(S - max), rescaling what came before
 //     weigh    O [rows, D] += P V
 //
-// attention_tile.h has these for few rows (decoding), where keys are used as they lie, and for many,
-// where the tile is first brought into an order that suits. A query's bits may differ between the
-// two in the last place.
+// attention_tile.h has these for few rows (decoding), where keys are used as they lie, and for
+// many, where the tile is first brought into an order that suits. A query's bits may differ between
+// the two in the last place.
 //
 // Integer pages are never dequantized: with k = ks (kq - kz), q.k = ks (q.kq - kz sum(q)); vs is
 // folded into P, and vz into one number per row. On AVX-512 both products are integers
@@ -148,7 +148,8 @@ void attend_any_tile(Work& w, int rows, int64_t dim, const Tile& t, float softca
   if constexpr (Row::integer) attend_fixed_tile<Row>(w, rows, dim, t, softcap);
   else
 #endif
-  if (rows <= kFewRows) attend_tile<Row>(w, rows, dim, t, softcap);
+      if (rows <= kFewRows)
+    attend_tile<Row>(w, rows, dim, t, softcap);
   else attend_many<Row>(w, rows, dim, t, softcap);
 }
 

@@ -232,10 +232,9 @@ QK_HOT void fixed_scores(const float* q, const float* q_step, int64_t dim, const
     }
   }
   QK_UNROLL(3)
-  for (int r = 0; r < R; r++)
-    QK_UNROLL(4)
-    for (int g = 0; g < G; g++)
-      store(s + r * kTile + W * g, to_float((high[r][g] << 8) + low[r][g]) * splat(q_step[r]));
+  for (int r = 0; r < R; r++) QK_UNROLL(4)
+  for (int g = 0; g < G; g++)
+    store(s + r * kTile + W * g, to_float((high[r][g] << 8) + low[r][g]) * splat(q_step[r]));
 }
 
 // o [R, D] = o * keep - shift + step * (weights [R, kGroups, 2, 64] . values)

@@ -52,7 +52,7 @@ struct Work {
   float* s;     // [kRows, kTile]: scores, then weights
   float* tile;  // [kTile, D]: K or V as float32, or both in the order of attention_fixed.h
   float max[kRows], sum[kRows], q_sum[kRows];
-  float q_step[kRows];  // attention_fixed.h
+  float q_step[kRows];               // attention_fixed.h
   float keep[kRows], shift[kRows];   // O = O * keep - shift before a tile is added
   int64_t begin[kRows], end[kRows];  // keys that the row sees, absolute
   float k_scale[kTile], k_zero[kTile], v_scale[kTile], v_zero[kTile];
@@ -205,8 +205,7 @@ QK_INLINE void softmax(Work& w, int r0, int64_t v0, int64_t v1, int64_t start, f
       VF x = load(s + r * kTile + t);
       if (integer) x = scale * (x - zero * splat(w.q_sum[r0 + r]));
       if (softcap > 0.f)  // tanh(x) = 1 - 2 / (exp(2 x) + 1)
-        x = splat(softcap) -
-            splat(2.f * softcap) / (vexp(x * splat(2.f / softcap)) + splat(1.f));
+        x = splat(softcap) - splat(2.f * softcap) / (vexp(x * splat(2.f / softcap)) + splat(1.f));
       if (masked) {
         const VI key = load_raw<VI>(kLanes) + int32_t(t);
         const VI first = splat_i(int32_t(max64(w.begin[r0 + r] - start, 0)));

@@ -193,9 +193,9 @@ void int8_rows(const Int8Problem& p, RowBlocks::Block rows, int64_t token, int t
   }
 }
 
-// Codes of 32 rows that stay in the second-level cache while the activations of a block of tokens go
-// by. Where there are more, columns are taken in chunks, from that many tokens on. (Chunks that fit
-// the first-level cache cost a tenth: tiles get too short.)
+// Codes of 32 rows that stay in the second-level cache while the activations of a block of tokens
+// go by. Where there are more, columns are taken in chunks, from that many tokens on. (Chunks that
+// fit the first-level cache cost a tenth: tiles get too short.)
 constexpr int64_t kChunkBytes = 256 << 10, kChunkTokens = 12;
 
 // All rows of a block that a share has, tokens begin .. end - 1. last: nothing of the share
