@@ -52,6 +52,7 @@ bench: $(VENV)/bench.stamp $(VENV)/models.stamp $(GEMMA) $(PEER) qkernels/_C_cpu
 	$(BIN)/python bench/peer_llama_cpp.py $(MODEL) --threads $(THREADS) --peer-python $(PEER_PYTHON) \
 	  --requantize Q4_0
 	$(BIN)/python bench/peer_llama_cpp.py $(GEMMA) --threads $(THREADS) --peer-python $(PEER_PYTHON)
+	$(BIN)/python bench/instruction_sets.py $(MODEL) --threads $(THREADS)
 	$(BIN)/python bench/busy_core.py $(MODEL)
 	$(BIN)/python bench/peers.py --threads $(THREADS) --peer-python $(PEER_PYTHON)
 	$(BIN)/python bench/loading_memory.py

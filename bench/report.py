@@ -343,6 +343,21 @@ def busy(results: list[Result]) -> str:
     return table(head, rows) + "\n\n" + "\n".join(notes)
 
 
+def isa(results: list[Result]) -> str:
+    """The same decoder on every instruction set of a CPU."""
+    rows, notes = [], []
+    for result in results:
+        for row in result["rows"]:
+            cells = [result["model"], row["isa"]]
+            for what in ("prefill", "decode"):
+                cells += [spread(row[what]), f"{100 * row[f'{what}_ratio']:.0f}%"]
+            rows.append(cells)
+        notes.append(machine(result))
+    head = ["model", "instruction set", "prefill 512, tok/s", "of the best set"]
+    head += ["decode, tok/s", "of the best set"]
+    return table(head, rows) + "\n\n" + "\n".join(notes)
+
+
 KINDS: dict[str, Callable[[list[Result]], str]] = {
     "peer": peer,
     "decoder": decoder,
@@ -355,6 +370,7 @@ KINDS: dict[str, Callable[[list[Result]], str]] = {
     "sweep": sweep,
     "peers": peers,
     "busy": busy,
+    "isa": isa,
 }
 NOT_MEASURED = "*Not measured yet.*"
 

@@ -103,7 +103,7 @@ struct EmbeddingArgs {
 
 struct NormArgs {
   const void* x;         // [M, K]
-  const void* residual;  // [M, K], added to x first, or null
+  const void* residual;  // [M, K], added to x first, or null; with it comes sum
   const float* weight;   // [K]
   const float* bias;     // [K] or null
   Dtype type;            // of x, residual, y and sum

@@ -255,6 +255,17 @@ def test_kernel_peers_say_who_was_absent() -> None:
     assert "Peers: onnxruntime 1.32.0, vllm absent: no interpreter" in text
 
 
+def test_instruction_sets_are_held_against_the_best() -> None:
+    best = {"isa": "avx512", "prefill": sample(900.0), "decode": sample(200.0)}
+    rows = [
+        {**best, "prefill_ratio": 1.0, "decode_ratio": 1.0},
+        {**best, "isa": "avx2", "prefill_ratio": 0.5, "decode_ratio": 0.9},
+    ]
+    lines = report.isa([{**PLACE, "model": "m.gguf", "rows": rows}]).splitlines()
+    assert "avx512" in lines[2] and "100%" in lines[2]
+    assert "avx2" in lines[3] and "50%" in lines[3] and "90%" in lines[3]
+
+
 def test_a_busy_core_shows_what_is_kept() -> None:
     row = {"idle": sample(200.0), "busy": sample(90.0), "kept": 0.45}
     text = report.busy([{**PLACE, "model": "m.gguf", "decode": 64, "rows": [row]}])
