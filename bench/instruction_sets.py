@@ -1,4 +1,4 @@
-"""A decoder on every instruction set that this CPU has, against the best of them.
+"""A decoder on every set of kernels that this CPU can run, but the scalar one, against the best.
 
     python bench/instruction_sets.py MODEL [--threads 2] [--rounds 7]
 

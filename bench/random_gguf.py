@@ -180,7 +180,8 @@ def plan(model: RandomModel, kind: str) -> list[TensorPlan]:
 
 
 def identity(model: RandomModel, kind: str, seed: int = 0) -> str:
-    """A digest of all that a file is made from; the file holds it. Raises ValueError as `plan`."""
+    """A digest of what a file is made from, the code by its FORMAT; the file holds it. Raises
+    ValueError as `plan`."""
     digest = hashlib.sha256(repr((FORMAT, model, kind, seed)).encode())
     digest.update(repr((_ROPE_BASE, _TRAINED, _RMS_EPS, _CONTEXT)).encode())
     for tensor in plan(model, kind):

@@ -348,12 +348,12 @@ def isa(results: list[Result]) -> str:
     rows, notes = [], []
     for result in results:
         for row in result["rows"]:
-            cells = [result["model"], row["isa"]]
+            cells = [result["model"], str(result["prefill"]), row["isa"]]
             for what in ("prefill", "decode"):
                 cells += [spread(row[what]), f"{100 * row[f'{what}_ratio']:.0f}%"]
             rows.append(cells)
         notes.append(machine(result))
-    head = ["model", "instruction set", "prefill 512, tok/s", "of the best set"]
+    head = ["model", "prompt", "instruction set", "prefill, tok/s", "of the best set"]
     head += ["decode, tok/s", "of the best set"]
     return table(head, rows) + "\n\n" + "\n".join(notes)
 

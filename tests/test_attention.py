@@ -243,13 +243,78 @@ def test_large_scores_do_not_overflow(isa: Any) -> None:
     assert ((out.double() - truth).abs() <= slack).all()
 
 
-def test_nan_reaches_its_own_sequence_only(isa: Any) -> None:
-    case = make_case("float32", SHAPES[0], [(3, 200), (1, 140)])
+@pytest.mark.parametrize("kind", KINDS)
+def test_nan_reaches_its_own_sequence_only(isa: Any, kind: str) -> None:
+    case = make_case(kind, SHAPES[0], [(3, 200), (1, 140)])
     clean = run(isa.ops, case, MASKS[0])
     case.q[1] = torch.nan
     out = run(isa.ops, case, MASKS[0])
     assert out[1].isnan().all()
     assert torch.equal(out[[0, 2, 3]], clean[[0, 2, 3]])
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_nan_of_an_integer_key_reaches_only_who_sees_it(isa: Any, kind: str) -> None:
+    """Such a key has a NaN scale (kv_append)."""
+    case = make_case(kind, SHAPES[0], [(10, 10), (1, 12)])
+    clean = run(isa.ops, case, {"causal": True, "window": 5})
+    assert case.k_scale is not None and case.v_scale is not None
+    for scale in (case.k_scale, case.v_scale):
+        scale[case.page_table[0, 0].long(), :, 0, 9] = torch.nan
+        scale[case.page_table[1, 0].long(), :, 0, 3] = torch.nan  # before the window
+    out = run(isa.ops, case, {"causal": True, "window": 5})
+    assert out[9].isnan().all()
+    assert torch.equal(out[[*range(9), 10]], clean[[*range(9), 10]])
+
+
+def flat_case(kind: str, dim: int, keys: int) -> Case:
+    """One query of ones over keys of the largest code, which stands for 1."""
+    case = make_case(kind, (2, 1, dim, 64), [(1, keys)])
+    case.q.fill_(1.0)
+    assert case.k_scale is not None and case.v_scale is not None
+    for codes in (case.k_pages, case.v_pages):
+        codes.fill_(255)
+    for scale in (case.k_scale, case.v_scale):
+        scale[..., 0, :] = 1 / (15 if kind == "int4" else 255)
+        scale[..., 1, :] = 0
+    return case
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+@pytest.mark.parametrize("dim", [16, 256, 272, 512])
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_largest_products_of_integer_pages(isa: Any, kind: str, dim: int, sign: float) -> None:
+    case = flat_case(kind, dim, 100)
+    case.q *= sign
+    truth, slack = exact(case, MASKS[0])
+    assert ((run(isa.ops, case, MASKS[0]).double() - truth).abs() <= slack).all()
+
+
+def test_many_small_weights_are_not_lost(isa: Any) -> None:
+    """One key has half of 2^-15 of all others' weights each, so that a weight alone is less than
+    half a step of 16 bits; its value is 0, theirs are 1."""
+    case = flat_case("int8", 16, 64)
+    case.v_pages[:, :, 0] = 0
+    case.k_pages[:, :, 1:] = 0
+    case.q.fill_(11.1 / 16**0.5)  # times 16, times D ** -0.5
+    truth, _ = exact(case, MASKS[0])
+    out = run(isa.ops, case, MASKS[0]).double()
+    assert 9e-4 < float(truth.max()) < 1e-3
+    assert ((out - truth).abs() <= 0.05 * truth).all()
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_scales_and_queries_of_zero_and_the_smallest(isa: Any, kind: str) -> None:
+    for k_scale, v_scale, q in ((0.0, 0.01, 1.0), (0.01, 0.0, 1.0), (0.01, 0.01, 0.0)):
+        case = make_case(kind, (4, 2, 32, 16), [(1, 40), (9, 17)])
+        assert case.k_scale is not None and case.v_scale is not None
+        case.k_scale[..., 0, :], case.v_scale[..., 0, :] = k_scale, v_scale
+        case.q *= q
+        truth, slack = exact(case, MASKS[0])
+        assert ((run(isa.ops, case, MASKS[0]).double() - truth).abs() <= slack).all()
+        case.v_scale[..., 0, :] = 2.0**-24  # the smallest of float16
+        truth, slack = exact(case, MASKS[0])
+        assert ((run(isa.ops, case, MASKS[0]).double() - truth).abs() <= slack).all()
 
 
 @pytest.mark.parametrize("kind", KINDS)

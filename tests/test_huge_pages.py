@@ -66,6 +66,7 @@ def test_a_weight_moves_to_huge_pages_and_stays_the_same(monkeypatch: pytest.Mon
 
 PACK_AND_PRINT_FLAGS = """
 import torch
+from qkernels import ops
 from test_huge_pages import HUGE, smaps
 
 packed = ops.pack(torch.randint(0, 16, (8192, 16384), dtype=torch.uint8), 4, 32)

@@ -88,9 +88,16 @@ def test_every_number_of_tokens(
 
 @pytest.mark.parametrize(
     "name",
-    ["W8 g32 float16", "W8 row float16", "W8 g32 float16 zero", "W6 g16 int8", "W4 g32 int8 min"],
+    [
+        "W8 g32 float16",
+        "W8 row float16",
+        "W8 g32 float16 zero",
+        "W6 g16 int8",
+        "W5 g32 float16",
+        "W4 g32 int8 min",
+    ],
 )
-def test_long_rows(isa: Isa, name: str, generator: torch.Generator) -> None:
+def test_long_rows(isa: Isa, name: str, with_threads, generator: torch.Generator) -> None:
     """So long that the codes of many tokens' rows are taken in chunks of columns: the same bits as
     of few tokens, which take them whole."""
     plain = random_plain(LINEAR_SPECS[name], 70, 17000, generator)
@@ -102,6 +109,17 @@ def test_long_rows(isa: Isa, name: str, generator: torch.Generator) -> None:
     many = isa.ops.linear(x, *packed.op_args(), bias, "int8", group)
     for i in range(0, 23, 6):
         few = isa.ops.linear(x[i : i + 6], *packed.op_args(), bias, "int8", group)
+        assert torch.equal(few, many[i : i + 6])
+    with_threads(3)  # the second one starts with half a block of rows
+    assert torch.equal(isa.ops.linear(x, *packed.op_args(), bias, "int8", group), many)
+
+
+def test_long_rows_of_more_tokens_than_a_block(isa: Isa, generator: torch.Generator) -> None:
+    packed = random_plain(LINEAR_SPECS["W8 g32 float16"], 40, 9000, generator).pack()
+    x = random_x(270, 9000, torch.float32, generator)
+    many = isa.ops.linear(x, *packed.op_args(), None, "int8", 32)
+    for i in (0, 234, 240, 264):
+        few = isa.ops.linear(x[i : i + 6], *packed.op_args(), None, "int8", 32)
         assert torch.equal(few, many[i : i + 6])
 
 

@@ -45,7 +45,7 @@ def build(case: AttentionCase, rotation: Rotation) -> Problem:
         lambda: _check(case, op(*args[-1]), q, tables[-1, 0], pool),
         nbytes=per_token * case.context,
         ops=4.0 * pairs * model.q_heads * dim,
-        peak="int8" if kind.scaled else "float32",
+        peak="int8" if kind.scaled and torch.ops.qkernels.cpu_isa() == "avx512" else "float32",
         rotated=count * pages * PAGE * per_token,
     )
     for name in baseline_names(case):

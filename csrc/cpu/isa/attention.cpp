@@ -296,7 +296,8 @@ void attend_batch(const Problem& p, void* scratch, Team& team) {
     return team.size == 1 ? claimed++ : team.barrier->next.fetch_add(1, std::memory_order_relaxed);
   };
   int64_t item = claim();
-  Sequence s = sequence(p, 0), after = s;
+  Sequence s{}, after{};
+  if (p.batch > 0) s = sequence(p, 0);
   for (int64_t b = 0; b < p.batch; b++, s = after) {
     any_split |= s.chunks > 1;
     if (b + 1 < p.batch) after = sequence(p, b + 1);

@@ -2,8 +2,10 @@
 //
 // Queries, once per block of rows, and weights, once per tile, become 16-bit numbers: x ~= step *
 // fixed with |fixed| <= limit, as two signed bytes, fixed = 256 high + low. So a product with codes
-// is two vpdpbusd, exact, in any order. What is rounded is 2^-16 of the largest query of a row or
-// weight of a tile, a hundredth of what storing the keys in 8 bits cost.
+// is two vpdpbusd, exact, in any order. Queries are rounded to 2^-16 of the largest of a row (2^-15
+// from 257 dims on). Weights are rounded to 2^-16 of the largest of a tile, and what is cut off one
+// is added to the one 16 keys on, so that many small ones are not lost: at most half a step in each
+// of 16 lanes, 1/16 of the step between values of the largest weight's key.
 //
 // vpdpbusd adds four neighbours, so the tile is copied into the order in which it is read: four
 // dims of a key beside each other for scores, four keys of a dim for the weighted sum.
@@ -19,9 +21,10 @@ namespace {
 
 constexpr int kGroups = kTile / 16;  // groups of 16 keys: a vector of scores
 constexpr int kVectorBytes = 64;
-constexpr int kWeightLimit = 32639;  // 127 * 256 + 127
+constexpr int kWeightLimit = 32638;  // 127 * 256 + 127, less what a rest can add
+constexpr int kQueryLimit = 32639;
 // 255 * limit * dim fits into 31 bits.
-QK_INLINE int query_limit(int64_t dim) { return dim <= 256 ? kWeightLimit : 16319; }
+QK_INLINE int query_limit(int64_t dim) { return dim <= 256 ? kQueryLimit : 16319; }
 
 // ---- shuffles ----
 
@@ -91,7 +94,7 @@ QK_INLINE void gather(const char* rows, int64_t stride, int64_t c, VI (&y)[4]) {
     const auto key = [&](int i) __attribute__((always_inline)) {
       const char* p = from + (4 * i + j) * stride;
       if constexpr (Row::bits == 8) return _mm_loadu_si128((const __m128i*)p);
-      else return _mm_castpd_si128(_mm_loaddup_pd((const double*)p));
+      else return _mm_set1_epi64x(load_raw<int64_t>(p));
     };
     __m512i all = _mm512_castsi128_si512(key(0));
     all = _mm512_inserti32x4(all, key(1), 1);
@@ -196,16 +199,26 @@ QK_INLINE void fix_query(Work& w, int r, int64_t dim) {
   w.q_sum[r] = f.step * float(fold<I4>(sum, [](auto a, auto b) { return a + b; })[0]);
 }
 
-// Weights of a row, lanes [v0, v1), with `top` their largest bits -> [kGroups, 2, 64]; returns the
-// step.
-QK_INLINE float fix_weights(const float* s, VI top, int64_t v0, int64_t v1, int8_t* out) {
+// Weights of a row, lanes [v0, v1), with `top` their largest bits -> [kGroups, 2, 64]. Returns the
+// step; `zero` turns into the shift that these weights mean.
+QK_INLINE float fix_weights(const float* s, VI top, const float* zero, int64_t v0, int64_t v1,
+                            int8_t* out, float* shift) {
   const Fixed f = fixed_for(top, kWeightLimit);
+  VF rest{}, sum{};
   for (int64_t t = v0; t < v1; t += W) {
-    const VI fixed = f.inverse == 0.f ? VI{} : round_int(load(s + t) * splat(f.inverse));
+    VI fixed{};
+    if (f.inverse != 0.f) {
+      const VF exact = fma(load(s + t), splat(f.inverse), rest);
+      fixed = round_int(exact);
+      rest = exact - to_float(fixed);
+      // Keys that the row does not see may have any zero point.
+      sum += fixed == 0 ? VF{} : to_float(fixed) * load(zero + t);
+    }
     const TwoBytes b = two_bytes(fixed);
     store_raw(out + 8 * t, spread(b.high));
     store_raw(out + 8 * t + kVectorBytes, spread(b.low));
   }
+  *shift = f.step * reduce_add(sum);
   return f.step;
 }
 
@@ -297,8 +310,8 @@ void attend_fixed_tile(Work& w, int rows, int64_t dim, const Tile& t, float soft
       VI top[R];
       softmax<true>(w, r, W * g0, W * g1, t.start, softcap, top);
       for (int i = 0; i < R; i++)
-        step[i] = fix_weights(s + i * kTile, top[i], W * g0, W * g1,
-                              weights + i * kGroups * 2 * kVectorBytes);
+        step[i] = fix_weights(s + i * kTile, top[i], w.v_zero, W * g0, W * g1,
+                              weights + i * kGroups * 2 * kVectorBytes, w.shift + r + i);
       fixed_weigh<R>(weights, step, values, g0, g1, w.o + r * dim, dim, w.keep + r, w.shift + r);
     });
   }

@@ -40,9 +40,9 @@ QK_INLINE void fetch_row(const char* rows, int64_t row, int64_t stride, int64_t 
 }
 // The same for the scales and zero points of a tile.
 QK_INLINE void fetch_scales(const Tile& t, int64_t page) {
-  for (int64_t i = 0; i < t.count; i += 32)
-    for (const uint16_t* plane : {t.k_scale, t.k_scale + page, t.v_scale, t.v_scale + page})
-      __builtin_prefetch(plane + i, 0, 3);
+  const uint16_t* const planes[] = {t.k_scale, t.k_scale + page, t.v_scale, t.v_scale + page};
+  for (const uint16_t* plane : planes)
+    for (int64_t i = 0; i < t.count; i += 32) __builtin_prefetch(plane + i, 0, 3);
 }
 
 // What a thread works in; the arrays are in its part of the scratch.
@@ -191,6 +191,7 @@ template <bool integer, int R>
 QK_INLINE void softmax(Work& w, int r0, int64_t v0, int64_t v1, int64_t start, float softcap,
                        VI (&top)[R]) {
   float* s = w.s + r0 * kTile;
+  constexpr bool shifted = integer && W != 16;  // else attention_fixed.h sets shift
   VF most[R], base[R], sum[R] = {}, shift[R] = {};
   bool masked = false;
   for (int r = 0; r < R; r++) {
@@ -227,14 +228,18 @@ QK_INLINE void softmax(Work& w, int r0, int64_t v0, int64_t v1, int64_t start, f
   }
   for (int64_t t = v0; t < v1; t += W) {
     VF scale, zero;
-    if (integer) scale = load(w.v_scale + t), zero = load(w.v_zero + t);
+    if (integer) scale = load(w.v_scale + t);
+    if (shifted) zero = load(w.v_zero + t);
 #pragma GCC unroll 3
     for (int r = 0; r < R; r++) {
-      VF e = vexp_negative(load(s + r * kTile + t) - base[r]);
+      const VF x = load(s + r * kTile + t);
+      VF e = vexp_negative(x - base[r]);
       sum[r] += e;
       if (integer) {
-        e *= scale;
-        shift[r] = fma(e, zero, shift[r]);
+        // Keys that the row does not see may have any scale, even NaN.
+        const VF hidden = masked ? x : VF{};
+        e = hidden == splat(-kInf) ? VF{} : e * scale;
+        if (shifted) shift[r] = fma(e, hidden == splat(-kInf) ? VF{} : zero, shift[r]);
         const VI bits = (VI)vabs(e);
         top[r] = bits > top[r] ? bits : top[r];
       }
@@ -244,7 +249,7 @@ QK_INLINE void softmax(Work& w, int r0, int64_t v0, int64_t v1, int64_t start, f
 #pragma GCC unroll 3
   for (int r = 0; r < R; r++) {
     w.sum[r0 + r] = w.sum[r0 + r] * w.keep[r0 + r] + reduce_add(sum[r]);
-    w.shift[r0 + r] = integer ? reduce_add(shift[r]) : 0.f;
+    w.shift[r0 + r] = shifted ? reduce_add(shift[r]) : 0.f;
   }
 }
 

@@ -23,9 +23,7 @@ struct FloatRow {
 // W bytes -> W lanes. GCC 12 takes vectors of 8 bytes apart one by one, hence the instruction by
 // name.
 QK_INLINE VI widen(const char* p) {
-#if defined(QK_NATIVE_AVX512)
-  return (VI)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p));
-#elif defined(QK_ISA_AVX2)
+#if defined(QK_ISA_AVX2)
   return (VI)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p));
 #else
   return __builtin_convertvector(load_raw<VUB>(p), VI);
@@ -45,16 +43,9 @@ struct Int4Row {  // 8 bytes per 16 dims: dims 0..7 in the low nibbles, 8..15 in
   static int64_t bytes(int64_t dim) { return dim / 2; }
   static QK_INLINE VF load(const char* row, int64_t c, int j) {
     const char* p = row + kDims / 2 * c;
-    if constexpr (W == 16) {
-      uint64_t bytes;
-      std::memcpy(&bytes, p, 8);
-      const uint64_t mask = 0x0f0f0f0f0f0f0f0f, halves[2] = {bytes & mask, bytes >> 4 & mask};
-      return to_float(widen(reinterpret_cast<const char*>(halves)));
-    } else {
-      constexpr int half = kVecs / 2;  // vectors of low nibbles
-      const VI bytes = widen(p + W * (j % half));
-      return to_float(j < half ? bytes & 15 : bytes >> 4);
-    }
+    constexpr int half = W == 16 ? 1 : kVecs / 2;  // vectors of low nibbles; 16 lanes never ask
+    const VI bytes = widen(p + W * (j % half));
+    return to_float(j < half ? bytes & 15 : bytes >> 4);
   }
 };
 

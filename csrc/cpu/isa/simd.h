@@ -140,7 +140,7 @@ QK_INLINE VF vexp(VF x) {
   const VF high = x > splat(88.7f) ? splat(__builtin_inff()) : low;
   return x == x ? high : x;
 }
-// The same bits where x <= 0 or x is NaN.
+// The same bits where x <= 0; NaN stays NaN.
 QK_INLINE VF vexp_negative(VF x) {
   const VF least = splat(-87.3f);
   const ExpParts e = exp_parts(x < least ? least : x);
