@@ -114,13 +114,15 @@ def test_long_rows(isa: Isa, name: str, with_threads, generator: torch.Generator
     assert torch.equal(isa.ops.linear(x, *packed.op_args(), bias, "int8", group), many)
 
 
-def test_long_rows_of_more_tokens_than_a_block(isa: Isa, generator: torch.Generator) -> None:
-    packed = random_plain(LINEAR_SPECS["W8 g32 float16"], 40, 9000, generator).pack()
-    x = random_x(270, 9000, torch.float32, generator)
-    many = isa.ops.linear(x, *packed.op_args(), None, "int8", 32)
-    for i in (0, 234, 240, 264):
-        few = isa.ops.linear(x[i : i + 6], *packed.op_args(), None, "int8", 32)
-        assert torch.equal(few, many[i : i + 6])
+@pytest.mark.parametrize("k", [64, 4096, 9000])
+def test_tokens_around_the_ends_of_blocks(isa: Isa, k: int, generator: torch.Generator) -> None:
+    """Blocks of tokens end at multiples of 120; long rows take one at a time, short ones two."""
+    packed = random_plain(LINEAR_SPECS["W8 g32 float16"], 40, k, generator).pack()
+    x = random_x(245, k, torch.float32, generator)
+    few = [isa.ops.linear(part, *packed.op_args(), None, "int8", 32) for part in x.split(6)]
+    for m in (121, 122, 125, 241, 245):
+        many = isa.ops.linear(x[:m], *packed.op_args(), None, "int8", 32)
+        assert torch.equal(torch.cat(few)[:m], many)
 
 
 @pytest.mark.parametrize(

@@ -227,7 +227,7 @@ void int8_block(const Int8Problem& p, RowBlocks::Block rows, int64_t begin, int6
     });
     return;
   }
-  alignas(64) float sums[kTokenBlock * 32];
+  alignas(64) float sums[kMostTokens * 32];
   for (int half = rows.first; half < rows.last; half++)
     for (int64_t s = 0; s < p.spans; s += chunk_spans) {
       const int64_t stop = s + chunk_spans < p.spans ? s + chunk_spans : p.spans;
@@ -243,13 +243,15 @@ void int8_block(const Int8Problem& p, RowBlocks::Block rows, int64_t begin, int6
 template <class C, Zero Z, int Units>
 void int8_linear(const Int8Problem& p, Team& team) {
   const LinearArgs& a = p.args;
-  const int64_t token_blocks = (a.m + kTokenBlock - 1) / kTokenBlock;
+  // 240 tokens of 4096 columns alone would fill a second-level cache of 1 MB.
+  const int64_t block = p.columns < 4096 ? kMostTokens : kTokenBlock;
+  const int64_t token_blocks = (a.m + block - 1) / block;
   team.deal(
       a.own_rows, [&](int thread) { return token_blocks * RowBlocks(team, thread, a.w.n).count(); },
       [&](int thread, int64_t piece) {
         const RowBlocks blocks(team, thread, a.w.n);
-        const int64_t row = piece % blocks.count(), begin = piece / blocks.count() * kTokenBlock;
-        const int64_t end = begin + kTokenBlock < a.m ? begin + kTokenBlock : a.m;
+        const int64_t row = piece % blocks.count(), begin = piece / blocks.count() * block;
+        const int64_t end = begin + block < a.m ? begin + block : a.m;
         int8_block<C, Z, Units>(p, blocks.at(row), begin, end, row + 1 == blocks.count());
       });
 }

@@ -5,11 +5,11 @@
 
 namespace qk::QK_ISA {
 
-// Tokens are worked on in tiles of a few, which the registers hold the sums of; a tile never
-// reaches over a multiple of kTokenBlock, the tokens whose activations a thread goes through with
-// one block of weights before it turns to the next block. Tokens of the tile that comes next, when
-// `remaining` are left:
-constexpr int64_t kTokenBlock = 240;
+// Tokens are worked on in tiles of a few, which the registers hold the sums of. A tile never
+// reaches over a multiple of kTokenBlock. One block of them, or kMostTokens where rows are short,
+// is what a thread goes through with one block of weights before it turns to the next block of
+// weights. Tokens of the tile that comes next, when `remaining` are left:
+constexpr int64_t kTokenBlock = 120, kMostTokens = 2 * kTokenBlock;
 constexpr int next_tile(int64_t remaining) {
 #if defined(QK_ISA_AVX512)  // sums and operands of 32 rows x 6 tokens fit 32 registers, of 8 do not
   if (remaining == 11 || remaining == 8 || remaining == 7) return 4;
