@@ -288,6 +288,7 @@ void attend_batch(const Problem& p, void* scratch, Team& team) {
   w.o = w.q + kRows * p.dim;
   w.s = w.o + kRows * p.dim;
   w.tile = w.s + kRows * kTile;
+  w.fixed = reinterpret_cast<int8_t*>(w.tile + tile_floats(p.dim));
 
   // Items are handed out in order, so each thread walks over the sequences once.
   int64_t claimed = 0, first_item = 0, first_partial = 0;

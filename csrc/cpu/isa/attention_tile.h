@@ -52,12 +52,19 @@ struct Work {
   float* s;     // [kRows, kTile]: scores, then weights
   float* tile;  // [kTile, D]: K or V as float32, or both in the order of attention_fixed.h
   float max[kRows], sum[kRows], q_sum[kRows];
-  float q_step[kRows];               // attention_fixed.h
+  int8_t* fixed;                     // queries of attention_fixed.h, [kRows, D / 64, 2, 4, 64]
+  float q_step[kRows];               // their steps
   float keep[kRows], shift[kRows];   // O = O * keep - shift before a tile is added
   int64_t begin[kRows], end[kRows];  // keys that the row sees, absolute
   float k_scale[kTile], k_zero[kTile], v_scale[kTile], v_zero[kTile];
 };
-QK_INLINE int64_t work_floats(int64_t dim) { return kRows * dim * 2 + kRows * kTile + kTile * dim; }
+// Floats of q, o and s; of the tile, which attention_fixed.h takes as 2 * 64 bytes of every 64
+// dims; of its queries.
+QK_INLINE int64_t tile_floats(int64_t dim) { return kTile * max64(dim, 32); }
+QK_INLINE int64_t work_floats(int64_t dim) {
+  const int64_t fixed = W == 16 ? kRows * ceil_div(dim, 64) * 128 : 0;
+  return kRows * dim * 2 + kRows * kTile + tile_floats(dim) + fixed;
+}
 
 // ---- scores ----
 
