@@ -29,7 +29,13 @@ CHUNK = 512  # new tokens of a prefill, or all of a shorter context
 Q4_K = QuantSpec(4, 32, "int8", "minimum")
 # Q4_1 of GGUF, what GPTQ and compressed-tensors files usually have, Q8_0, Q4_K.
 USUAL = (QuantSpec(4, 32, zero="minimum"), QuantSpec(4, 128), QuantSpec(8, 32), Q4_K)
-SPECS = (*(QuantSpec(b, g, zero=zero) for b in BITS for g in GROUPS for zero in ZEROS), Q4_K)
+# A scale per row: the product of torch's _int_mm, and its scales.
+W8_ROW = QuantSpec(8, -1)
+SPECS = (
+    *(QuantSpec(b, g, zero=zero) for b in BITS for g in GROUPS for zero in ZEROS),
+    W8_ROW,
+    Q4_K,
+)
 
 
 @dataclass(frozen=True)
