@@ -9,7 +9,6 @@ is pinned to the last core and never sleeps.
 
 from __future__ import annotations
 
-import argparse
 import multiprocessing
 import os
 import sys
@@ -57,16 +56,9 @@ def beside_a_busy_core(decoder: Any, count: int, core: int) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("model", help="GGUF file or PACKAGE:FILE")
-    parser.add_argument("--rounds", type=int, default=7)
+    parser = record.RoundsParser(__doc__)
     parser.add_argument("--decode", type=int, default=64)
-    parser.add_argument("--no-write", action="store_true")
-    options = parser.parse_args()
-    if options.rounds < 5:
-        parser.error(f"a median needs at least 5 rounds, got {options.rounds}")
+    options = parser.options()
     cores = sorted(os.sched_getaffinity(0))
     if len(cores) < 2:
         parser.error("one core cannot be both busy and idle")

@@ -8,7 +8,6 @@ turn, backwards every other time. Prompts are random ids, new in every round.
 
 from __future__ import annotations
 
-import argparse
 import random
 import sys
 from pathlib import Path
@@ -54,16 +53,9 @@ def measure(decoder: Any, isas: list[str], rounds: int) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("model", help="GGUF file or PACKAGE:FILE")
+    parser = record.RoundsParser(__doc__)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--no-write", action="store_true")
-    options = parser.parse_args()
-    if options.rounds < 5:
-        parser.error(f"a median needs at least 5 rounds, got {options.rounds}")
+    options = parser.options()
     torch.set_num_threads(options.threads)
     path = model_path(options.model)
     decoder = qk.QuantDecoder.from_pretrained(path, act="int8", max_seq_len=_PROMPT + _DECODE)

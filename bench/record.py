@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from pathlib import Path
@@ -30,3 +31,20 @@ def write(
     data = {"kind": kind, **provenance(threads), **body}
     path.write_text(json.dumps(data, indent=1) + "\n")
     return path
+
+
+class RoundsParser(argparse.ArgumentParser):
+    """Of a script that measures one model in rounds: MODEL, --rounds, --no-write."""
+
+    def __init__(self, description: str | None) -> None:
+        super().__init__(description=description, formatter_class=argparse.RawTextHelpFormatter)
+        self.add_argument("model", help="GGUF file or PACKAGE:FILE")
+        self.add_argument("--rounds", type=int, default=7)
+        self.add_argument("--no-write", action="store_true")
+
+    def options(self) -> argparse.Namespace:
+        """The arguments; fewer rounds than make a median are an error."""
+        options = self.parse_args()
+        if options.rounds < 5:
+            self.error(f"a median needs at least 5 rounds, got {options.rounds}")
+        return options

@@ -145,12 +145,14 @@ struct Place {
 template <class Row>
 void attend_any_tile(Work& w, int rows, int64_t dim, const Tile& t, float softcap) {
 #if defined(QK_ISA_AVX512)
-  if constexpr (Row::integer) attend_fixed_tile<Row>(w, rows, dim, t, softcap);
-  else
+  if constexpr (Row::integer) {
+    attend_fixed_tile<Row>(w, rows, dim, t, softcap);
+  } else
 #endif
-      if (rows <= kFewRows)
-    attend_tile<Row>(w, rows, dim, t, softcap);
-  else attend_many<Row>(w, rows, dim, t, softcap);
+  {
+    if (rows <= kFewRows) attend_tile<Row>(w, rows, dim, t, softcap);
+    else attend_many<Row>(w, rows, dim, t, softcap);
+  }
 }
 
 // Rows row0 .. row0 + rows of a KV head over the keys in `span`: w.o, w.max and w.sum. `following`:

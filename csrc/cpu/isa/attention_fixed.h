@@ -30,7 +30,7 @@ constexpr int kQueryLimit = 32639;
 // 255 * limit * dim fits into 31 bits.
 QK_INLINE int query_limit(int64_t dim) { return dim <= 256 ? kQueryLimit : 16319; }
 
-QK_INLINE int64_t query_bytes(int64_t dim) { return (dim + 63) / 64 * kQueryBytes; }
+QK_INLINE int64_t query_bytes(int64_t dim) { return ceil_div(dim, 64) * kQueryBytes; }
 
 // ---- shuffles ----
 
@@ -54,24 +54,6 @@ QK_INLINE VI interleave(VI a, VI b) {
       std::memcpy((char*)&out + to, (const char*)&a + from, Bytes);
       std::memcpy((char*)&out + to + Bytes, (const char*)&b + from, Bytes);
     }
-  return out;
-#endif
-}
-
-// [sum of the four 128 bits of a, of b, of c, of d]
-QK_INLINE VI add_quarters(VI a, VI b, VI c, VI d) {
-#if defined(QK_NATIVE_AVX512)
-  const auto halves = [](VI x, VI y) __attribute__((always_inline)) {
-    return (VI)_mm512_shuffle_i32x4((__m512i)x, (__m512i)y, 0x44) +
-           (VI)_mm512_shuffle_i32x4((__m512i)x, (__m512i)y, 0xee);
-  };
-  const __m512i ab = (__m512i)halves(a, b), cd = (__m512i)halves(c, d);
-  return (VI)_mm512_shuffle_i32x4(ab, cd, 0x88) + (VI)_mm512_shuffle_i32x4(ab, cd, 0xdd);
-#else
-  const VI from[4] = {a, b, c, d};
-  VI out{};
-  for (int i = 0; i < W; i++)
-    for (int lane = 0; lane < 4; lane++) out[i] += from[i / 4][4 * lane + i % 4];
   return out;
 #endif
 }
@@ -259,7 +241,8 @@ QK_HOT void fixed_scores(const int8_t* q, const float* q_step, int64_t dim, cons
   for (int r = 0; r < R; r++) {
     QK_UNROLL(4)
     for (int k = 0; k < 4; k++) low[r][k] += high[r][k] << 8;
-    const VI sum = add_quarters(low[r][0], low[r][1], low[r][2], low[r][3]);
+    transpose_quarters(low[r]);
+    const VI sum = low[r][0] + low[r][1] + (low[r][2] + low[r][3]);
     store(s + r * kTile, to_float(sum) * splat(q_step[r]));
   }
 }
@@ -307,7 +290,7 @@ template <class Row>
 void attend_fixed_tile(Work& w, int rows, int64_t dim, const Tile& t, float softcap) {
   alignas(kVectorBytes) int8_t weights[3 * 2 * kTile];
   uint8_t* keys = reinterpret_cast<uint8_t*>(w.tile);
-  uint8_t* values = keys + (dim + 63) / 64 * kBlockBytes;
+  uint8_t* values = keys + ceil_div(dim, 64) * kBlockBytes;
   const Range used = seen(w, t, 0, rows);
   if (used.begin >= used.end) return;
   const int64_t first = used.begin / 16 * 4, last = ceil_div(used.end, 16) * 4;
