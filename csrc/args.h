@@ -167,6 +167,15 @@ struct KvAppendArgs {
   Ragged batch;
 };
 
+// What a score takes beyond scale * q . k, all float32 and by query head; softcap comes before.
+struct ScoreBias {
+  const float* sinks;          // [Hq] or null: the score of one more key, which has no value
+  const float* alibi_slopes;   // [Hq] or null: the score loses slope * |query - key| (positions)
+  const float* distance_bias;  // [Hq, 2 reach + 1] or null: the score gains the entry at
+                               // clamp(key - query, -reach, reach) + reach (T5's buckets, expanded)
+  int64_t reach;
+};
+
 struct AttentionArgs {
   const void* q;  // [T, Hq, D]
   void* out;      // [T, Hq, D]
@@ -176,6 +185,7 @@ struct AttentionArgs {
   bool causal;
   int64_t window;  // > 0: a query sees the last `window` positions, itself included
   float softcap;   // > 0: softcap * tanh(score / softcap)
+  ScoreBias bias;
   KvPages pages;
   Ragged batch;
 };
@@ -193,6 +203,7 @@ struct DenseAttentionArgs {
   bool causal;  // aligned at the end: query i of n sees keys up to len - n + i
   int64_t window;
   float softcap;
+  ScoreBias bias;
 };
 
 constexpr int64_t kSampleNan = -1;    // a logit is NaN
