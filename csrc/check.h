@@ -15,8 +15,11 @@
 
 #include "args.h"
 #include "layout.h"
+#ifdef QK_EMULATE_CUDA
+#include "emu/emu.h"
+#endif
 
-// The namespace of the ops; the test build that emulates AVX-512 uses another one.
+// The namespace of the ops; the test builds that emulate AVX-512 or a GPU use others.
 #ifndef QK_OPS
 #define QK_OPS qkernels
 #endif
@@ -140,16 +143,39 @@ inline void check_sizes(const char* op, int64_t n, int64_t k) {
         " rows and columns, got n = ", n, ", k = ", k);
 }
 
+#ifdef QK_EMULATE_CUDA
+// Device code in tests may touch what it was given and nothing else. An output is poisoned.
+inline void hand_over(const Tensor& t, bool writable, bool output) {
+  if (t.numel() == 0) return;
+  int64_t last = 0;
+  for (int64_t i = 0; i < t.dim(); i++) last += (t.size(i) - 1) * t.stride(i);
+  const int64_t bytes = (last + 1) * t.element_size();
+  emu::allow(t.const_data_ptr(), bytes, writable);
+  if (output) emu::poison(t.mutable_data_ptr(), bytes);
+}
+#else
+inline void hand_over(const Tensor&, bool, bool) {}
+#endif
+
 template <class T = void>
 const T* data(const Tensor& t) {
+  hand_over(t, false, false);
   return static_cast<const T*>(t.const_data_ptr());
 }
 template <class T = void>
 const T* data(const std::optional<Tensor>& t) {
-  return t ? static_cast<const T*>(t->const_data_ptr()) : nullptr;
+  return t ? data<T>(*t) : nullptr;
 }
+// Of an output, which the kernel wholly overwrites.
 template <class T = void>
 T* mutable_data(const Tensor& t) {
+  hand_over(t, true, true);
+  return static_cast<T*>(t.mutable_data_ptr());
+}
+// Of a tensor that the op changes in part.
+template <class T = void>
+T* inplace_data(const Tensor& t) {
+  hand_over(t, true, false);
   return static_cast<T*>(t.mutable_data_ptr());
 }
 

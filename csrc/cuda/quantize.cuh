@@ -8,7 +8,7 @@
 // Every 16 codes have their sum beside them, which zero points multiply.
 #pragma once
 #include "../args.h"
-#include "ptx.cuh"
+#include "words.cuh"
 
 namespace qk {
 
@@ -18,16 +18,16 @@ constexpr float kLargestFloat = 3.402823466e38f;
 // |v| as an integer: ordered like the values, infinity above the finite and NaN above infinity.
 __device__ __forceinline__ int32_t magnitude(float v) { return float_bits(v) & 0x7fffffff; }
 
-struct GroupScale {
+struct ActScale {
   float scale, inverse;  // inverse is 0 where all codes are
 };
-__device__ __forceinline__ GroupScale group_scale(int32_t top /* the greatest magnitude */) {
+__device__ __forceinline__ ActScale act_scale_of(int32_t top /* the greatest magnitude */) {
   const float amax = bits_float(top);
   const bool used = amax >= kTinyAmax && amax <= kLargestFloat;
   if (used) return {amax / 127.f, 127.f / amax};
   return {amax < kTinyAmax ? 0.f : bits_float(0x7fc00000), 0.f};
 }
-__device__ __forceinline__ int quantize_code(float v, GroupScale g) {
+__device__ __forceinline__ int quantize_code(float v, ActScale g) {
   return g.inverse == 0.f ? 0 : round_int(v * g.inverse);
 }
 
@@ -62,7 +62,7 @@ __device__ __forceinline__ void quantize_pieces(const QuantActOut& out, int64_t 
   for (int i = 0; i < kVectors; i++) {
     const bool inside =
         column(i) < kx;  // the 16 columns of a sum are inside together, as kx is a multiple of 16
-    const GroupScale g = group_scale(inside ? top[column(i) / out.group] : 0);
+    const ActScale g = act_scale_of(inside ? top[column(i) / out.group] : 0);
     int sum = 0;
     uint32_t words[kPer / 4];
 #pragma unroll
@@ -97,7 +97,7 @@ __device__ __forceinline__ void quantize_row(const QuantActOut& out, int64_t row
       const int32_t m = magnitude(value(g * out.group + i));
       most = m > most ? m : most;
     }
-    const GroupScale scale = group_scale(warp_max(most));
+    const ActScale scale = act_scale_of(warp_max(most));
     for (int first = 0; first < out.group; first += 32) {
       const bool inside = first + lane < out.group;  // the last 16 lanes may be outside
       const int64_t i = g * out.group + first + lane;
