@@ -1,5 +1,5 @@
 // norm, add_norm and their quantized forms, but for who computes: RMSNorm, and LayerNorm with
-// center. Checks and allocates, then calls kRun(op, x, args).
+// center. Checks and allocates, then calls kRun(op, x, args) unless there are no rows.
 #pragma once
 #include "act.h"
 
@@ -48,7 +48,7 @@ Tensor norm(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& 
             bool center) {
   NormArgs a = norm_args("norm", x, nullptr, weight, bias, eps, center);
   Tensor y = new_rows(a, x, &a.y);
-  kRun("norm", x, a);
+  if (a.m > 0) kRun("norm", x, a);
   return y;
 }
 
@@ -57,7 +57,7 @@ std::tuple<Tensor, Tensor> add_norm(const Tensor& x, const Tensor& residual, con
                                     const std::optional<Tensor>& bias, double eps, bool center) {
   NormArgs a = norm_args("add_norm", x, &residual, weight, bias, eps, center);
   Tensor y = new_rows(a, x, &a.y), sum = new_rows(a, x, &a.sum);
-  kRun("add_norm", x, a);
+  if (a.m > 0) kRun("add_norm", x, a);
   return {y, sum};
 }
 
@@ -67,7 +67,7 @@ QuantActTensors norm_quant(const Tensor& x, const Tensor& weight, const std::opt
   NormArgs a = norm_args("norm_quant", x, nullptr, weight, bias, eps, center);
   const int64_t kx = act_columns("norm_quant", "act_group", a.k, act_group);
   QuantActTensors act = new_act(x, a.m, kx, act_group, &a.act);
-  kRun("norm_quant", x, a);
+  if (a.m > 0) kRun("norm_quant", x, a);
   return act;
 }
 
@@ -81,7 +81,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> add_norm_quant(const Tensor& x, const
   const int64_t kx = act_columns("add_norm_quant", "act_group", a.k, act_group);
   auto [codes, scale, sums] = new_act(x, a.m, kx, act_group, &a.act);
   Tensor sum = new_rows(a, x, &a.sum);
-  kRun("add_norm_quant", x, a);
+  if (a.m > 0) kRun("add_norm_quant", x, a);
   return {codes, scale, sums, sum};
 }
 

@@ -285,7 +285,7 @@ def _from_environment() -> None:
 
 
 # What the CPU kernels of linear take beyond what makes a weight; the other ops take everything.
-_LINEAR_MAX_SPAN = 32768  # kMaxSpan of csrc/cpu/linear.h
+_LINEAR_MAX_SPAN = 32768  # kMaxSpan of csrc/linear_ops.h
 
 
 def _cpu_linear(case: Case) -> str | None:

@@ -6,8 +6,8 @@
 #include <set>
 
 #include "../check.h"
+#include "../linear_ops.h"
 #include "attention.h"
-#include "linear.h"
 #include "steady_threads.h"
 #include "team.h"
 

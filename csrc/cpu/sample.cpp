@@ -1,58 +1,21 @@
-// sample: one token per row of logits.
-#include <cmath>
+// sample on the CPU; its checks are in sample_ops.h.
+#include "../sample_ops.h"
 
-#include "../check.h"
 #include "kernels.h"
 #include "run.h"
 
 namespace qk {
 namespace {
 
-constexpr int64_t kMaxVocab = 1 << 22;  // 2^22 weights of at most 2^40 sum to less than 2^63
-
-// logits [B, V] float32, rows a constant stride apart; the others [B] -> [B] int64
-Tensor sample(const Tensor& logits, const Tensor& temperature, const Tensor& top_k,
-              const Tensor& top_p, const Tensor& min_p, const Tensor& seed, const Tensor& offset) {
-  constexpr const char* op = "sample";
-  check(logits.scalar_type() == ScalarType::Float, op, "logits must be float32, got ",
-        type_name(logits.scalar_type()));
-  SampleArgs a{};
-  a.logits_stride = row_stride(op, "logits", logits);
-  a.batch = logits.size(0), a.vocab = logits.size(1);
-  check(a.vocab > 0 && a.vocab <= kMaxVocab, op, "logits must have 1 to ", kMaxVocab,
-        " columns, got ", shape_of(logits));
-  expect(op, "temperature", temperature, ScalarType::Float, {a.batch});
-  expect(op, "top_k", top_k, ScalarType::Int, {a.batch});
-  expect(op, "top_p", top_p, ScalarType::Float, {a.batch});
-  expect(op, "min_p", min_p, ScalarType::Float, {a.batch});
-  expect(op, "seed", seed, ScalarType::Long, {a.batch});
-  expect(op, "offset", offset, ScalarType::Long, {a.batch});
-  a.logits = data<float>(logits), a.temperature = data<float>(temperature),
-  a.top_k = data<int32_t>(top_k);
-  a.top_p = data<float>(top_p), a.min_p = data<float>(min_p);
-  a.seed = data<int64_t>(seed), a.offset = data<int64_t>(offset);
-  for (int64_t b = 0; b < a.batch; b++) {
-    const float t = a.temperature[b], p = a.top_p[b], m = a.min_p[b];
-    check(t >= 0 && std::isfinite(t), op, "temperature must be finite and not negative, got ", t,
-          " in row ", b);
-    check(a.top_k[b] >= 0, op, "top_k must not be negative (0 is off), got ", a.top_k[b],
-          " in row ", b);
-    check(p >= 0 && p <= 1, op, "top_p must be from 0 to 1 (1 is off), got ", p, " in row ", b);
-    check(m >= 0 && m <= 1, op, "min_p must be from 0 to 1 (0 is off), got ", m, " in row ", b);
-  }
-  Tensor out = torch::stable::new_empty(logits, {a.batch}, ScalarType::Long);
-  a.out = mutable_data<int64_t>(out);
+void run(const char*, const Tensor&, const SampleArgs& a) {
+  const bool small = a.batch * a.vocab < 1 << 13 || a.batch < 2;
   const Kernels& kernel = kernels();
-  run_team(a.batch * a.vocab < 1 << 13 || a.batch < 2 ? 1 : team_size(),
-           [&](Team& team) { kernel.sample(a, team); });
-  for (int64_t b = 0; b < a.batch; b++) {
-    check(a.out[b] != kSampleNan, op, "logits of row ", b, " have a NaN");
-    check(a.out[b] != kSampleEmpty, op, "logits of row ", b, " are all -inf");
-  }
-  return out;
+  run_team(small ? 1 : team_size(), [&](Team& team) { kernel.sample(a, team); });
 }
 
-STABLE_TORCH_LIBRARY_IMPL(QK_OPS, CPU, m) { m.impl("sample", TORCH_BOX(&sample)); }
+STABLE_TORCH_LIBRARY_IMPL(QK_OPS, CPU, m) {
+  m.impl("sample", TORCH_BOX((&sample<run, Contents::checked>)));
+}
 
 }  // namespace
 }  // namespace qk
