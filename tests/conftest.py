@@ -76,7 +76,7 @@ def isa(request: pytest.FixtureRequest) -> Iterator[Isa]:
 
 @pytest.fixture(params=GPUS)
 def gpu(request: pytest.FixtureRequest) -> Gpu:
-    """The emulated GPU and, where there is one, a real one: call `gpu.ops.<op>` on `gpu.to(...)`."""
+    """The emulated GPU and, where there is one, a real one: `gpu.ops.<op>` on `gpu.to(...)`."""
     return find_gpu(request.param)
 
 

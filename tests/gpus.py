@@ -1,5 +1,5 @@
-"""The GPUs that the tests of CUDA kernels run on: the emulated one, which is there everywhere, and a
-real one where there is one. A test takes the fixture `gpu` and runs on both."""
+"""The GPUs that the tests of CUDA kernels run on: the emulated one, which is there everywhere, and
+a real one where there is one. A test takes the fixture `gpu` and runs on both."""
 
 from __future__ import annotations
 
