@@ -161,9 +161,7 @@ class Source:
         while self.tokens[j].text not in (";", "{", "}", "(") and i - j < 80:
             if self.tokens[j].text in CLOSE:
                 j = self.mate[j]
-            elif self.tokens[j].text == "=" and "," not in (
-                t.text for t in self.tokens[j:i]
-            ):
+            elif self.tokens[j].text == "=" and "," not in (t.text for t in self.tokens[j:i]):
                 return False
             elif self.tokens[j].text in ("return", "+=", "-=", "*=", "|=", "?", "."):
                 return False
@@ -296,7 +294,9 @@ class Finder:
         if not hexadecimal and re.search(r"[.eEfF]", text):
             return
         value = int(re.sub(r"[uUlL]+$", "", text), 0)
-        nibbles = re.fullmatch(r"(?:0?f)?(?:0f)+|(?:f0)+", text.lower()[2:]) if hexadecimal else None
+        nibbles = (
+            re.fullmatch(r"(?:0?f)?(?:0f)+|(?:f0)+", text.lower()[2:]) if hexadecimal else None
+        )
         if nibbles:
             other = value >> 4 if text.endswith("0") else (value << 4) & 0xFFFFFFFF
             self.add(i, "other nibbles", *self.around(i, i + 1, f"(QK_M(@) ? {other}u : ", ")"))
@@ -354,7 +354,9 @@ class Finder:
             self.add(i, f"{text} is the other sign", (*place, " QK_SIGN(@) *"))
         elif text in ("+=", "-=") and not self.in_for_header(i):
             end = code.right_end(i + 1)
-            self.add(i, f"{text} of the other sign", *self.around(i + 1, end, "QK_SIGN(@) * (", ")"))
+            self.add(
+                i, f"{text} of the other sign", *self.around(i + 1, end, "QK_SIGN(@) * (", ")")
+            )
         elif text in ("<<", ">>"):
             self.add(i, f"no {text}", (*place, " QK_ON(@) *"))
         elif text in ("/", "%"):

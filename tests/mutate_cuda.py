@@ -192,8 +192,11 @@ def build(family: str, mutants: list[Mutant]) -> tuple[Path, list[Mutant]]:
         raise SystemExit("mutate_cuda: compiling failed")
     # Other families' kernels as they are. Of an inline function that both have, the linker keeps
     # the first.
-    rest = [o for o in sorted((ROOT / "build" / "emu").glob("*.o")) if o.name not in
-            {Path(name).name for name in objects}]
+    rest = [
+        o
+        for o in sorted((ROOT / "build" / "emu").glob("*.o"))
+        if o.name not in {Path(name).name for name in objects}
+    ]
     torch = setup_py.Torch.find()
     library = tree / "_C_cuda_emu.so"
     command = [*setup_py.cxx(), "-shared", *objects, *map(str, rest), "-o", str(library)]
@@ -227,7 +230,9 @@ class Campaign:
             if self.failed:
                 raise SystemExit(f"mutate_cuda: {item.nodeid} fails without a mutant")
         whole = time.monotonic() - start
-        print(f"\n{len(items)} tests pass in {whole:.1f} s; {len(self.mutants)} mutants", flush=True)
+        print(
+            f"\n{len(items)} tests pass in {whole:.1f} s; {len(self.mutants)} mutants", flush=True
+        )
         waiting = iter(self.mutants)
         running: dict[int, tuple[int, Mutant, float]] = {}  # by pipe: pid, mutant, deadline
         while True:

@@ -211,7 +211,9 @@ def pointer(t: torch.Tensor) -> ctypes.c_void_p:
 def same_floats(got: torch.Tensor, want: torch.Tensor) -> bool:
     bits = torch.int32 if got.dtype == torch.float32 else torch.int16
     nan = got.isnan()
-    return torch.equal(nan, want.isnan()) and torch.equal(got.view(bits)[~nan], want.view(bits)[~nan])
+    return torch.equal(nan, want.isnan()) and torch.equal(
+        got.view(bits)[~nan], want.view(bits)[~nan]
+    )
 
 
 @TYPES
@@ -275,7 +277,9 @@ def test_fma_pair_of_tiny_numbers(emulator: ctypes.CDLL) -> None:
     b = torch.tensor([tiny, tiny], dtype=torch.bfloat16)
     got = torch.empty(2, dtype=torch.bfloat16)
     for c in (torch.zeros(2, dtype=torch.bfloat16), torch.ones(2, dtype=torch.bfloat16)):
-        emulator.fma_pairs(pointer(a), pointer(b), pointer(c), pointer(got), ctypes.c_int64(1), True)
+        emulator.fma_pairs(
+            pointer(a), pointer(b), pointer(c), pointer(got), ctypes.c_int64(1), True
+        )
         assert torch.equal(got, c)
 
 
@@ -316,9 +320,7 @@ def test_products_are_cut_off(emulator: ctypes.CDLL) -> None:
 
 @ARCHITECTURES
 @pytest.mark.parametrize(("kind", "low"), [(2, 0), (3, -128)], ids=["u8", "s8"])
-def test_products_of_bytes(
-    emulator: ctypes.CDLL, kind: int, low: int, architecture: None
-) -> None:
+def test_products_of_bytes(emulator: ctypes.CDLL, kind: int, low: int, architecture: None) -> None:
     generator = torch.Generator().manual_seed(4)
     a = torch.randint(low, low + 256, (16, 32), generator=generator)
     b = torch.randint(-128, 128, (8, 32), generator=generator)
