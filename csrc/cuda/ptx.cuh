@@ -98,6 +98,8 @@ __device__ __forceinline__ void copy_wait() {
   asm volatile("cp.async.wait_group %0;" : : "n"(kGroups) : "memory");
 }
 
+// Whether the device has bulk copies and mbarriers.
+__device__ __forceinline__ bool bulk_copies() { return QK_SM90; }
 // mbarriers in shared memory, one arrival per phase: one thread says how many bytes a phase brings
 // and issues the copies, any thread waits for the end of the phase of this parity. On sm_80 these
 // trap; the launch chooses kernels by the device.
@@ -258,6 +260,12 @@ __device__ __forceinline__ int32_t dot_four(uint32_t a, uint32_t b, int32_t c) {
 __device__ __forceinline__ uint32_t and_or(uint32_t a, uint32_t b, uint32_t c) {
   uint32_t r;
   asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(r) : "r"(a), "r"(b), "r"(c));
+  return r;
+}
+// (a & b) ^ c in one instruction.
+__device__ __forceinline__ uint32_t and_xor(uint32_t a, uint32_t b, uint32_t c) {
+  uint32_t r;
+  asm("lop3.b32 %0, %1, %2, %3, 0x6a;" : "=r"(r) : "r"(a), "r"(b), "r"(c));
   return r;
 }
 // Byte i of the result: byte number (selector >> 4 i) & 7 of the eight of a (0 to 3) and b.

@@ -81,6 +81,7 @@ template <int kGroups>
 void copy_wait() {
   emu::copy_wait(kGroups);
 }
+inline bool bulk_copies() { return emu::limits().architecture >= 90; }
 inline void mbarrier_init(uint64_t* barrier) { emu::mbarrier_init(barrier); }
 inline void mbarrier_init_fence() {}
 inline void mbarrier_expect(uint64_t* barrier, uint32_t bytes) {
@@ -208,6 +209,7 @@ inline int32_t dot_four(uint32_t a, uint32_t b, int32_t c) {
 // ---- bits and numbers ----
 
 inline uint32_t and_or(uint32_t a, uint32_t b, uint32_t c) { return (a & b) | c; }
+inline uint32_t and_xor(uint32_t a, uint32_t b, uint32_t c) { return (a & b) ^ c; }
 inline uint32_t select_bytes(uint32_t a, uint32_t b, uint32_t selector) {
   const uint64_t both = a | uint64_t(b) << 32;
   uint32_t r = 0;
