@@ -107,10 +107,17 @@ inline std::string device_name(const Tensor& t) {
 // CPU.
 inline void same_device(const char* op, const char* name, const Tensor& t, const char* first,
                         const Tensor& like) {
-  const bool same = t.is_cpu() == like.is_cpu() && t.is_cuda() == like.is_cuda() &&
-                    t.get_device_index() == like.get_device_index();
-  check(same, op, name, " is on ", device_name(t), ", but ", first, " is on ", device_name(like));
+  if (t.device() != like.device())
+    fail(op, name, " is on ", device_name(t), ", but ", first, " is on ", device_name(like));
 }
+inline void same_device(const char* op, const char* name, const std::optional<Tensor>& t,
+                        const char* first, const Tensor& like) {
+  if (t) same_device(op, name, *t, first, like);
+}
+
+// Whether the host checks what tensors hold (ids, probabilities) and not just what they are. It
+// reads the CPU's memory at once; on an accelerator it would wait for everything that is queued.
+enum class Contents { checked, unchecked };
 
 // [..., D] rows: the last dimension dense, rows a constant stride apart. Returns that stride in
 // elements.
