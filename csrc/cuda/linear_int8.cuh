@@ -282,41 +282,35 @@ __device__ __forceinline__ void four_bytes(const uint8_t* from, int shift, int m
   for (int e = 0; e < 4; e++) out[e] = float(int(v >> (8 * e + shift)) & mask);
 }
 
-// scale[h][e] and zero[h][e] of a lane's eight rows, so that y = scale dot - zero sum. `block` is
-// the row block's part of a stage, `group` counts in it.
+// scale[e] and zero[e] of a lane's rows of this h, so that y = scale dot - zero sum. `block` is the
+// row block's part of a stage, `group` counts in it.
 template <class C>
 __device__ __forceinline__ void row_scales(const Weight& w, const Int8Plan& p, const uint8_t* block,
-                                           int group, int lane, float (&scale)[2][4],
-                                           float (&zero)[2][4]) {
+                                           int group, int h, int lane, float (&scale)[4],
+                                           float (&zero)[4]) {
   const bool nibbles = w.scale_kind == Scale::two_nibble;
+  const int row = lane / 16 * 32 + 16 * h + lane / 4 % 4 * 4, i = group * 64 + row;
+  const auto times_block = [&](int at, float (&v)[4]) {
+    if (!w.block_scale) return;
+    float of_block[4];
+    four_scales(Scale::f16, block + p.block_at + at + 2 * row, of_block);
 #pragma unroll
-  for (int h = 0; h < 2; h++) {
-    const int row = lane / 16 * 32 + 16 * h + lane / 4 % 4 * 4, i = group * 64 + row;
-    const uint8_t* stored = block + p.scale_at + i * p.scale_bytes;
-    if (nibbles) four_bytes(stored, 0, 15, scale[h]);
-    else four_scales(w.scale_kind, stored, scale[h]);
-    if (w.block_scale) {
-      float of_block[4];
-      four_scales(Scale::f16, block + p.block_at + 2 * row, of_block);
+    for (int e = 0; e < 4; e++) v[e] *= of_block[e];
+  };
+  const uint8_t* stored = block + p.scale_at + i * p.scale_bytes;
+  if (nibbles) four_bytes(stored, 0, 15, scale);
+  else four_scales(w.scale_kind, stored, scale);
+  times_block(0, scale);
+  if constexpr (C::offset) {
+    const uint8_t* stored_zero = block + p.zero_at + i * p.zero_bytes;
+    if (w.zero_kind == Zero::integer) {
+      four_bytes(stored_zero, 0, 255, zero);
 #pragma unroll
-      for (int e = 0; e < 4; e++) scale[h][e] *= of_block[e];
-    }
-    if constexpr (C::offset) {
-      const uint8_t* stored_zero = block + p.zero_at + i * p.zero_bytes;
-      if (w.zero_kind == Zero::integer) {
-        four_bytes(stored_zero, 0, 255, zero[h]);
-#pragma unroll
-        for (int e = 0; e < 4; e++) zero[h][e] *= scale[h][e];
-      } else {
-        if (nibbles) four_bytes(stored, 4, 15, zero[h]);
-        else four_scales(w.scale_kind, stored_zero, zero[h]);
-        if (w.block_scale) {
-          float of_block[4];
-          four_scales(Scale::f16, block + p.block_at + 128 + 2 * row, of_block);
-#pragma unroll
-          for (int e = 0; e < 4; e++) zero[h][e] *= of_block[e];
-        }
-      }
+      for (int e = 0; e < 4; e++) zero[e] *= scale[e];
+    } else {
+      if (nibbles) four_bytes(stored, 4, 15, zero);
+      else four_scales(w.scale_kind, stored_zero, zero);
+      times_block(128, zero);
     }
   }
 }
@@ -341,28 +335,34 @@ __device__ __forceinline__ void end_span(const LinearArgs& args, const Int8Plan&
                                          const uint8_t* block, int group, int act_group,
                                          int64_t first_token, int lane,
                                          Int8Sums<C, kTiles>& sums) {
-  float scale[2][4], zero[2][4];
-  row_scales<C>(args.w, p, block, group, lane, scale, zero);
+  float x_scale[kTiles][2], sum[kTiles][2];
 #pragma unroll
   for (int n = 0; n < kTiles; n++)
 #pragma unroll
     for (int j = 0; j < 2; j++) {
-      float x_scale = 1;
+      x_scale[n][j] = 1;
       if (!p.act_per_token) {
         int64_t token = first_token + 8 * n + 2 * (lane % 4) + j;
         if (token >= args.m) token = args.m - 1;
-        x_scale = args.act.scale[token * (args.act.kx / args.act.group) + act_group];
+        x_scale[n][j] = args.act.scale[token * (args.act.kx / args.act.group) + act_group];
       }
-      const float sum = C::offset ? float(sums.sum[n][j] << C::shift) * x_scale : 0.f;
+      if (C::offset) sum[n][j] = float(sums.sum[n][j] << C::shift) * x_scale[n][j];
+    }
 #pragma unroll
-      for (int h = 0; h < 2; h++)
+  for (int h = 0; h < 2; h++) {
+    float scale[4], zero[4];
+    row_scales<C>(args.w, p, block, group, h, lane, scale, zero);
+#pragma unroll
+    for (int n = 0; n < kTiles; n++)
+#pragma unroll
+      for (int j = 0; j < 2; j++)
 #pragma unroll
         for (int e = 0; e < 4; e++) {
           float& y = sums.y[n][e][2 * h + j];
-          y = fma(scale[h][e], float(sums.dot[n][e][2 * h + j]) * x_scale, y);
-          if constexpr (C::offset) y = fma(-zero[h][e], sum, y);
+          y = fma(scale[e], float(sums.dot[n][e][2 * h + j]) * x_scale[n][j], y);
+          if constexpr (C::offset) y = fma(-zero[e], sum[n][j], y);
         }
-    }
+  }
 }
 
 // Units u0 .. u0 + n, which lie in a stage: `block` is the part of the warp's row block, x this
@@ -374,11 +374,13 @@ __device__ __forceinline__ void add_chunk(const LinearArgs& args, const Int8Plan
                                           const Table& table, Cursor& at,
                                           Int8Sums<C, kTiles>& sums) {
   const int first_group = at.group;
+#pragma unroll 1
   for (int u = 0; u < n;) {
     int end = u + (at.group_left < at.act_left ? at.group_left : at.act_left);
     const bool whole = end <= n;
     if (!whole) end = n;
     at.group_left -= end - u, at.act_left -= end - u;
+#pragma unroll 1
     for (; u < end; u += 2)
       sums.template add_units<kSwizzled>(block + u * C::unit_bytes, x + 16 * u, x_pitch,
                                          u + 1 < end, table, lane);

@@ -59,6 +59,7 @@ __global__ void __launch_bounds__(kInt8Threads)
     } else {
       weight_pieces<C, true>(args.w, p, row_block, u0, n,
                              [&](int at, const uint8_t* from, int size, bool) {
+#pragma unroll 1
                                for (int b = 16 * lane; b < size; b += 16 * 32)
                                  copy_async<16>(stage + at + b, from + b);
                              });
@@ -74,6 +75,7 @@ __global__ void __launch_bounds__(kInt8Threads)
           bulk_load(to + lane * kPitch, from + lane * args.act.kx, uint32_t(n * 16),
                     arrived + i % kDecodeStages);
       } else {
+#pragma unroll 1
         for (int b = lane; b < tokens * n; b += 32)
           copy_async<16>(to + b / n * kPitch + b % n * 16, from + b / n * args.act.kx + b % n * 16);
       }

@@ -33,11 +33,13 @@ __global__ void __launch_bounds__(kInt8Threads, 2)
     if (i < count) {
       const int n = units_of(i), u0 = (begin + i) * kTileChunk;
       uint8_t* stage = shared + i % kTileStages * p.stage_bytes;
+#pragma unroll 1
       for (int r = 0; r < p.row_blocks && first_block + r < blocks; r++) {
         uint8_t* block = stage + r * p.block_bytes;
         weight_pieces<C, !kRows>(
             args.w, p, first_block + r, u0, n,
             [&](int at, const uint8_t* from, int size, bool codes) {
+#pragma unroll 1
               for (int b = thread; b < size / 16; b += kInt8Threads) {
                 int to = b;
                 if (codes && C::wide_bytes) {
@@ -49,6 +51,7 @@ __global__ void __launch_bounds__(kInt8Threads, 2)
               }
             });
       }
+#pragma unroll 1
       for (int b = thread; b < tile_tokens * kTileChunk; b += kInt8Threads) {
         const int token = b / kTileChunk, u = b % kTileChunk;
         if (u >= n) continue;
@@ -77,6 +80,7 @@ __global__ void __launch_bounds__(kInt8Threads, 2)
     const uint8_t* block = stage + own * p.block_bytes;
     const int n = units_of(i);
     if constexpr (kRows) {
+#pragma unroll 1
       for (int u = 0; u < n; u += 2)
         sums.template add_units<true>(block + u * C::unit_bytes, stage + x_at + 16 * u, kTilePitch,
                                       u + 1 < n, table, lane);
