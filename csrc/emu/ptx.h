@@ -29,7 +29,7 @@ inline const char* cudaGetErrorString(cudaError_t error) {
                                                   : "invalid argument";
 }
 inline cudaError_t cudaMemsetAsync(void* memory, int value, size_t bytes, cudaStream_t) {
-  std::memset(memory, value, bytes);
+  qk::emu::fill(memory, value, bytes);
   return cudaSuccess;
 }
 
@@ -63,11 +63,23 @@ template <class T>
 T* shared_memory() {
   return static_cast<T*>(emu::shared_bytes());
 }
-// Plain loads of an aligned type, which the hooks check.
-inline Words4 load_stream(const void* p) { return *static_cast<const Words4*>(p); }
-inline Words4 load_read_only(const void* p) { return *static_cast<const Words4*>(p); }
-inline float load_other_block(const float* p) { return *p; }
-inline void store_128(void* p, const Words4& v) { *static_cast<Words4*>(p) = v; }
+// Explicit accesses: a compiler may split plain ones, whose alignment would then go unchecked.
+__attribute__((noinline, no_sanitize("thread"))) inline Words4 load_stream(const void* p) {
+  emu::access(p, sizeof(Words4), emu::Access::read);
+  return *static_cast<const Words4*>(p);
+}
+__attribute__((noinline, no_sanitize("thread"))) inline Words4 load_read_only(const void* p) {
+  emu::access(p, sizeof(Words4), emu::Access::read_constant);
+  return *static_cast<const Words4*>(p);
+}
+__attribute__((noinline, no_sanitize("thread"))) inline float load_other_block(const float* p) {
+  emu::access(p, sizeof(float), emu::Access::read_l2);
+  return *p;
+}
+__attribute__((noinline, no_sanitize("thread"))) inline void store_128(void* p, const Words4& v) {
+  emu::access(p, sizeof(Words4), emu::Access::write);
+  *static_cast<Words4*>(p) = v;
+}
 
 // ---- asynchronous copies ----
 
@@ -95,7 +107,7 @@ inline void mbarrier_wait(uint64_t* barrier, int parity) { emu::mbarrier_wait(ba
 
 inline void block_sync() { emu::block_sync(); }
 inline void warp_sync() { emu::warp_sync(); }
-inline void device_fence() {}
+inline void device_fence() { emu::device_fence(); }
 
 namespace emu {
 template <class T>
@@ -177,7 +189,7 @@ inline uint32_t count_around(uint32_t* p, uint32_t last) {
 inline uint32_t global_or(uint32_t* p, uint32_t v) {
   return emu_atomic(p, [v](uint32_t old) { return old | v; });
 }
-inline void dependency_wait() {}
+inline void dependency_wait() { emu::dependency_wait(); }
 inline void dependency_launch() {}
 
 // ---- matrix products ----
@@ -268,8 +280,8 @@ inline float fma_to_odd(double a, double b, double c) {
   const bool exact = double(v) == sum && lost == 0;
   if (exact || v - v != 0) return v;
   int32_t bits = float_bits(v);
-  const double beyond = (double(v) - sum) - lost;  // > 0: v is greater than the exact result
-  if (v > 0 ? beyond > 0 : beyond < 0) bits--;     // towards zero
+  const double beyond = (double(v) - sum) - lost;        // > 0: v is greater than the exact result
+  if (v > 0 ? beyond > 0 : v < 0 && beyond < 0) bits--;  // towards zero
   return bits_float(bits | 1);
 }
 }  // namespace emu
@@ -302,19 +314,24 @@ struct Call {
 }  // namespace emu
 
 template <class... Parameters, class... Arguments>
-cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes,
-                   cudaStream_t, const Arguments&... arguments) {
+cudaError_t launch_with(bool dependent, void (*kernel)(Parameters...), dim3 grid, dim3 block,
+                        size_t shared_bytes, const Arguments&... arguments) {
   using Call = emu::Call<Parameters...>;
   const Call call{kernel, {Parameters(arguments)...}};
-  return emu::launch(grid, block, shared_bytes, Call::run, &call, sizeof call)
+  return emu::launch(grid, block, shared_bytes, Call::run, &call, sizeof call, dependent)
              ? cudaSuccess
              : cudaErrorInvalidConfiguration;
 }
 template <class... Parameters, class... Arguments>
+cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes,
+                   cudaStream_t, const Arguments&... arguments) {
+  return launch_with(false, kernel, grid, block, shared_bytes, arguments...);
+}
+template <class... Parameters, class... Arguments>
 cudaError_t launch_dependent(void (*kernel)(Parameters...), dim3 grid, dim3 block,
-                             size_t shared_bytes, cudaStream_t stream,
-                             const Arguments&... arguments) {
-  return launch(kernel, grid, block, shared_bytes, stream, arguments...);
+                             size_t shared_bytes, cudaStream_t, const Arguments&... arguments) {
+  const bool dependent = emu::limits().architecture >= 90;
+  return launch_with(dependent, kernel, grid, block, shared_bytes, arguments...);
 }
 
 }  // namespace qk
