@@ -253,6 +253,7 @@ def build_cuda(out: Path, directory: Path) -> dict[str, object]:
     flags += [
         "-Xptxas=-v",
         "-fmad=false",
+        "--expt-relaxed-constexpr",  # layout.h's functions in device code
         "-DUSE_CUDA",
         *archs.values(),
         f"-Xcompiler={','.join(host)}",

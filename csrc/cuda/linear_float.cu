@@ -28,8 +28,8 @@ cudaError_t launch_linear_float(const LinearArgs& args, void* scratch, uint32_t*
   DeviceLimits limits{};
   if (cudaError_t error = device_limits(&limits); error != cudaSuccess) return error;
   LinearFloatPlan plan = plan_linear_float(args, limits);
-  for (TileSplit* split : {&plan.gemv.split, &plan.tile.split})
-    split->partial = static_cast<float*>(scratch), split->counters = counters;
+  TileSplit& split = plan.decode ? plan.gemv.split : plan.tile.split;
+  split.partial = static_cast<float*>(scratch), split.counters = counters;
   switch (args.w.bits) {
     case 2: return launch_linear_codes<Codes<2>>(args, plan, stream);
     case 3: return launch_linear_codes<Codes<3>>(args, plan, stream);

@@ -46,7 +46,6 @@ inline bool plan_gemv(const LinearArgs& a, const DeviceLimits& limits, GemvPlan*
   p.row_blocks = a.m <= 4 ? 1 : a.m <= 8 ? 2 : 4;
   p.k_warps = kGemvWarps / p.row_blocks;
   p.vectors = x_in_vectors(a);
-  p.bulk = limits.architecture >= 90;
   const int units = gemv_units(a.w.bits);
   p.stage = stage_layout(a.w, units);
   const int rings = kGemvWarps * kGemvStages * p.stage.bytes;
@@ -65,8 +64,9 @@ inline bool plan_gemv(const LinearArgs& a, const DeviceLimits& limits, GemvPlan*
   const int64_t all_stages = (a.w.kp / layout::kUnitCols + units - 1) / units;
   const int64_t blocks = (a.w.n + layout::kUnitRows - 1) / layout::kUnitRows;
   p.row_tiles = (blocks + p.row_blocks - 1) / p.row_blocks;
-  p.split.splits = choose_splits(p.row_tiles, int64_t(limits.multiprocessors) * (two_blocks ? 2 : 1),
-                                 all_stages, kGemvStages * p.k_warps);
+  p.split.splits =
+      choose_splits(p.row_tiles, int64_t(limits.multiprocessors) * (two_blocks ? 2 : 1), all_stages,
+                    kGemvStages * p.k_warps);
   p.stages_per_split = int((all_stages + p.split.splits - 1) / p.split.splits);
   const int64_t rounds = (p.stages_per_split + p.k_warps - 1) / p.k_warps;
   const int64_t fitting = budget / round;

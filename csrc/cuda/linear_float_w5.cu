@@ -2,5 +2,5 @@
 
 namespace qk {
 template cudaError_t launch_linear_codes<Codes<5>>(const LinearArgs&, const LinearFloatPlan&,
-                                                  cudaStream_t);
+                                                   cudaStream_t);
 }  // namespace qk

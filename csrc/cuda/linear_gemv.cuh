@@ -29,7 +29,6 @@ struct GemvPlan {
   int stages_per_split;     // of K, a block's part
   int stages_per_segment;   // of x in shared memory at a time; a multiple of k_warps
   bool vectors;             // x is read 16 bytes at a time
-  bool bulk;                // emulated GPUs: whether it is one of sm_90; others know by themselves
   StageLayout stage;
   // Byte offsets in shared memory: rings at 0, then mbarriers, flag and activations.
   int mbarriers, last, activations, shared_bytes;
@@ -108,13 +107,9 @@ __global__ void __launch_bounds__(kGemvThreads, 2)
   const int tokens = int(args.m);
   const int zero_bytes = w.zero_kind == Zero::integer ? 1 : scale_size(w.scale_kind);
 
-#ifdef QK_EMULATE_CUDA
-  const bool bulk = plan.bulk;
-#else
-  constexpr bool bulk = QK_SM90;
-#endif
   StageRing ring{shared + warp * kGemvStages * plan.stage.bytes,
-                 reinterpret_cast<uint64_t*>(shared + plan.mbarriers) + warp * kGemvStages, bulk};
+                 reinterpret_cast<uint64_t*>(shared + plan.mbarriers) + warp * kGemvStages,
+                 bulk_copies()};
   const auto units_of = [&](int stage) {
     const int left = all_units - stage * kUnits;
     return left < kUnits ? left : kUnits;
@@ -141,8 +136,8 @@ __global__ void __launch_bounds__(kGemvThreads, 2)
   int i = 0;
   for (int segment = first_stage; segment < end_stage; segment += plan.stages_per_segment) {
     const int rest = end_stage - segment;
-    const int segment_end = segment + (rest < plan.stages_per_segment ? rest
-                                                                      : plan.stages_per_segment);
+    const int segment_end =
+        segment + (rest < plan.stages_per_segment ? rest : plan.stages_per_segment);
     if (segment > first_stage) block_sync();  // all have read the segment before
     const int first_unit = segment * kUnits;
     const int last_unit = segment_end * kUnits < all_units ? segment_end * kUnits : all_units;
@@ -150,19 +145,19 @@ __global__ void __launch_bounds__(kGemvThreads, 2)
     const int pieces = 2 * (last_unit - first_unit);
     for (int p = int(threadIdx.x); p < pieces * tokens; p += kGemvThreads) {
       const int token = p / pieces, piece = p % pieces;
-      const Words4 x = eight_activations<T>(args, plan.vectors, token,
-                                            int64_t(first_unit) * 16 + piece * 8);
+      const Words4 x =
+          eight_activations<T>(args, plan.vectors, token, int64_t(first_unit) * 16 + piece * 8);
       const Words2 low = pair_columns({{x.word[0], x.word[1]}}),
                    high = pair_columns({{x.word[2], x.word[3]}});
-      *reinterpret_cast<Words4*>(activations + (piece / 2 * tokens + token) * 4 + piece % 2 * 2) =
-          {{low.word[0], low.word[1], high.word[0], high.word[1]}};
+      *reinterpret_cast<Words4*>(activations + (piece / 2 * tokens + token) * 4 + piece % 2 * 2) = {
+          {low.word[0], low.word[1], high.word[0], high.word[1]}};
     }
     block_sync();
     for (int stage; has_rows && (stage = first_stage + k_warp + i * plan.k_warps) < segment_end;
          i++) {
       const uint8_t* codes = ring.wait(i, plan.stage);
-      const int first = stage * kUnits, end = first + units_of(stage);
-      sums.add_units(w, plan.stage, codes, first, end, first, end, false, lane, table,
+      const int first = stage * kUnits;
+      sums.add_units(w, plan.stage, codes, first, first, first + units_of(stage), 0, lane, table,
                      [&](int unit, int tile) {
                        return activations[(unit - first_unit) * tokens * 4 + row_of[tile]];
                      });
@@ -192,8 +187,8 @@ __global__ void __launch_bounds__(kGemvThreads, 2)
       }
     }
   block_sync();
-  store_tile<T>(args, plan.split, parts, plan.k_warps, tokens, rows, 0,
-                int64_t(blockIdx.x) * rows, blockIdx.x, plan.row_tiles, int(blockIdx.y),
+  store_tile<T>(args, plan.split, parts, plan.k_warps, tokens, rows, 0, int64_t(blockIdx.x) * rows,
+                blockIdx.x, plan.row_tiles, int(blockIdx.y),
                 reinterpret_cast<int32_t*>(shared + plan.last));
 }
 

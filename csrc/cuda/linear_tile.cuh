@@ -42,7 +42,8 @@ __global__ void __launch_bounds__(kTileThreads, 1)
   const int warp = int(threadIdx.x) / 32, lane = int(threadIdx.x) % 32;
   const int row_block = warp % kTileRowBlocks, half = warp / kTileRowBlocks;
   // Tiles of tokens follow each other: the second finds the weights in L2.
-  const int64_t row_tile = blockIdx.x / plan.token_tiles, token_tile = blockIdx.x % plan.token_tiles;
+  const int64_t row_tile = blockIdx.x / plan.token_tiles,
+                token_tile = blockIdx.x % plan.token_tiles;
   const int tokens = plan.halve_k ? kTileWarpTokens : 2 * kTileWarpTokens;
   const int64_t first_token = token_tile * tokens;
   const int all_units = int(w.kp / layout::kUnitCols);
@@ -50,6 +51,7 @@ __global__ void __launch_bounds__(kTileThreads, 1)
   const int first_stage = int(blockIdx.y) * plan.stages_per_split;
   int end_stage = first_stage + plan.stages_per_split;
   end_stage = end_stage < all_stages ? end_stage : all_stages;
+  const int end_unit = end_stage * kTileUnits < all_units ? end_stage * kTileUnits : all_units;
   const int64_t all_blocks = (w.n + layout::kUnitRows - 1) / layout::kUnitRows;
   const int64_t first_block = row_tile * kTileRowBlocks;
   const bool has_rows = first_block + row_block < all_blocks;
@@ -111,8 +113,9 @@ __global__ void __launch_bounds__(kTileThreads, 1)
     const int middle = first + kTileUnits / 2 < end ? first + kTileUnits / 2 : end;
     const int from = plan.halve_k && half == 1 ? middle : first;
     const int to = plan.halve_k && half == 0 ? middle : end;
-    sums.add_units(w, plan.stage, at + row_block * plan.stage.bytes, first, end, from, to,
-                   stage + 1 < end_stage, lane, table, [&](int unit, int tile) {
+    const int next = from + kTileUnits;
+    sums.add_units(w, plan.stage, at + row_block * plan.stage.bytes, first, from, to,
+                   next < end_unit ? next : 0, lane, table, [&](int unit, int tile) {
                      const int chunk = (unit - first) * 2 + t / 2;
                      return pair_columns(*reinterpret_cast<const Words2*>(
                          x + tile * 8 * kTileRowBytes + 16 * (chunk ^ 2 * (g % 4)) + t % 2 * 8));

@@ -242,8 +242,7 @@ struct UnitSums {
 #pragma unroll
     for (int p = 0; p < products; p++)
 #pragma unroll
-      for (int i = 0; i < kTiles; i++)
-        mma_16816<T>(group[i][kE], a[p], b[i].word[0], b[i].word[1]);
+      for (int i = 0; i < kTiles; i++) mma_16816<T>(group[i][kE], a[p], b[i].word[0], b[i].word[1]);
   }
 
   // The group, or a part of it, is over. What was added to codes goes before the scale comes, so
@@ -276,13 +275,14 @@ struct UnitSums {
       for (int j = 0; j < 4; j++) x[i][j] = 0;
   }
 
-  // Units [from, to) of a stage whose first unit is `first` and which ends at `end`; b(unit, i)
-  // gives activations. A group that goes on in the next stage is left open if `keep_open`.
+  // Units [from, to) of a stage that starts at unit `first`; b(unit, i) gives activations. If the
+  // warp goes on at unit `next` (0: it does not), and that is of the same group as the last one,
+  // the group is left open.
   template <class F>
   __device__ __forceinline__ void add_units(const Weight& w, const StageLayout& s,
-                                            const uint8_t* stage, int first, int end, int from,
-                                            int to, bool keep_open, int lane,
-                                            const TableWords& table, const F& b) {
+                                            const uint8_t* stage, int first, int from, int to,
+                                            int next, int lane, const TableWords& table,
+                                            const F& b) {
     if (from >= to) return;
     const int group_units = w.group / layout::kUnitCols;
     const int first_group = first / group_units;
@@ -295,8 +295,8 @@ struct UnitSums {
       for (int i = 0; i < kTiles; i++) activations[i] = b(unit, i);
       add(load_unit<C>(stage + (unit - first) * C::unit_bytes, lane), table, activations);
       const bool group_ends = unit + 1 == group_end;
-      const bool last_of_stage = unit + 1 == to && !(keep_open && group_end > end);
-      if (group_ends || last_of_stage)
+      const bool goes_on = next > 0 && next < group_end;
+      if (group_ends || (unit + 1 == to && !goes_on))
         scale_group(w, s, stage, group - first_group, lane);
       if (group_ends) group++, group_end += group_units;
     }
@@ -305,7 +305,8 @@ struct UnitSums {
 
 // ---- activations ----
 
-// x [M, K] of 16-bit floats, 8 columns from `column` on (a multiple of 8) of `token`; zero beyond K.
+// x [M, K] of 16-bit floats, 8 columns from `column` on (a multiple of 8) of `token`; zero beyond
+// K.
 template <class T>
 __device__ __forceinline__ Words4 eight_activations(const LinearArgs& args, bool vectors,
                                                     int64_t token, int64_t column) {
@@ -325,6 +326,8 @@ template <class T>
 __device__ __forceinline__ void store_result(const LinearArgs& args, int64_t m, int64_t n,
                                              float sum) {
   if (args.bias) sum += static_cast<const float*>(args.bias)[n];
+  if (args.residual)
+    sum += widen(static_cast<const T*>(args.residual)[m * args.residual_stride + n]);
   static_cast<T*>(args.y)[m * args.y_stride + n] = narrow<T>(sum);
 }
 

@@ -85,8 +85,8 @@ __device__ __forceinline__ uint32_t code_bytes(const LaneUnit<C>& u) {
     return u.wide[4 * kH + kE];
   } else {
     constexpr int at = wide.width == 4 ? 4 * kH : 4 * (kE % 2) + 2 * kH;
-    uint32_t codes = move_bits<at, 0>(u.wide[wide.width == 4 ? kE : kE / 2]) &
-                     every_byte((1 << wide.width) - 1);
+    uint32_t codes =
+        move_bits<at, 0>(u.wide[wide.width == 4 ? kE : kE / 2]) & every_byte((1 << wide.width) - 1);
     if constexpr (C::planes.count > 1) {
       constexpr int fine_at = fine.width == 2 ? 4 * (kE % 2) + 2 * kH : 2 * kE + kH;
       codes = and_or(move_bits<fine_at, fine.shift>(u.fine[fine.width == 2 ? kE / 2 : 0]),
@@ -97,8 +97,8 @@ __device__ __forceinline__ uint32_t code_bytes(const LaneUnit<C>& u) {
 }
 
 // The table of 16 int8 values as look_up takes it, and its values for the 8 nibbles of a word of a
-// nibble plane: of the low nibbles (h = 0) and of the high ones. A permute of bytes chooses among 8,
-// by 3 bits; the fourth chooses between two of them. With kFlip the sign bits are flipped: bytes
+// nibble plane: of the low nibbles (h = 0) and of the high ones. A permute of bytes chooses among
+// 8, by 3 bits; the fourth chooses between two of them. With kFlip the sign bits are flipped: bytes
 // value + 128.
 struct TableWords {
   uint32_t word[4];

@@ -218,7 +218,8 @@ Limits limits() {
     return text ? std::atoi(text) : otherwise;
   };
   const int architecture = setting("QKERNELS_EMU_ARCHITECTURE", 90);
-  const int shared = architecture >= 90 ? 227 << 10 : 163 << 10;
+  const bool small = architecture == 86 || architecture == 89 || architecture >= 120;
+  const int shared = (small ? 99 : architecture >= 90 ? 227 : 163) << 10;
   return {architecture, setting("QKERNELS_EMU_MULTIPROCESSORS", 132), shared, shared + (1 << 10)};
 }
 
