@@ -98,6 +98,8 @@ __device__ __forceinline__ void copy_wait() {
   asm volatile("cp.async.wait_group %0;" : : "n"(kGroups) : "memory");
 }
 
+// Whether the device has bulk copies and mbarriers.
+__device__ __forceinline__ bool bulk_copies() { return QK_SM90; }
 // mbarriers in shared memory, one arrival per phase: one thread says how many bytes a phase brings
 // and issues the copies, any thread waits for the end of the phase of this parity. On sm_80 these
 // trap; the launch chooses kernels by the device.

@@ -100,6 +100,7 @@ template <int kGroups>
 void copy_wait() {
   emu::copy_wait(kGroups);
 }
+inline bool bulk_copies() { return emu::limits().architecture >= 90; }
 inline void mbarrier_init(uint64_t* barrier) { emu::mbarrier_init(barrier); }
 inline void mbarrier_init_fence() {}
 inline void mbarrier_expect(uint64_t* barrier, uint32_t bytes) {
