@@ -14,6 +14,7 @@ import torch
 
 from .backends import select
 from .int_buffer import IntBuffer
+from .ops.sample import check_tokens
 
 # Tokens of prompts per call of the model: enough to make its matrices compute-bound, while a call
 # stays short.
@@ -269,7 +270,8 @@ class Sampler:
         self._offset = IntBuffer(0, torch.int64)
 
     def __call__(self, logits: torch.Tensor, sequences: Sequence[Request]) -> list[int]:
-        """logits [B, V] float32 (overwritten when a penalty is on) -> B tokens."""
+        """logits [B, V] float32 (overwritten when a penalty is on) -> B tokens. Raises RuntimeError
+        for a row with a NaN or nothing but -inf."""
         settings = self._settings
         if settings.repetition_penalty != 1.0:
             for row, sequence in zip(logits, sequences, strict=True):
@@ -282,8 +284,9 @@ class Sampler:
             self._seeds, self._arguments = seeds, self._arguments_of(seeds)
             self._offset = IntBuffer(len(seeds), torch.int64)
         offset = self._offset.write([s.new_count for s in sequences])
-        tokens = select("sample", logits.device)(logits, *self._arguments, offset)
-        return tokens.tolist()
+        tokens = select("sample", logits.device)(logits, *self._arguments, offset).tolist()
+        check_tokens(tokens)  # a kernel on a GPU could not
+        return tokens
 
     def _arguments_of(self, seeds: list[int]) -> list[torch.Tensor]:
         """temperature, top_k, top_p, min_p and seed, [B] each."""
