@@ -55,7 +55,8 @@ cudaError_t launch_decode(const AttentionTask& task, const DecodePlan& plan, voi
   if (cudaError_t error = launch_pages(task, parts, plan, stream); error != cudaSuccess)
     return error;
   if (plan.splits == 1) return cudaSuccess;
-  const int64_t blocks = (task.tokens * task.q_heads + kMergeThreads / 32 - 1) / (kMergeThreads / 32);
+  const int64_t blocks =
+      (task.tokens * task.q_heads + kMergeThreads / 32 - 1) / (kMergeThreads / 32);
   return launch_dependent(attention_merge_kernel, dim3(unsigned(blocks)), dim3(kMergeThreads), 0,
                           stream, task, parts, plan.splits);
 }
@@ -67,13 +68,12 @@ void run_task(const char* op, const Tensor& q, AttentionTask task) {
   const bool query_fits = task.type == Dtype::bf16 || task.kv != KvType::bf16;
   const bool tensor_cores = task.type != Dtype::f32 && keys_of_16_bits && query_fits &&
                             task.kv_heads <= 65535 && rows_are_aligned(task);
-  check(task.tokens * task.q_heads <= INT32_MAX, op, "q has more rows than a grid has blocks: ",
-        task.tokens * task.q_heads);
+  check(task.tokens * task.q_heads <= INT32_MAX, op,
+        "q has more rows than a grid has blocks: ", task.tokens * task.q_heads);
   if (task.batch == 0) return;
   if (!tensor_cores)
-    return launch_on(op, q, [&](cudaStream_t stream) {
-      return launch_attention_scalar(task, stream);
-    });
+    return launch_on(op, q,
+                     [&](cudaStream_t stream) { return launch_attention_scalar(task, stream); });
 
   // A sequence's tokens are known on the device alone. Few in all, or on average: decode takes
   // every sequence, whatever it has; else each kernel takes its own.
@@ -108,8 +108,8 @@ void run_dense(const char* op, const Tensor& q, const DenseAttentionArgs& args) 
 }
 
 STABLE_TORCH_LIBRARY_IMPL(QK_OPS, QK_DEVICE_KEY, m) {
-  m.impl("attention", TORCH_BOX(&attention<run>));
-  m.impl("attention_dense", TORCH_BOX(&attention_dense<run_dense>));
+  m.impl("attention", TORCH_BOX((&attention<run, Contents::unchecked>)));
+  m.impl("attention_dense", TORCH_BOX((&attention_dense<run_dense, Contents::unchecked>)));
 }
 
 }  // namespace

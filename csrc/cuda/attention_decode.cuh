@@ -185,12 +185,11 @@ __global__ void __launch_bounds__(DecodeShape<kKv, kDim, kN>::warps * 32,
   for (int64_t tile = first_tile; tile * kRows < row_count; tile += row_tiles) {
     block_sync();  // the tile before has been read
     for (int r = warp; r < kRows; r += kWarps)
-      stage_row<C, kDim>(task, s, kv_head, tile * kRows + r, shared.query, r,
-                         [&](int dim, C element) {
-                           const FragmentPlace at = decode_dim<kKv>(dim);
-                           shared.q[r / 8][at.step][r % 8 * 4 + at.t][2 * at.index + at.half] =
-                               to_bits(element);
-                         });
+      stage_row<C, kDim>(
+          task, s, kv_head, tile * kRows + r, shared.query, r, [&](int dim, C element) {
+            const FragmentPlace at = decode_dim<kKv>(dim);
+            shared.q[r / 8][at.step][r % 8 * 4 + at.t][2 * at.index + at.half] = to_bits(element);
+          });
     block_sync();
 
     // This split's share of the keys that any row sees, in whole steps of all warps.
@@ -268,8 +267,8 @@ __global__ void __launch_bounds__(DecodeShape<kKv, kDim, kN>::warps * 32,
         Piece<Shape::piece> k[2];
 #pragma unroll
         for (int i = 0; i < 2; i++)
-          k[i] = load_piece<Shape::piece>(from +
-                                          ((i * Shape::pieces + p) * 32 + lane) * Shape::piece);
+          k[i] =
+              load_piece<Shape::piece>(from + ((i * Shape::pieces + p) * 32 + lane) * Shape::piece);
         constexpr int kSteps = kTiles / Shape::pieces;
 #pragma unroll
         for (int u = 0; u < kSteps; u++) {
@@ -298,8 +297,8 @@ __global__ void __launch_bounds__(DecodeShape<kKv, kDim, kN>::warps * 32,
         Piece<Shape::value_piece> v[4];
 #pragma unroll
         for (int i = 0; i < 4; i++)
-          v[i] = load_piece<Shape::value_piece>(
-              from + ((i * Shape::value_pieces + p) * 32 + lane) * Shape::value_piece);
+          v[i] = load_piece<Shape::value_piece>(from + ((i * Shape::value_pieces + p) * 32 + lane) *
+                                                           Shape::value_piece);
         constexpr int kPer = kTiles / Shape::value_pieces;
 #pragma unroll
         for (int u = 0; u < kPer; u++) {
@@ -313,7 +312,7 @@ __global__ void __launch_bounds__(DecodeShape<kKv, kDim, kN>::warps * 32,
     }
 
     // The warps' sums, in their order.
-    block_sync();  // the ring has been read
+    block_sync();                                              // the ring has been read
     auto* reference = reinterpret_cast<float*>(shared.bytes);  // [kWarps][kRows]
     float* total = reference + kWarps * kRows;                 // [kWarps][kRows]
     float* sums = total + kWarps * kRows;                      // [kWarps][kRows][kDim]
@@ -361,8 +360,7 @@ __global__ void __launch_bounds__(DecodeShape<kKv, kDim, kN>::warps * 32,
       for (int dim = lane; dim < task.dim; dim += 32) {
         float v = 0;
 #pragma unroll
-        for (int w = 0; w < kWarps; w++)
-          v += sums[(w * kRows + r) * kDim + dim] * share_of[w];
+        for (int w = 0; w < kWarps; w++) v += sums[(w * kRows + r) * kDim + dim] * share_of[w];
         if (splits == 1) store_float(task.out, task.type, at * task.dim + dim, v * times);
         else parts.sum[(split * task.tokens * task.q_heads + at) * task.dim + dim] = v;
       }

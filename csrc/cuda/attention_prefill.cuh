@@ -90,7 +90,8 @@ __global__ void __launch_bounds__(PrefillShape<C, kCodes, kDim>::threads)
   block_sync();
 
   const int begin = shared.query.first[0] / 16 * 16, end = shared.query.last[kRows - 1];
-  const int my_first = shared.query.first[row0], all_see_from = shared.query.first[row0 + 8 * kN - 1];
+  const int my_first = shared.query.first[row0],
+            all_see_from = shared.query.first[row0 + 8 * kN - 1];
   const int all_see_to = shared.query.last[row0], my_last = shared.query.last[row0 + 8 * kN - 1];
 
   auto fetch = [&](int key0, int stage) {
@@ -125,7 +126,9 @@ __global__ void __launch_bounds__(PrefillShape<C, kCodes, kDim>::threads)
                                run.page * task.scale_page_stride +
                                (int64_t(kv_head) * 2 + plane % 2) * task.page + run.slot + key % 16;
         copy_async<4>(&shared.codes[stage].scales[plane][row], from,
-                      run.page < 0 ? 0 : key + 1 < end ? 4 : 2);
+                      run.page < 0    ? 0
+                      : key + 1 < end ? 4
+                                      : 2);
       }
     }
     copy_commit();
@@ -166,15 +169,17 @@ __global__ void __launch_bounds__(PrefillShape<C, kCodes, kDim>::threads)
       for (int step = 0; step < kTiles; step += kQuerySteps) {
         uint32_t q[4];
         if constexpr (kN == 2)
-          load_matrices(q, &shared.q[row0 + lane / 16 * 8 + lane % 8][16 * step + lane / 8 % 2 * 8]);
+          load_matrices(q,
+                        &shared.q[row0 + lane / 16 * 8 + lane % 8][16 * step + lane / 8 % 2 * 8]);
         else load_matrices(q, &shared.q[row0 + lane % 8][16 * step + lane / 8 * 8]);
 #pragma unroll
         for (int u = 0; u < kQuerySteps; u++)
 #pragma unroll
           for (int m = 0; m < kM; m++) {
             uint32_t a[4];
-            load_matrices(a, &k[part + 16 * m + lane / 8 % 2 * 8 + lane % 8]
-                               [16 * (step + u) + lane / 16 * 8]);
+            load_matrices(
+                a,
+                &k[part + 16 * m + lane / 8 % 2 * 8 + lane % 8][16 * (step + u) + lane / 16 * 8]);
 #pragma unroll
             for (int n = 0; n < kN; n++)
               mma_16816<C>(score[m][n], a, q[2 * (n + u)], q[2 * (n + u) + 1]);
@@ -193,10 +198,11 @@ __global__ void __launch_bounds__(PrefillShape<C, kCodes, kDim>::threads)
 #pragma unroll
         for (int j = 0; j < kTiles; j++) {
           uint32_t a[4];
-          load_matrices<true>(a, &v[part + 16 * m + lane / 16 * 8 + lane % 8]
-                                   [16 * j + lane / 8 % 2 * 8]);
+          load_matrices<true>(
+              a, &v[part + 16 * m + lane / 16 * 8 + lane % 8][16 * j + lane / 8 % 2 * 8]);
 #pragma unroll
-          for (int n = 0; n < kN; n++) mma_16816<C>(acc[j][n], a, weights[m][n][0], weights[m][n][1]);
+          for (int n = 0; n < kN; n++)
+            mma_16816<C>(acc[j][n], a, weights[m][n][0], weights[m][n][1]);
         }
     }
   }

@@ -21,7 +21,10 @@ __device__ __forceinline__ float load_kv(const uint8_t* row, int dim) {
     return float(row[dim / 16 * 8 + dim % 8] >> (dim % 16 / 8 * 4) & 15);
   else if constexpr (kKv == KvType::int8) return float(row[dim]);
   else
-    return load_float(row, kKv == KvType::f32 ? Dtype::f32 : kKv == KvType::f16 ? Dtype::f16 : Dtype::bf16,
+    return load_float(row,
+                      kKv == KvType::f32   ? Dtype::f32
+                      : kKv == KvType::f16 ? Dtype::f16
+                                           : Dtype::bf16,
                       dim);
 }
 

@@ -67,8 +67,8 @@ __device__ __forceinline__ Sequence sequence_of(const AttentionTask& task, int b
     s.present = int(larger(int64_t(0), smaller(s.length, task.most_keys)));
   } else {
     s.first_key = smaller(larger(int64_t(task.kv_start[b]), int64_t(0)), task.most_keys);
-    s.length = smaller(larger(int64_t(task.kv_start[b + 1]), s.first_key), task.most_keys) -
-               s.first_key;
+    s.length =
+        smaller(larger(int64_t(task.kv_start[b + 1]), s.first_key), task.most_keys) - s.first_key;
     s.present = int(s.length);
   }
   return s;
@@ -99,10 +99,12 @@ __device__ __forceinline__ KeyRun key_run(const AttentionTask& task, const Seque
   return {page >= 0 && page < task.pages ? page : -1, key % task.page};
 }
 __device__ __forceinline__ const uint8_t* k_rows(const AttentionTask& task, int head, KeyRun run) {
-  return task.k + run.page * task.page_stride + head * task.head_stride + run.slot * int64_t(task.k_row);
+  return task.k + run.page * task.page_stride + head * task.head_stride +
+         run.slot * int64_t(task.k_row);
 }
 __device__ __forceinline__ const uint8_t* v_rows(const AttentionTask& task, int head, KeyRun run) {
-  return task.v + run.page * task.page_stride + head * task.head_stride + run.slot * int64_t(task.v_row);
+  return task.v + run.page * task.page_stride + head * task.head_stride +
+         run.slot * int64_t(task.v_row);
 }
 
 // The keys [first, last) that a query at this position sees.
@@ -192,9 +194,7 @@ inline AttentionTask attention_task(const DenseAttentionArgs& a) {
   t.scale = a.scale, t.softcap = a.softcap, t.causal = a.causal, t.window = a.window;
   t.bias = a.bias;
   t.k = static_cast<const uint8_t*>(a.k), t.v = static_cast<const uint8_t*>(a.v);
-  t.kv = a.type == Dtype::f32   ? KvType::f32
-         : a.type == Dtype::f16 ? KvType::f16
-                                : KvType::bf16;
+  t.kv = a.type == Dtype::f32 ? KvType::f32 : a.type == Dtype::f16 ? KvType::f16 : KvType::bf16;
   const int64_t size = kv_bits(t.kv) / 8;
   t.k_row = int(a.k_stride * size), t.v_row = int(a.v_stride * size), t.head_stride = a.dim * size;
   t.query_start = a.query_start, t.kv_start = a.kv_start;

@@ -197,8 +197,8 @@ __device__ __forceinline__ void weigh(const AttentionTask& task, const QueryRows
         for (int m = 0; m < kM; m++)
 #pragma unroll
           for (int i = 0; i < 2; i++)
-            s[m][n][2 * i + c] = bend_score(task, s[m][n][2 * i + c], head,
-                                            key + 16 * m + 8 * i + g - position);
+            s[m][n][2 * i + c] =
+                bend_score(task, s[m][n][2 * i + c], head, key + 16 * m + 8 * i + g - position);
       }
   }
   if (masked) {
@@ -225,8 +225,7 @@ __device__ __forceinline__ void weigh(const AttentionTask& task, const QueryRows
 #pragma unroll
     for (int n = 0; n < kN; n++)
 #pragma unroll
-      for (int i = 0; i < 4; i++)
-        raise |= s[m][n][i] > softmax.reference[n][i % 2] + kRaiseAbove;
+      for (int i = 0; i < 4; i++) raise |= s[m][n][i] > softmax.reference[n][i % 2] + kRaiseAbove;
     if constexpr (kCodes) raise |= scales.v[m][0] > softmax.top || scales.v[m][1] > softmax.top;
   }
   if (ballot(raise)) {
@@ -285,8 +284,8 @@ __device__ __forceinline__ void weigh(const AttentionTask& task, const QueryRows
         }
         const uint32_t pair = narrow_pair<C>(p[0], p[1]);
         if constexpr (kCodes) {
-          softmax.zeros[n][0] = fma(widen(from_bits<C>(uint16_t(pair))), scales.v_zero[m][i],
-                                    softmax.zeros[n][0]);
+          softmax.zeros[n][0] =
+              fma(widen(from_bits<C>(uint16_t(pair))), scales.v_zero[m][i], softmax.zeros[n][0]);
           softmax.zeros[n][1] = fma(widen(from_bits<C>(uint16_t(pair >> 16))), scales.v_zero[m][i],
                                     softmax.zeros[n][1]);
         }
