@@ -220,6 +220,25 @@ void load_matrices(uint32_t (&r)[4], const void* row) {
   emu::access(row, 16, emu::Access::read);
   emu::collective("load_matrices", &row, r, kTransposed ? emu::matrices_transposed : emu::matrices);
 }
+namespace emu {
+inline void transpose_lanes(const void* const* in, void* const* out) {
+  const auto element = [&](int row, int column) {
+    uint32_t pair;
+    std::memcpy(&pair, in[4 * row + column / 2], 4);
+    return column % 2 ? pair >> 16 : pair & 0xffff;
+  };
+  for (int l = 0; l < 32; l++) {
+    const int row = l / 4, column = l % 4 * 2;
+    const uint32_t pair = element(column, row) | element(column + 1, row) << 16;
+    std::memcpy(out[l], &pair, 4);
+  }
+}
+}  // namespace emu
+inline uint32_t transpose_matrix(uint32_t v) {
+  uint32_t out;
+  emu::collective("transpose_matrix", &v, &out, emu::transpose_lanes);
+  return out;
+}
 inline int32_t dot_four(uint32_t a, uint32_t b, int32_t c) {
   for (int i = 0; i < 32; i += 8) c += int32_t(int8_t(a >> i)) * int32_t(int8_t(b >> i));
   return c;
