@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from pathlib import Path
 
 import torch
 
@@ -49,9 +48,9 @@ def covered(targets: list[str], found: tuple[int, int]) -> bool:
     return False
 
 
-def cuda_targets(library: Path = _library.HERE) -> list[str]:
+def cuda_targets() -> list[str]:
     """What _C_cuda was compiled for, as the build noted it; [] where nothing says."""
-    path = library / "build_info.json"
+    path = _library.HERE / "build_info.json"
     facts = json.loads(path.read_text()) if path.exists() else {}
     found = facts.get("built", {}).get("_C_cuda", {}).get("targets", [])
     return [str(target) for target in found]
