@@ -71,9 +71,11 @@ struct LinearArgs {
   const void* x;  // [M, K] for float activations, else null
   Dtype x_type;
   int64_t x_stride;
-  QuantAct act;      // for int8 activations (x is null)
-  const void* bias;  // [N] float32 or null
-  void* y;           // [M, N]
+  QuantAct act;          // for int8 activations (x is null)
+  const void* bias;      // [N] float32 or null
+  const void* residual;  // [M, N] of y_type or null; y = round(sum + bias + residual), all float32
+  int64_t residual_stride;
+  void* y;  // [M, N]
   Dtype y_type;
   int64_t m, y_stride;
   bool own_rows;  // every thread computes the rows of its static share and no others

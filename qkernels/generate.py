@@ -14,6 +14,7 @@ import torch
 
 from .backends import select
 from .int_buffer import IntBuffer
+from .ops.sample import check_tokens
 
 # Tokens of prompts per call of the model: enough to make its matrices compute-bound, while a call
 # stays short.
@@ -262,15 +263,6 @@ def penalize(values: torch.Tensor, penalty: torch.Tensor) -> torch.Tensor:
     return torch.where(values > 0, values / penalty, values * penalty)
 
 
-def check_tokens(tokens: list[int]) -> list[int]:
-    """The tokens that `sample` gave; on a GPU it says by negative ones that it could not."""
-    for row, token in enumerate(tokens):
-        if token < 0:
-            what = "have a NaN" if token == -1 else "are all -inf"
-            raise RuntimeError(f"qkernels::sample: logits of row {row} {what}")
-    return tokens
-
-
 class Sampler:
     """Next tokens for the sequences of a batch; everything but the penalty is one op.
 
@@ -287,7 +279,8 @@ class Sampler:
         self._offset = IntBuffer(0, torch.int64)
 
     def __call__(self, logits: torch.Tensor, sequences: Sequence[Request]) -> list[int]:
-        """logits [B, V] float32 (overwritten when a penalty is on) -> B tokens."""
+        """logits [B, V] float32 (overwritten when a penalty is on) -> B tokens. Raises RuntimeError
+        for a row with a NaN or nothing but -inf."""
         settings, device = self.settings, logits.device
         if settings.repetition_penalty != 1.0:
             penalty = torch.full((1,), settings.repetition_penalty, device=device)
@@ -300,8 +293,9 @@ class Sampler:
             self._seeds, self._arguments = seeds, self._arguments_of(seeds, device)
             self._offset = IntBuffer(len(seeds), torch.int64)
         offset = self._offset.write([s.new_count for s in sequences]).to(device)
-        tokens = select("sample", device)(logits, *self._arguments, offset)
-        return check_tokens(tokens.tolist())
+        tokens = select("sample", device)(logits, *self._arguments, offset).tolist()
+        check_tokens(tokens)  # a kernel on a GPU could not
+        return tokens
 
     def _arguments_of(self, seeds: list[int], device: torch.device) -> list[torch.Tensor]:
         """temperature, top_k, top_p, min_p and seed, [B] each."""

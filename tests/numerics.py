@@ -47,15 +47,19 @@ def exact_weight(plain: PlainWeight) -> tuple[Tensor, Tensor]:
 
 
 def linear_exact(
-    x: Tensor, plain: PlainWeight, bias: Tensor | None, dtype: torch.dtype
+    x: Tensor,
+    plain: PlainWeight,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    residual: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """x [M, K] (exact in float64) -> y [M, N] float64, and the bound of a float32 kernel's error
     that stores dtype.
 
     Any order of summing K products in float32 errs by at most (K - 1) u of the sum of their
     magnitudes; each product
-    adds a few roundings of its own (scales, the product, the zero's part), the bias one, the store
-    half a unit.
+    adds a few roundings of its own (scales, the product, the zero's part), bias and residual one
+    each, the store half a unit.
     """
     x = x.double()
     weight, magnitude = exact_weight(plain)
@@ -63,6 +67,8 @@ def linear_exact(
     size = x.abs() @ magnitude.T
     if bias is not None:
         y, size = y + bias.double(), size + bias.double().abs()
+    if residual is not None:
+        y, size = y + residual.double(), size + residual.double().abs()
     error = (x.shape[1] + 8) * U32 * size
     return y, error + UNIT[dtype] * (y.abs() + error) + SMALLEST[dtype]
 

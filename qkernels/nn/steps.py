@@ -23,7 +23,8 @@ import torch
 
 from ..backends import select
 from ..cache import Batch, PagedKVCache, on_device
-from ..generate import MAX_BATCH, GenerationSettings, Request, Sampler, check_tokens, penalize
+from ..generate import MAX_BATCH, GenerationSettings, Request, Sampler, penalize
+from ..ops.sample import check_tokens
 from .executor import Executor
 from .graph import Recording, record, shared_memory
 
@@ -216,7 +217,9 @@ class DeviceSteps:
                     launched = self._launch(handles, sampler)
             if more:
                 self._ahead = self._launch(handles, sampler)
-            return check_tokens(launched.read())
+            tokens = launched.read()
+            check_tokens(tokens)
+            return tokens
 
     def warm_up(self, batches: Sequence[int]) -> None:
         """Records the steps of these batch sizes, with up to 1024 tokens per sequence."""
