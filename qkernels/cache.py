@@ -179,10 +179,10 @@ class PagedKVCache:
     def layer(self, index: int) -> LayerCache:
         """The pages of one layer. Views: take them after `reserve`, which may move the pool."""
         return LayerCache(
-            self.k_pages[index],
-            self.v_pages[index],
-            None if self.k_scale is None else self.k_scale[index],
-            None if self.v_scale is None else self.v_scale[index],
+            self.k_pages.select(0, index),
+            self.v_pages.select(0, index),
+            None if self.k_scale is None else self.k_scale.select(0, index),
+            None if self.v_scale is None else self.v_scale.select(0, index),
         )
 
     @property
@@ -280,6 +280,11 @@ class PagedKVCache:
         nothing: whoever keeps addresses of the pages asks for what is coming at once. Raises as
         `grow` does."""
         self._make_room(-(-tokens // self.page_size), 0)
+
+    def pages(self, seq: int) -> list[int]:
+        """The pages of a sequence, in order. A copy. Raises KeyError as `reserve` does."""
+        self._check(seq)
+        return list(self._pages[seq])
 
     def page_table(self, seqs: Sequence[int]) -> Tensor:
         """[B, pages of the longest] int32, of sequences that are there. To be read only."""

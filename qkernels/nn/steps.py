@@ -17,7 +17,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -73,6 +73,29 @@ class _Launched:
         return self.tokens.tolist()
 
 
+class _Rows(NamedTuple):
+    """What a step takes and leaves for each sequence, [batch] each."""
+
+    ids: torch.Tensor  # int64, the last tokens; a step writes the next ones
+    kv_len: torch.Tensor  # int32, with the token of the coming step
+    advance: torch.Tensor  # int32, 1; 0 in rows that fill up a batch
+    temperature: torch.Tensor
+    top_k: torch.Tensor
+    top_p: torch.Tensor
+    min_p: torch.Tensor
+    seed: torch.Tensor
+    offset: torch.Tensor  # of the draw
+
+    @classmethod
+    def zeros(cls, count: int, device: torch.device) -> _Rows:
+        i32, i64, f32 = torch.int32, torch.int64, torch.float32
+        types = (i64, i32, i32, f32, i32, f32, f32, i64, i64)
+        return cls(*(torch.zeros(count, dtype=dtype, device=device) for dtype in types))
+
+    def first(self, count: int) -> _Rows:
+        return _Rows(*(tensor.narrow(0, 0, count) for tensor in self))
+
+
 class DeviceSteps:
     """The one cache of a decoder on a device, and the steps on it. Calls take turns.
 
@@ -108,27 +131,17 @@ class DeviceSteps:
         self._memory = shared_memory(self.device)
         self._ahead: _Launched | None = None
         self._table: torch.Tensor | None = None  # the page table that the buffer holds
-        self._shape = (0, 0)  # of the buffer: batch size, pages per sequence
+        self._shape = (0, 0)  # of that table in the buffer: batch size, pages per sequence
 
     def _make_buffers(self) -> None:
-        def zeros(*shape: int, dtype: torch.dtype) -> torch.Tensor:
-            return torch.zeros(shape, dtype=dtype, device=self.device)
-
-        most = MAX_BATCH
-        self._ids = zeros(most, dtype=torch.int64)  # the last tokens; a step writes the next ones
-        self._kv_len = zeros(most, dtype=torch.int32)  # with the token of the coming step
-        self._advance = zeros(most, dtype=torch.int32)  # 1; 0 in rows that fill up a batch
-        self._pages = zeros(most * self._most_pages, dtype=torch.int32)  # as [batch size, width]
-        self._starts = torch.arange(most + 1, dtype=torch.int32, device=self.device)
-        self._temperature = zeros(most, dtype=torch.float32)
-        self._top_k = zeros(most, dtype=torch.int32)
-        self._top_p = zeros(most, dtype=torch.float32)
-        self._min_p = zeros(most, dtype=torch.float32)
-        self._seed = zeros(most, dtype=torch.int64)
-        self._offset = zeros(most, dtype=torch.int64)
-        self._penalty = zeros(1, dtype=torch.float32)
-        self._seen = zeros(0, 0, dtype=torch.bool)  # [batch, vocab] once a penalty is asked for
-        pinned = self.device.type == "cuda"
+        most, device = MAX_BATCH, self.device
+        self._rows = _Rows.zeros(most, device)
+        self._pages = torch.zeros(most * self._most_pages, dtype=torch.int32, device=device)
+        self._starts = torch.arange(most + 1, dtype=torch.int32, device=device)
+        self._penalty = torch.zeros(1, dtype=torch.float32, device=device)
+        # [batch, vocab], which tokens have occurred; made when a penalty is asked for.
+        self._seen = torch.zeros(0, 0, dtype=torch.bool, device=device)
+        pinned = device.type == "cuda"
         # In turns: the next step starts before the tokens of the last are read.
         self._hosts = [torch.zeros(most, dtype=torch.int64, pin_memory=pinned) for _ in range(2)]
         self._events = [torch.cuda.Event() if pinned else None for _ in range(2)]
@@ -139,10 +152,10 @@ class DeviceSteps:
         self.cache.ensure(min(FIRST_TOKENS, self._most_pages * PAGE) + PAGE)
         spare = self.cache.add()
         self.cache.grow([spare], [PAGE])
-        self._spare_page = int(self.cache.page_table([spare])[0, 0])
+        self._spare_page = self.cache.pages(spare)[0]
         for pages in (self.cache.k_pages, self.cache.v_pages, self.cache.k_scale, self.cache.v_scale):
             if pages is not None:
-                pages[:, self._spare_page] = 0
+                pages.select(1, self._spare_page).zero_()
 
     # Calls
 
@@ -150,11 +163,12 @@ class DeviceSteps:
     def turn(self) -> Iterator[None]:
         """The device and its stream for one call, behind what earlier calls did on other streams.
 
-        inference_mode: tensors made in it could not be changed outside of it, so all calls are in
-        it."""
+        inference_mode(False): buffers made in a caller's inference mode could not be changed by
+        calls outside of it."""
         with contextlib.ExitStack() as stack:
             stack.enter_context(self._lock)
-            stack.enter_context(torch.inference_mode())
+            stack.enter_context(torch.inference_mode(False))
+            stack.enter_context(torch.no_grad())
             if self.device.type == "cuda":
                 stack.enter_context(torch.cuda.device(self.device))
                 stream = torch.cuda.current_stream(self.device)
@@ -244,26 +258,29 @@ class DeviceSteps:
         fill = size - n
         lengths = self.cache.lengths
 
-        def write(buffer: torch.Tensor, values: list[int]) -> None:
-            buffer[:size].copy_(on_device(values, buffer.dtype, self.device))
+        rows = self._rows.first(size)
 
-        write(self._ids, [s.ids[-1] for s in sequences] + [0] * fill)
-        write(self._kv_len, [lengths[s.handle] + 1 for s in sequences] + [*range(1, fill + 1)])
-        write(self._advance, [1] * n + [0] * fill)
-        write(self._offset, [s.new_count for s in sequences] + [0] * fill)
-        write(self._seed, [sampler.seed + s.index for s in sequences] + [0] * fill)
-        self._temperature.fill_(settings.temperature)
-        self._top_k.fill_(settings.top_k)
-        self._top_p.fill_(settings.top_p)
-        self._min_p.fill_(settings.min_p)
+        def write(buffer: torch.Tensor, values: list[int]) -> None:
+            buffer.copy_(on_device(values, buffer.dtype, self.device))
+
+        write(rows.ids, [s.ids[-1] for s in sequences] + [0] * fill)
+        write(rows.kv_len, [lengths[s.handle] + 1 for s in sequences] + [*range(1, fill + 1)])
+        write(rows.advance, [1] * n + [0] * fill)
+        write(rows.seed, [sampler.seed + s.index for s in sequences] + [0] * fill)
+        write(rows.offset, [s.new_count for s in sequences] + [0] * fill)
+        rows.temperature.fill_(settings.temperature)
+        rows.top_k.fill_(settings.top_k)
+        rows.top_p.fill_(settings.top_p)
+        rows.min_p.fill_(settings.min_p)
         if settings.repetition_penalty != 1.0:
             self._penalty.fill_(settings.repetition_penalty)
             if not self._seen.numel():
                 shape = (MAX_BATCH, self._vocab)
                 self._seen = torch.zeros(shape, dtype=torch.bool, device=self.device)
-            self._seen[:size] = False
-            for row, s in zip(self._seen, sequences, strict=False):
-                row.index_fill_(0, on_device(sorted(set(s.ids)), torch.int64, self.device), True)
+            self._seen.zero_()
+            for row, s in enumerate(sequences):
+                ids = on_device(sorted(set(s.ids)), torch.int64, self.device)
+                self._seen.select(0, row).index_fill_(0, ids, True)
         self._table = None
 
     def _launch(self, handles: tuple[int, ...], sampler: Sampler) -> _Launched:
@@ -275,8 +292,8 @@ class DeviceSteps:
         self._step_of(*self._shape, penalized).replay()
         self._hosts.reverse()
         self._events.reverse()
-        tokens, arrived = self._hosts[0][:n], self._events[0]
-        tokens.copy_(self._ids[:n], non_blocking=True)
+        tokens, arrived = self._hosts[0].narrow(0, 0, n), self._events[0]
+        tokens.copy_(self._rows.ids.narrow(0, 0, n), non_blocking=True)
         if arrived is not None:
             arrived.record(torch.cuda.current_stream(self.device))
         return _Launched(sampler, handles, tuple(lengths), tokens, arrived)
@@ -288,11 +305,13 @@ class DeviceSteps:
             return
         n, pages = table.shape
         self._shape = size, width = batch_of(n), width_of(pages, self._most_pages)
-        buffer = self._pages[: size * width].view(size, width)
-        buffer.zero_()
-        buffer[:n, :pages].copy_(table)
-        buffer[n:, 0] = self._spare_page
+        buffer = self._page_table(size, width)
+        buffer.fill_(self._spare_page)
+        buffer.narrow(0, 0, n).narrow(1, 0, pages).copy_(table)
         self._table = table
+
+    def _page_table(self, size: int, width: int) -> torch.Tensor:
+        return self._pages.narrow(0, 0, size * width).view(size, width)
 
     def _step_of(self, size: int, width: int, penalized: bool) -> Recording:
         """The step for a shape: recorded, or simply to be called."""
@@ -313,33 +332,24 @@ class DeviceSteps:
             return _Called(step)
         key = size, width, penalized
         if key not in self._graphs:
-            state = [self._ids, self._kv_len, self._offset, self._seen]
+            state = [self._rows.ids, self._rows.kv_len, self._rows.offset, self._seen]
             self._graphs[key] = record(step, state, self.device, self._memory)
         return self._graphs[key]
 
     def _step(self, executor: Executor, size: int, width: int, penalized: bool) -> None:
         """Everything a step does, on the device alone."""
-        ids, kv_len, advance = self._ids[:size], self._kv_len[:size], self._advance[:size]
-        table = self._pages[: size * width].view(size, width)
-        batch = Batch(self._starts[: size + 1], kv_len, table)
-        logits = executor(ids, batch, None, self.cache)
+        rows = self._rows.first(size)
+        starts, table = self._starts.narrow(0, 0, size + 1), self._page_table(size, width)
+        logits = executor(rows.ids, Batch(starts, rows.kv_len, table), None, self.cache)
         if penalized:
-            seen = self._seen[:size]
-            seen.scatter_(1, ids[:, None], True)
+            seen = self._seen.narrow(0, 0, size)
+            seen.scatter_(1, rows.ids.unsqueeze(1), True)
             logits = torch.where(seen, penalize(logits, self._penalty), logits)
-        offset = self._offset[:size]
-        tokens = select("sample", self.device)(
-            logits,
-            self._temperature[:size],
-            self._top_k[:size],
-            self._top_p[:size],
-            self._min_p[:size],
-            self._seed[:size],
-            offset,
-        )
-        ids.copy_(tokens)
-        kv_len.add_(advance)
-        offset.add_(advance)
+        settings = rows.temperature, rows.top_k, rows.top_p, rows.min_p
+        tokens = select("sample", self.device)(logits, *settings, rows.seed, rows.offset)
+        rows.ids.copy_(tokens)
+        rows.kv_len.add_(rows.advance)
+        rows.offset.add_(rows.advance)
 
 
 class _Called:
