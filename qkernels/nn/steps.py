@@ -149,7 +149,7 @@ class DeviceSteps:
     def _make_spare(self) -> None:
         """A page for the rows that fill up a batch, each with a slot of its own. Zeros: keys that
         are not numbers would be no harm to others, but trouble to look for."""
-        self.cache.ensure(min(FIRST_TOKENS, self._most_pages * PAGE) + PAGE)
+        self.cache.ensure(FIRST_TOKENS + PAGE)
         spare = self.cache.add()
         self.cache.grow([spare], [PAGE])
         self._spare_page = self.cache.pages(spare)[0]
@@ -238,6 +238,8 @@ class DeviceSteps:
     def warm_up(self, batches: Sequence[int]) -> None:
         """Records the steps of these batch sizes, with up to 1024 tokens per sequence."""
         settings = GenerationSettings(seed=0)
+        with self.alone() as cache:
+            cache.ensure(max(batches, default=0) * PAGE)
         for count in batches:
             with self.alone() as cache:
                 handles = [cache.add() for _ in range(count)]
