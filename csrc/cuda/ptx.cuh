@@ -249,6 +249,13 @@ __device__ __forceinline__ void load_matrices(uint32_t (&r)[4], const void* row)
                  : "r"(shared_address(row))
                  : "memory");
 }
+// The transpose of an 8x8 matrix of 16-bit elements: lane l gives and gets row l / 4, columns
+// 2 (l % 4), + 1 (the first in the low half).
+__device__ __forceinline__ uint32_t transpose_matrix(uint32_t v) {
+  uint32_t r;
+  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(r) : "r"(v));
+  return r;
+}
 // c + the four products of signed bytes.
 __device__ __forceinline__ int32_t dot_four(uint32_t a, uint32_t b, int32_t c) {
   return __dp4a(int32_t(a), int32_t(b), c);
