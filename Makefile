@@ -30,6 +30,7 @@ demo: $(VENV)/package.stamp $(VENV)/model.stamp qkernels/_C_cpu.so
 
 test: $(VENV)/test.stamp $(VENV)/models.stamp qkernels/_C_cpu.so
 	$(BIN)/python setup.py native --avx512emu
+	$(BIN)/python setup.py native --emu
 	$(PYTEST)
 
 lint: $(VENV)/lint.stamp

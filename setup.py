@@ -3,6 +3,7 @@
     pip install --no-build-isolation .     (or -e .)
     python setup.py native                 the libraries alone, beside the sources: for development
     python setup.py native --avx512emu     build/avx512emu: the AVX-512 kernels on an AVX2 machine
+    python setup.py native --emu           build/emu: the CUDA kernels on the host, for tests
     python setup.py native --sanitize      build/sanitize: package and tests under ASan, UBSan
     python setup.py native --cuda          build/cuda/_C_cuda.so alone, whatever torch is installed
 
@@ -178,6 +179,42 @@ def build_cpu(
     return {"targets": list(isas), "compiler": compiler_version(cxx()), "headers": torch.version}
 
 
+def emulation_flags(torch: Torch, directory: Path) -> list[str]:
+    flags = [flag for flags in common_flags(torch, directory) for flag in flags]
+    flags += ["-DQK_EMULATE_CUDA", "-DQK_OPS=qkernels_emu", "-ffp-contract=off", "-fno-math-errno"]
+    flags += ["-Wall", "-Wextra", "-Wno-unused-parameter", "-Wno-unknown-pragmas", "-g1"]
+    flags += ["-Wno-psabi", "-Wno-maybe-uninitialized", "-Wno-unused-variable"]
+    return [*flags, "-O1", "-fno-strict-aliasing"]  # compiling takes longer than running
+
+
+# Calls before every load and store of device code (csrc/emu/hooks.cpp).
+EMULATION_HOOKS = "-fsanitize=thread --param=tsan-instrument-func-entry-exit=0 -Wno-tsan"
+
+
+def build_emulated_cuda(out: Path, directory: Path, *, sanitize: bool = False) -> None:
+    """Builds the CUDA sources for the host (csrc/emu). Device code is compiled with hooks; ASan,
+    with `sanitize`, has its own, and the two do not go together."""
+    torch = Torch.find()
+    flags = emulation_flags(torch, directory)
+    link = f"-shared -L{relative(torch.root / 'lib', directory)} -ltorch_cpu -Wl,--no-undefined"
+    hooks = EMULATION_HOOKS
+    if sanitize:
+        hooks = "-fsanitize=address,undefined -fno-sanitize-recover=undefined"
+        link += f" {hooks}"
+    compile = f"{with_ccache(cxx())} {shlex.join(flags)} $more -MMD -MF $out.d -c $in -o $out"
+    rules = rule("cc", compile, depfile=True)
+    rules += rule("link", f"{shlex.join(cxx())} $in -o $out {link} -ldl")
+    include = f"-isystem {relative(torch.root / 'include', directory)}"
+    units = [(source, f"-x c++ {include} {hooks}") for source in (CSRC / "cuda").glob("*.cu")]
+    plain = "-O2" + (f" {hooks}" if sanitize else "")
+    units += [(source, plain) for source in (CSRC / "emu").glob("*.cpp")]
+    if sanitize:
+        units = [(source, more) for source, more in units if source.name != "hooks.cpp"]
+    for source, more in sorted(units):
+        rules += [f"build {source.stem}.o: cc {relative(source, directory)}", f"  more = {more}"]
+    run_ninja(directory, rules, [f"{source.stem}.o" for source, _ in sorted(units)], out)
+
+
 def find_nvcc() -> str | None:
     homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
     places = [*(f"{home}/bin/nvcc" for home in homes), "nvcc", "/usr/local/cuda/bin/nvcc"]
@@ -224,6 +261,7 @@ def build_cuda(out: Path, directory: Path) -> dict[str, object]:
     flags += [
         "-Xptxas=-v",
         "-fmad=false",
+        "--expt-relaxed-constexpr",  # device code calls the constexpr functions of layout.h
         "-DUSE_CUDA",
         *archs.values(),
         f"-Xcompiler={','.join(host)}",
@@ -273,7 +311,7 @@ def native(arguments: list[str]) -> None:
     """`setup.py native`: libraries for development, nothing installed."""
     parser = argparse.ArgumentParser(prog="setup.py native")
     kind = parser.add_mutually_exclusive_group()
-    for name in ("avx512emu", "sanitize", "cuda"):
+    for name in ("avx512emu", "emu", "sanitize", "cuda"):
         kind.add_argument(f"--{name}", action="store_true")
     chosen = parser.parse_args(arguments)
     if chosen.avx512emu and not X86:
@@ -281,6 +319,8 @@ def native(arguments: list[str]) -> None:
     elif chosen.avx512emu:
         out = BUILD / "avx512emu"
         build_cpu(out / "_C_cpu_avx512emu.so", out, emulate_avx512=True)
+    elif chosen.emu:
+        build_emulated_cuda(BUILD / "emu" / "_C_cuda_emu.so", BUILD / "emu")
     elif chosen.sanitize:
         tree = BUILD / "sanitize"
         for name in ("qkernels", "tests"):
@@ -292,6 +332,8 @@ def native(arguments: list[str]) -> None:
         library = emulated / "_C_cpu_avx512emu.so"
         if X86:
             build_cpu(library, emulated, emulate_avx512=True, sanitize=True)
+        emulated = tree / "build" / "emu"
+        build_emulated_cuda(emulated / "_C_cuda_emu.so", emulated, sanitize=True)
     elif chosen.cuda:
         build_cuda(BUILD / "cuda" / "_C_cuda.so", BUILD / "cuda")
     else:

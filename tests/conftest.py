@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from gpus import GPUS, Gpu, find_gpu
 
 import qkernels  # noqa: F401  (loads the libraries)
 from qkernels.ops.registry import NATIVE, define_namespace
@@ -71,6 +72,12 @@ def isa(request: pytest.FixtureRequest) -> Iterator[Isa]:
     assert chosen.ops.set_cpu_isa(chosen.name) == chosen.name
     yield chosen
     chosen.ops.set_cpu_isa("auto")
+
+
+@pytest.fixture(params=GPUS)
+def gpu(request: pytest.FixtureRequest) -> Gpu:
+    """The emulated GPU and, where there is one, a real one: `gpu.ops.<op>` on `gpu.to(...)`."""
+    return find_gpu(request.param)
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ void run(const char* op, const Tensor& x, const NormArgs& args) {
   launch_on(op, x, [&](cudaStream_t stream) { return launch_norm(args, stream); });
 }
 
-STABLE_TORCH_LIBRARY_IMPL(QK_OPS, CUDA, m) {
+STABLE_TORCH_LIBRARY_IMPL(QK_OPS, QK_DEVICE_KEY, m) {
   m.impl("norm", TORCH_BOX(&norm<run>));
   m.impl("add_norm", TORCH_BOX(&add_norm<run>));
   m.impl("norm_quant", TORCH_BOX(&norm_quant<run>));

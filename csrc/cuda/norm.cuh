@@ -25,6 +25,18 @@ constexpr int kNormThreads = 256;
 template <int kLanes>
 constexpr int kNormBlock = kLanes > kNormThreads ? kLanes : kNormThreads;
 
+// Of rows of kLanes threads: partial sums of one row per block, and the greatest magnitude of every
+// group of up to kGroups per row where the output is quantized.
+template <int kLanes, int kGroups = 0>
+struct NormShared {
+  float partial[2][kLanes / 32];
+  int32_t top[kNormBlock<kLanes> / kLanes * kGroups];
+};
+template <int kLanes>
+struct NormShared<kLanes, 0> {
+  float partial[2][kLanes / 32];
+};
+
 // Sum over the kLanes threads of a row; every thread gets the same bits, whatever the schedule.
 template <int kLanes>
 __device__ __forceinline__ float row_sum(float v,
@@ -47,7 +59,7 @@ __device__ __forceinline__ void load_parameters(const float* p, int64_t col, flo
 #pragma unroll
   for (int i = 0; i < kPer; i += 4) {
     float four[4];
-    unpack<float>(load_shared_input(p + col + i), four);
+    unpack<float>(load_read_only(p + col + i), four);
 #pragma unroll
     for (int j = 0; j < 4; j++) out[i + j] = four[j];
   }
@@ -56,7 +68,8 @@ __device__ __forceinline__ void load_parameters(const float* p, int64_t col, flo
 template <class T, int kLanes, int kVectors, bool kQuantize>
 __global__ void __launch_bounds__(kNormBlock<kLanes>) norm_registers_kernel(const NormArgs args) {
   constexpr int kPer = 16 / sizeof(T), kRows = kNormBlock<kLanes> / kLanes;
-  __shared__ float partial[2][kLanes / 32];
+  constexpr int kGroups = kQuantize ? kLanes * kVectors * kPer / 16 : 0;  // at most, of a row
+  auto& shared = *shared_memory<NormShared<kLanes, kGroups>>();
   const int lane = threadIdx.x % kLanes;
   const int64_t row = int64_t(blockIdx.x) * kRows + threadIdx.x / kLanes;
   if (row >= args.m)
@@ -101,7 +114,7 @@ __global__ void __launch_bounds__(kNormBlock<kLanes>) norm_registers_kernel(cons
     for (int i = 0; i < kVectors; i++)
 #pragma unroll
       for (int j = 0; j < kPer; j++) sum += v[i][j];
-    mean = row_sum<kLanes>(sum, partial[0]) / float(args.k);
+    mean = row_sum<kLanes>(sum, shared.partial[0]) / float(args.k);
   }
   float squares = 0;
 #pragma unroll
@@ -111,7 +124,8 @@ __global__ void __launch_bounds__(kNormBlock<kLanes>) norm_registers_kernel(cons
       const float d = column(i) < args.k ? v[i][j] - mean : 0.f;
       squares += d * d;
     }
-  const float scale = inverse_sqrt(row_sum<kLanes>(squares, partial[1]) / float(args.k) + args.eps);
+  const float scale =
+      inverse_sqrt(row_sum<kLanes>(squares, shared.partial[1]) / float(args.k) + args.eps);
 
 #pragma unroll
   for (int i = 0; i < kVectors; i++) {
@@ -125,16 +139,15 @@ __global__ void __launch_bounds__(kNormBlock<kLanes>) norm_registers_kernel(cons
       store_128(static_cast<T*>(args.y) + row * args.k + column(i), pack<T>(v[i]));
   }
   if constexpr (kQuantize) {
-    constexpr int kGroups = kLanes * kVectors * kPer / 16;  // at most, of a row
-    __shared__ int32_t top[kRows][kGroups];
-    quantize_pieces<kLanes, kVectors, kPer>(args.act, row, lane, v, top[threadIdx.x / kLanes]);
+    quantize_pieces<kLanes, kVectors, kPer>(args.act, row, lane, v,
+                                            shared.top + threadIdx.x / kLanes * kGroups);
   }
 }
 
 // A thread keeps to its columns, so that sum may be residual itself.
 template <class T>
 __global__ void __launch_bounds__(kNormThreads) norm_loop_kernel(const NormArgs args) {
-  __shared__ float partial[2][kNormThreads / 32];
+  auto& shared = *shared_memory<NormShared<kNormThreads>>();
   const int64_t row = blockIdx.x;
   const T* x = static_cast<const T*>(args.x) + row * args.x_stride;
   const T* residual =
@@ -147,7 +160,7 @@ __global__ void __launch_bounds__(kNormThreads) norm_loop_kernel(const NormArgs 
   if (args.center) {
     float sum = 0;
     for (int64_t i = threadIdx.x; i < args.k; i += kNormThreads) sum += value(i);
-    mean = row_sum<kNormThreads>(sum, partial[0]) / float(args.k);
+    mean = row_sum<kNormThreads>(sum, shared.partial[0]) / float(args.k);
   }
   float squares = 0;
   for (int64_t i = threadIdx.x; i < args.k; i += kNormThreads) {
@@ -155,7 +168,7 @@ __global__ void __launch_bounds__(kNormThreads) norm_loop_kernel(const NormArgs 
     squares += d * d;
   }
   const float scale =
-      inverse_sqrt(row_sum<kNormThreads>(squares, partial[1]) / float(args.k) + args.eps);
+      inverse_sqrt(row_sum<kNormThreads>(squares, shared.partial[1]) / float(args.k) + args.eps);
   auto normal = [&](int64_t i) {
     return (value(i) - mean) * scale * args.weight[i] + (args.bias ? args.bias[i] : 0.f);
   };
@@ -174,6 +187,11 @@ __global__ void __launch_bounds__(kNormThreads) norm_loop_kernel(const NormArgs 
   }
 }
 
+template <int N>
+struct Constant {
+  static constexpr int value = N;
+};
+
 template <class T, bool kQuantize>
 cudaError_t launch_norm_typed(const NormArgs& args, cudaStream_t stream) {
   constexpr int kPer = 16 / sizeof(T);
@@ -186,22 +204,26 @@ cudaError_t launch_norm_typed(const NormArgs& args, cudaStream_t stream) {
   const int64_t columns = kQuantize ? args.act.kx : args.k;
   const bool fits_registers = columns <= 16384;
   if (!pointers_aligned || !rows_aligned || !fits_registers)
-    return launch(norm_loop_kernel<T>, dim3(unsigned(args.m)), dim3(kNormThreads), 0, stream, args);
+    return launch(norm_loop_kernel<T>, dim3(unsigned(args.m)), dim3(kNormThreads),
+                  sizeof(NormShared<kNormThreads>), stream, args);
 
-  auto rows_of = [&](auto kernel, int lanes) {
-    const int threads = lanes > kNormThreads ? lanes : kNormThreads, rows = threads / lanes;
-    return launch(kernel, dim3(unsigned((args.m + rows - 1) / rows)), dim3(threads), 0, stream,
-                  args);
+  auto rows_of = [&](auto lanes_, auto vectors_) {
+    constexpr int lanes = decltype(lanes_)::value, vectors = decltype(vectors_)::value;
+    constexpr int threads = kNormBlock<lanes>, rows = threads / lanes;
+    constexpr int groups = kQuantize ? lanes * vectors * kPer / 16 : 0;
+    return launch(norm_registers_kernel<T, lanes, vectors, kQuantize>,
+                  dim3(unsigned((args.m + rows - 1) / rows)), dim3(threads),
+                  sizeof(NormShared<lanes, groups>), stream, args);
   };
   const int64_t pieces = columns / kPer;
-  if (pieces <= 32) return rows_of(norm_registers_kernel<T, 32, 1, kQuantize>, 32);
-  if (pieces <= 64) return rows_of(norm_registers_kernel<T, 32, 2, kQuantize>, 32);
-  if (pieces <= 128) return rows_of(norm_registers_kernel<T, 32, 4, kQuantize>, 32);
-  if (pieces <= 256) return rows_of(norm_registers_kernel<T, 256, 1, kQuantize>, 256);
-  if (pieces <= 512) return rows_of(norm_registers_kernel<T, 256, 2, kQuantize>, 256);
-  if (pieces <= 1024) return rows_of(norm_registers_kernel<T, 256, 4, kQuantize>, 256);
-  if (pieces <= 2048) return rows_of(norm_registers_kernel<T, 512, 4, kQuantize>, 512);
-  if constexpr (kPer == 4) return rows_of(norm_registers_kernel<T, 512, 8, kQuantize>, 512);
+  if (pieces <= 32) return rows_of(Constant<32>{}, Constant<1>{});
+  if (pieces <= 64) return rows_of(Constant<32>{}, Constant<2>{});
+  if (pieces <= 128) return rows_of(Constant<32>{}, Constant<4>{});
+  if (pieces <= 256) return rows_of(Constant<256>{}, Constant<1>{});
+  if (pieces <= 512) return rows_of(Constant<256>{}, Constant<2>{});
+  if (pieces <= 1024) return rows_of(Constant<256>{}, Constant<4>{});
+  if (pieces <= 2048) return rows_of(Constant<512>{}, Constant<4>{});
+  if constexpr (kPer == 4) return rows_of(Constant<512>{}, Constant<8>{});
   return cudaErrorInvalidValue;  // not reached: 16,384 columns of 16 bits are 2,048 pieces
 }
 
@@ -215,8 +237,8 @@ inline cudaError_t launch_norm(const NormArgs& args, cudaStream_t stream) {
   };
   switch (args.type) {
     case Dtype::f32: return typed(float{});
-    case Dtype::f16: return typed(__half{});
-    case Dtype::bf16: return typed(__nv_bfloat16{});
+    case Dtype::f16: return typed(half_t{});
+    case Dtype::bf16: return typed(bf16_t{});
   }
   return cudaErrorInvalidValue;
 }

@@ -1,0 +1,88 @@
+"""The GPUs that the tests of CUDA kernels run on: the emulated one, which is there everywhere, and
+a real one where there is one. A test takes the fixture `gpu` and runs on both."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from qkernels.ops.registry import NATIVE, define_namespace
+
+ROOT = Path(__file__).resolve().parent.parent
+EMULATED = "qkernels_emu"
+EMULATED_LIBRARY = ROOT / "build" / "emu" / "_C_cuda_emu.so"
+_loaded: set[str] = set()
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """Where CUDA kernels run: an op namespace and the device of its tensors."""
+
+    name: str  # "emu" or "cuda"
+    namespace: str
+    device: torch.device
+
+    @property
+    def ops(self) -> Any:
+        return getattr(torch.ops, self.namespace)
+
+    @property
+    def emulated(self) -> bool:
+        return self.namespace == EMULATED
+
+    def to(self, value: Any) -> Any:
+        """Tensors on this device; lists and tuples of them and None as well."""
+        if isinstance(value, Tensor):
+            return value.to(self.device)
+        if isinstance(value, (list, tuple)):
+            return type(value)(self.to(item) for item in value)
+        return value
+
+    @contextlib.contextmanager
+    def playing(self, architecture: int = 90, multiprocessors: int = 132) -> Iterator[None]:
+        """The emulated GPU as another one, for launches that go by it; a real one stays itself."""
+        names = ("QKERNELS_EMU_ARCHITECTURE", "QKERNELS_EMU_MULTIPROCESSORS")
+        before = {name: os.environ.pop(name, None) for name in names}
+        os.environ.update(zip(names, (str(architecture), str(multiprocessors)), strict=True))
+        try:
+            yield
+        finally:
+            for name, value in before.items():
+                os.environ.pop(name, None)
+                if value is not None:
+                    os.environ[name] = value
+
+
+def load_emulated() -> Gpu:
+    if not EMULATED_LIBRARY.exists():
+        where = EMULATED_LIBRARY.relative_to(ROOT)
+        pytest.skip(f"{where} is not built (python setup.py native --emu)")
+    if EMULATED not in _loaded:
+        define_namespace(EMULATED)
+        torch.ops.load_library(str(EMULATED_LIBRARY))
+        _loaded.add(EMULATED)
+    return Gpu("emu", EMULATED, torch.device("cpu"))
+
+
+GPUS = [
+    pytest.param("emu"),
+    pytest.param(
+        "cuda",
+        marks=[
+            pytest.mark.gpu,
+            pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
+        ],
+    ),
+]
+
+
+def find_gpu(name: str) -> Gpu:
+    return load_emulated() if name == "emu" else Gpu("cuda", NATIVE, torch.device("cuda", 0))
