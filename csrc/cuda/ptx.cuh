@@ -282,6 +282,7 @@ __device__ __forceinline__ uint32_t select_bytes(uint32_t a, uint32_t b, uint32_
 __device__ __forceinline__ int32_t float_bits(float v) { return __float_as_int(v); }
 __device__ __forceinline__ float bits_float(int32_t v) { return __int_as_float(v); }
 __device__ __forceinline__ int round_int(float v) { return __float2int_rn(v); }  // halves to even
+__device__ __forceinline__ int64_t round_int64(float v) { return __float2ll_rn(v); }  // the same
 __device__ __forceinline__ float fma(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 // 1 / sqrt(v), correctly rounded twice; rsqrt.approx would differ from the CPU in the last bit or
 // two.

@@ -271,6 +271,12 @@ inline int round_int(float v) {
   if (v < -2147483648.f) return INT32_MIN;
   return int(std::nearbyint(v));
 }
+inline int64_t round_int64(float v) {
+  if (v != v) return INT64_MIN;
+  if (v >= 9223372036854775808.f) return INT64_MAX;
+  if (v < -9223372036854775808.f) return INT64_MIN;
+  return int64_t(std::nearbyint(v));
+}
 inline float fma(float a, float b, float c) { return std::fma(a, b, c); }
 inline float inverse_sqrt(float v) { return 1.f / std::sqrt(v); }
 inline float exp2_approx(float v) { return std::exp2(v); }
