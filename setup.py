@@ -261,6 +261,7 @@ def build_cuda(out: Path, directory: Path) -> dict[str, object]:
     flags += [
         "-Xptxas=-v",
         "-fmad=false",
+        "--expt-relaxed-constexpr",  # device code calls the constexpr functions of layout.h
         "-DUSE_CUDA",
         *archs.values(),
         f"-Xcompiler={','.join(host)}",

@@ -71,9 +71,11 @@ struct LinearArgs {
   const void* x;  // [M, K] for float activations, else null
   Dtype x_type;
   int64_t x_stride;
-  QuantAct act;      // for int8 activations (x is null)
-  const void* bias;  // [N] float32 or null
-  void* y;           // [M, N]
+  QuantAct act;          // for int8 activations (x is null)
+  const void* bias;      // [N] float32 or null
+  const void* residual;  // [M, N] of y_type or null; y = round(sum + bias + residual), all float32
+  int64_t residual_stride;
+  void* y;  // [M, N]
   Dtype y_type;
   int64_t m, y_stride;
   bool own_rows;  // every thread computes the rows of its static share and no others
@@ -197,6 +199,7 @@ struct DenseAttentionArgs {
   void* out;
   Dtype type;
   int64_t q_stride, k_stride, v_stride, q_heads, kv_heads, dim, batch, tokens;
+  int64_t keys;                // Tk
   const int32_t* query_start;  // [B + 1]
   const int32_t* kv_start;     // [B + 1]
   float scale;

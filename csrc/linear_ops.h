@@ -27,22 +27,33 @@ inline void check_linear_groups(const char* op, int64_t group, int64_t act_group
         kMaxSpan, ", got ", span);
 }
 
-// Sets what is added to the sums; `first` names x. a.w and a.m are set.
-inline void set_bias(const char* op, const char* first, const Tensor& x,
-                     const std::optional<Tensor>& bias, LinearArgs* a) {
-  if (!bias) return;
-  expect(op, "bias", *bias, ScalarType::Float, {a->w.n});
-  same_device(op, "bias", *bias, first, x);
-  a->bias = data(*bias);
+// Sets what is added to the sums; `first` names x. a->w and a->m are set.
+inline void set_addends(const char* op, const char* first, const Tensor& x,
+                        const std::optional<Tensor>& bias, const std::optional<Tensor>& residual,
+                        ScalarType y_type, LinearArgs* a) {
+  if (bias) {
+    expect(op, "bias", *bias, ScalarType::Float, {a->w.n});
+    same_device(op, "bias", *bias, first, x);
+    a->bias = data(*bias);
+  }
+  if (residual) {
+    check(residual->scalar_type() == y_type, op, "residual must be ", type_name(y_type),
+          " like the result, got ", type_name(residual->scalar_type()));
+    a->residual_stride = row_stride(op, "residual", *residual);
+    check(residual->size(0) == a->m && residual->size(1) == a->w.n, op, "residual must be [", a->m,
+          ", ", a->w.n, "] like the result, got ", shape_of(*residual));
+    same_device(op, "residual", *residual, first, x);
+    a->residual = data(*residual);
+  }
 }
 
-// linear(Tensor x, <weight>, Tensor? bias, str act, int act_group) -> Tensor
+// linear(Tensor x, <weight>, Tensor? bias, str act, int act_group, Tensor? residual) -> Tensor
 template <LinearRun kRun>
 Tensor linear(const Tensor& x, const Tensor& codes, const Tensor& scale,
               const std::optional<Tensor>& zero, const std::optional<Tensor>& block_scale,
               const std::optional<Tensor>& block_zero, const std::optional<Tensor>& table,
               int64_t bits, int64_t group, int64_t n, int64_t k, const std::optional<Tensor>& bias,
-              std::string act, int64_t act_group) {
+              std::string act, int64_t act_group, const std::optional<Tensor>& residual) {
   constexpr const char* op = "linear";
   LinearArgs a{};
   a.w = make_weight(op, codes, scale, zero, block_scale, block_zero, table, bits, group, n, k);
@@ -51,7 +62,7 @@ Tensor linear(const Tensor& x, const Tensor& codes, const Tensor& scale,
   check(x.size(1) == k, op, "x must be [M, ", k, "], got ", shape_of(x));
   same_device(op, "codes", codes, "x", x);
   a.m = x.size(0), a.x_stride = x_stride, a.y_stride = n;
-  set_bias(op, "x", x, bias, &a);
+  set_addends(op, "x", x, bias, residual, x.scalar_type(), &a);
   const bool int8 = act == "int8";
   check(int8 || act == "float", op, "act must be \"int8\" or \"float\", got \"", act, "\"");
   if (int8) check_linear_groups(op, group, act_group);
@@ -74,15 +85,16 @@ Tensor linear(const Tensor& x, const Tensor& codes, const Tensor& scale,
 }
 
 // linear_quant(Tensor act_codes, Tensor act_scale, Tensor act_sums, <weight>, Tensor? bias,
-// ScalarType dtype) -> Tensor. The group of the activations follows from the shapes of act_codes
-// [M, Kx] and act_scale [M, Kx / g].
+// ScalarType dtype, Tensor? residual) -> Tensor. The group of the activations follows from the
+// shapes of act_codes [M, Kx] and act_scale [M, Kx / g].
 template <LinearRun kRun>
 Tensor linear_quant(const Tensor& act_codes, const Tensor& act_scale, const Tensor& act_sums,
                     const Tensor& codes, const Tensor& scale, const std::optional<Tensor>& zero,
                     const std::optional<Tensor>& block_scale,
                     const std::optional<Tensor>& block_zero, const std::optional<Tensor>& table,
                     int64_t bits, int64_t group, int64_t n, int64_t k,
-                    const std::optional<Tensor>& bias, ScalarType dtype) {
+                    const std::optional<Tensor>& bias, ScalarType dtype,
+                    const std::optional<Tensor>& residual) {
   constexpr const char* op = "linear_quant";
   LinearArgs a{};
   a.w = make_weight(op, codes, scale, zero, block_scale, block_zero, table, bits, group, n, k);
@@ -101,7 +113,7 @@ Tensor linear_quant(const Tensor& act_codes, const Tensor& act_scale, const Tens
   same_device(op, "codes", codes, "act_codes", act_codes);
   check_linear_groups(op, group, act_group);
   a.m = m, a.y_stride = n;
-  set_bias(op, "act_codes", act_codes, bias, &a);
+  set_addends(op, "act_codes", act_codes, bias, residual, dtype, &a);
   a.act = {data<int8_t>(act_codes), data<float>(act_scale), data<int16_t>(act_sums), kx,
            int(act_group)};
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from qkernels.generate import (
     GenerationSettings,
     Loop,
     Request,
+    Sampler,
     TextAssembler,
     TextStream,
     check_prompt,
@@ -251,6 +253,23 @@ def test_draws_are_those_of_the_op_while_sequences_come_and_leave() -> None:
             logits = table[sum(r.ids[: r.prompt + offset]) % 512][None]
             drawn = ops.sample(logits, **options, seed=7 + r.index, offset=offset)
             assert drawn.tolist() == [r.new[offset]]
+
+
+@pytest.mark.parametrize(
+    ("token", "said"), [(-1, "logits of row 1 have a NaN"), (-2, "logits of row 1 are all -inf")]
+)
+def test_a_row_without_a_token_is_named(
+    token: int, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A kernel that nobody waits for gives such a row a number that is no token."""
+
+    def select(op: str, device: torch.device) -> Any:
+        return lambda logits, *_: torch.tensor([0, token, 2])
+
+    monkeypatch.setattr("qkernels.generate.select", select)
+    sampler = Sampler(GenerationSettings())
+    with pytest.raises(RuntimeError, match=f"qkernels::sample: {said}"):
+        sampler(torch.zeros(3, VOCAB), [request(i, [1]) for i in range(3)])
 
 
 @pytest.mark.parametrize(("dtype", "large"), [(torch.int32, 2**31 - 1), (torch.int64, 2**63 - 1)])

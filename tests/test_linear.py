@@ -368,10 +368,41 @@ def test_errors(namespace: str, generator: torch.Generator) -> None:
 
 def test_mixed_devices_are_refused(generator: torch.Generator) -> None:
     packed = random_plain(MIN, 70, 300, generator).pack()
+    of, x = torch.ops.qkernels, torch.zeros(2, 300, device="meta")
     with pytest.raises(RuntimeError, match="codes is on cpu, but x is on meta"):
-        torch.ops.qkernels.linear(
-            torch.zeros(2, 300, device="meta"), *packed.op_args(), None, "float", 0
-        )
+        of.linear(x, *packed.op_args(), None, "float", 0)
+    with pytest.raises(RuntimeError, match="bias is on cpu, but x is on meta"):
+        of.linear(x, *packed.to("meta").op_args(), torch.zeros(70), "float", 0)
+    act = of.quantize_act(x, 32)
+    for at, name in enumerate(("act_scale", "act_sums"), start=1):
+        mixed = [torch.zeros_like(t, device="cpu") if i == at else t for i, t in enumerate(act)]
+        with pytest.raises(RuntimeError, match=f"{name} is on cpu, but act_codes is on meta"):
+            of.linear_quant(*mixed, *packed.to("meta").op_args(), None, torch.float32)
+
+
+@pytest.mark.parametrize("op", ["linear", "linear_quant", "embedding", "unpack", "dequantize"])
+@pytest.mark.parametrize(
+    "spec", [QuantSpec(4, 32, "int8", "minimum"), QuantSpec(4, 32, table=STEEP)], ids=str
+)
+def test_a_weight_on_two_devices_is_refused(
+    spec: QuantSpec, op: str, generator: torch.Generator
+) -> None:
+    here = random_plain(spec, 70, 300, generator).pack().op_args()
+    there = [t.to("meta") if isinstance(t, Tensor) else t for t in here]
+    of, x = torch.ops.qkernels, torch.zeros(2, 300, device="meta")
+    before, after = {
+        "linear": ((x,), (None, "float", 0)),
+        "linear_quant": (of.quantize_act(x, 32), (None, torch.float32)),
+        "embedding": ((torch.zeros(3, dtype=torch.int64, device="meta"),), (torch.float32, 1.0)),
+        "unpack": ((), ()),
+        "dequantize": ((), (torch.float32,)),
+    }[op]
+    names = ("codes", "scale", "zero", "block_scale", "block_zero", "table")
+    for i, which in enumerate(names[1:], start=1):
+        if here[i] is not None:
+            weight = [*there[:i], here[i], *there[i + 1 :]]
+            with pytest.raises(RuntimeError, match=f"{which} is on cpu, but codes is on meta"):
+                getattr(of, op)(*before, *weight, *after)
 
 
 @pytest.mark.parametrize("act", ACTS)
@@ -400,7 +431,7 @@ def test_gradient_to_x(backend: str, act: str, generator: torch.Generator) -> No
         ops.linear(x, packed, act=act).backward(up)
     assert x.grad is not None
     torch.testing.assert_close(x.grad, up @ plain.dequantize())
-    with pytest.raises(RuntimeError, match="only x may require a gradient"):
+    with pytest.raises(RuntimeError, match="bias is fixed: only x and residual may"):
         ops.linear(x, packed, torch.zeros(70, requires_grad=True), act=act)
 
 

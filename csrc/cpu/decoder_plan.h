@@ -6,8 +6,8 @@
 #include <set>
 
 #include "../check.h"
+#include "../kv_cache.h"
 #include "../linear_ops.h"
-#include "attention.h"
 #include "steady_threads.h"
 #include "team.h"
 

@@ -32,6 +32,13 @@ inline cudaError_t cudaMemsetAsync(void* memory, int value, size_t bytes, cudaSt
   qk::emu::fill(memory, value, bytes);
   return cudaSuccess;
 }
+enum cudaMemcpyKind { cudaMemcpyDeviceToHost };
+inline cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind,
+                                   cudaStream_t) {
+  std::memcpy(to, from, bytes);
+  return cudaSuccess;
+}
+inline cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
 
 namespace qk {
 
@@ -93,6 +100,7 @@ template <int kGroups>
 void copy_wait() {
   emu::copy_wait(kGroups);
 }
+inline bool bulk_copies() { return emu::limits().architecture >= 90; }
 inline void mbarrier_init(uint64_t* barrier) { emu::mbarrier_init(barrier); }
 inline void mbarrier_init_fence() {}
 inline void mbarrier_expect(uint64_t* barrier, uint32_t bytes) {
@@ -243,6 +251,25 @@ void load_matrices(uint32_t (&r)[4], const void* row) {
   emu::access(row, 16, emu::Access::read);
   emu::collective("load_matrices", &row, r, kTransposed ? emu::matrices_transposed : emu::matrices);
 }
+namespace emu {
+inline void transpose_lanes(const void* const* in, void* const* out) {
+  const auto element = [&](int row, int column) {
+    uint32_t pair;
+    std::memcpy(&pair, in[4 * row + column / 2], 4);
+    return column % 2 ? pair >> 16 : pair & 0xffff;
+  };
+  for (int l = 0; l < 32; l++) {
+    const int row = l / 4, column = l % 4 * 2;
+    const uint32_t pair = element(column, row) | element(column + 1, row) << 16;
+    std::memcpy(out[l], &pair, 4);
+  }
+}
+}  // namespace emu
+inline uint32_t transpose_matrix(uint32_t v) {
+  uint32_t out;
+  emu::collective("transpose_matrix", &v, &out, emu::transpose_lanes);
+  return out;
+}
 inline int32_t dot_four(uint32_t a, uint32_t b, int32_t c) {
   for (int i = 0; i < 32; i += 8) c += int32_t(int8_t(a >> i)) * int32_t(int8_t(b >> i));
   return c;
@@ -251,6 +278,7 @@ inline int32_t dot_four(uint32_t a, uint32_t b, int32_t c) {
 // ---- bits and numbers ----
 
 inline uint32_t and_or(uint32_t a, uint32_t b, uint32_t c) { return (a & b) | c; }
+inline uint32_t and_xor(uint32_t a, uint32_t b, uint32_t c) { return (a & b) ^ c; }
 inline uint32_t select_bytes(uint32_t a, uint32_t b, uint32_t selector) {
   const uint64_t both = a | uint64_t(b) << 32;
   uint32_t r = 0;
@@ -273,6 +301,12 @@ inline int round_int(float v) {
   if (v >= 2147483648.f) return INT32_MAX;
   if (v < -2147483648.f) return INT32_MIN;
   return int(std::nearbyint(v));
+}
+inline int64_t round_int64(float v) {
+  if (v != v) return INT64_MIN;
+  if (v >= 9223372036854775808.f) return INT64_MAX;
+  if (v < -9223372036854775808.f) return INT64_MIN;
+  return int64_t(std::nearbyint(v));
 }
 inline float fma(float a, float b, float c) { return std::fma(a, b, c); }
 inline float inverse_sqrt(float v) { return 1.f / std::sqrt(v); }

@@ -42,7 +42,8 @@ def embedding(
     """ids [...] int64, from 0 to N - 1 -> [..., K] of dtype: the rows, dequantized in float32,
     times multiplier.
 
-    Raises RuntimeError for an id out of range and for wrong dtypes.
+    Raises RuntimeError for wrong dtypes, and on the CPU for an id out of range. A GPU, which would
+    have to be waited for, gives a row of NaN.
     """
     op = select("embedding", ids.device, weight=weight.kind)
     rows = op(ids.reshape(-1), *weight.op_args(), dtype, multiplier)

@@ -1,4 +1,4 @@
-"""y = x W^T + bias over packed weights."""
+"""y = x W^T + bias + residual over packed weights."""
 
 from __future__ import annotations
 
@@ -16,29 +16,44 @@ from .act import QuantAct
 from .registry import WEIGHT, define
 
 ACTS = ("int8", "float")
-_N, _K = 9, 10  # positions of n and k in the arguments of `linear`, where W starts at 1
+_W = 10  # arguments that a weight is; the last ones are n and k
 
 
+# The dispatcher leaves out a last argument that is its default, hence (*..., None).
 def check_linear(x: Tensor, *args: Any) -> None:
-    *weight, bias, act, act_group = args
+    weight, (bias, act, act_group, residual) = args[:_W], (*args[_W:], None)[:4]
     checks.weight("linear", *weight)
     checks.rows("linear", "x", x)
     checks.float_type("linear", "x", x.dtype)
     n, k = weight[-2:]
     if x.shape[1] != k:
         checks.fail("linear", f"x must be [M, {k}], got {list(x.shape)}")
-    if bias is not None:
-        checks.expect("linear", "bias", bias, torch.float32, [n])
+    _check_addends("linear", bias, residual, x.shape[0], n, x.dtype)
     if act not in ACTS:
         checks.fail("linear", f'act must be "int8" or "float", got "{act}"')
     if act == "int8":
         check_groups("linear", weight[-3], act_group)
-    checks.same_device("linear", "x", x.device, codes=weight[0], bias=bias)
+    checks.same_device("linear", "x", x.device, codes=weight[0], bias=bias, residual=residual)
 
 
 def _linear_fake(x: Tensor, *args: Any) -> Tensor:
     check_linear(x, *args)
-    return x.new_empty((x.shape[0], args[_N - 1]))
+    return x.new_empty((x.shape[0], args[_W - 2]))
+
+
+def _check_addends(
+    op: str, bias: Tensor | None, residual: Tensor | None, m: int, n: int, dtype: torch.dtype
+) -> None:
+    if bias is not None:
+        checks.expect(op, "bias", bias, torch.float32, [n])
+    if residual is not None:
+        if residual.dtype != dtype:
+            names = checks.type_name(dtype), checks.type_name(residual.dtype)
+            checks.fail(op, f"residual must be {names[0]} like the result, got {names[1]}")
+        checks.rows(op, "residual", residual)
+        if residual.shape[0] != m or residual.shape[1] != n:
+            given = list(residual.shape)
+            checks.fail(op, f"residual must be [{m}, {n}] like the result, got {given}")
 
 
 def check_groups(op: str, group: int, act_group: int) -> None:
@@ -52,7 +67,7 @@ def check_groups(op: str, group: int, act_group: int) -> None:
 
 def check_linear_quant(act_codes: Tensor, act_scale: Tensor, act_sums: Tensor, *args: Any) -> None:
     op = "linear_quant"
-    *weight, bias, dtype = args
+    weight, (bias, dtype, residual) = args[:_W], (*args[_W:], None)[:3]
     checks.weight(op, *weight)
     checks.float_type(op, "dtype", dtype)
     n, k = weight[-2:]
@@ -68,8 +83,7 @@ def check_linear_quant(act_codes: Tensor, act_scale: Tensor, act_sums: Tensor, *
             f"{list(act_codes.shape)} and {list(act_scale.shape)}",
         )
     checks.expect(op, "act_sums", act_sums, torch.int16, [m, kx // 16])
-    if bias is not None:
-        checks.expect(op, "bias", bias, torch.float32, [n])
+    _check_addends(op, bias, residual, m, n, dtype)
     check_groups(op, weight[-3], group)
     checks.same_device(
         op,
@@ -79,6 +93,7 @@ def check_linear_quant(act_codes: Tensor, act_scale: Tensor, act_sums: Tensor, *
         act_sums=act_sums,
         codes=weight[0],
         bias=bias,
+        residual=residual,
     )
 
 
@@ -86,34 +101,38 @@ def _linear_quant_fake(
     act_codes: Tensor, act_scale: Tensor, act_sums: Tensor, *args: Any
 ) -> Tensor:
     check_linear_quant(act_codes, act_scale, act_sums, *args)
-    return act_codes.new_empty((act_codes.shape[0], args[-4]), dtype=args[-1])
+    return act_codes.new_empty((act_codes.shape[0], args[_W - 2]), dtype=args[_W + 1])
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, bias = inputs[0], inputs[1:11], inputs[11]
+    x, weight, bias = inputs[0], inputs[1 : _W + 1], inputs[_W + 1]
     if bias is not None and bias.requires_grad:
         raise RuntimeError(
-            "qkernels::linear: bias is fixed: only x may require a gradient; add a trainable "
-            "bias to the result"
+            "qkernels::linear: bias is fixed: only x and residual may require a gradient; add a "
+            "trainable bias to the result"
         )
     ctx.save_for_backward(*(t for t in weight[:6] if t is not None))
     ctx.given = [t is not None for t in weight[:6]]
     ctx.numbers = weight[6:]
     ctx.x_dtype = x.dtype
+    ctx.residual = inputs[_W + 4] is not None
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    """To x alone: weights are constants. The rounding of int8 activations counts as the
+    """To x and residual: weights are constants. The rounding of int8 activations counts as the
     identity."""
-    saved = iter(ctx.saved_tensors)
-    tensors = [next(saved) if given else None for given in ctx.given]
-    weight = select("dequantize", grad.device)(*tensors, *ctx.numbers, torch.float32)
-    return ((grad.float() @ weight).to(ctx.x_dtype), *(None for _ in range(13)))
+    x_grad = None
+    if ctx.needs_input_grad[0]:
+        saved = iter(ctx.saved_tensors)
+        tensors = [next(saved) if given else None for given in ctx.given]
+        weight = select("dequantize", grad.device)(*tensors, *ctx.numbers, torch.float32)
+        x_grad = (grad.float() @ weight).to(ctx.x_dtype)
+    return (x_grad, *(None for _ in range(_W + 3)), grad if ctx.residual else None)
 
 
 define(
     "linear",
-    f"(Tensor x, {WEIGHT}, Tensor? bias, str act, int act_group) -> Tensor",
+    f"(Tensor x, {WEIGHT}, Tensor? bias, str act, int act_group, Tensor? residual=None) -> Tensor",
     fake=_linear_fake,
     reference=checks.checked(check_linear, reference.linear),
     backward=_backward,
@@ -122,7 +141,7 @@ define(
 define(
     "linear_quant",
     f"(Tensor act_codes, Tensor act_scale, Tensor act_sums, {WEIGHT}, Tensor? bias, "
-    "ScalarType dtype) -> Tensor",
+    "ScalarType dtype, Tensor? residual=None) -> Tensor",
     fake=_linear_quant_fake,
     reference=checks.checked(check_linear_quant, reference.linear_quant),
 )
@@ -150,20 +169,20 @@ def linear(
     *,
     act: str = "auto",
     act_group: int | None = None,
+    residual: Tensor | None = None,
 ) -> Tensor:
     """x [..., K] float32, float16 or bfloat16 -> [..., N] of the same dtype; accumulated in
     float32.
 
     bias [N] float32; act: "int8" quantizes x by row and act_group columns first, "float" does not,
-    "auto" depends on
-    the device. act_group: a multiple of 16; None is `default_act_group`. Rows of x must be dense.
-    The gradient goes to
-    x alone. Raises RuntimeError for anything that does not fit.
+    "auto" depends on the device. act_group: a multiple of 16; None is `default_act_group`.
+    residual [..., N] of x's dtype is added before the one rounding to it: sum + bias + residual,
+    in float32 and in this order. Rows of x and residual must be dense. The gradient goes to these
+    two alone. Raises RuntimeError for anything that does not fit.
     """
     group = default_act_group(weight) if act_group is None else act_group
-    return apply(
-        x, weight.op_args(), weight.kind, weight.perm, bias, resolve_act(act, x.device), group
-    )
+    act = resolve_act(act, x.device)
+    return apply(x, weight.op_args(), weight.kind, weight.perm, bias, act, group, residual)
 
 
 def apply(
@@ -174,6 +193,7 @@ def apply(
     bias: Tensor | None,
     act: str,
     act_group: int,
+    residual: Tensor | None = None,
 ) -> Tensor:
     """`linear` on the arguments of a packed weight, whose kind and perm they do not tell; act is
     resolved. For modules, which hold the tensors themselves: a call spends microseconds."""
@@ -187,27 +207,37 @@ def apply(
         if rows.shape[1] != k:
             checks.fail("linear", f"x must be [M, {k}], got {list(rows.shape)}")
         rows = rows[:, perm]
+    if residual is not None and x.dim() != 2:
+        y_shape = [*x.shape[:-1], n]
+        if list(residual.shape) != y_shape:
+            given = list(residual.shape)
+            checks.fail("linear", f"residual must be {y_shape} like the result, got {given}")
+        residual = residual.reshape(-1, n)
     op = select("linear", x.device, weight=kind, act=act, group=group, act_group=act_group)
-    if _needs_autograd(x, bias):
-        y = op(rows, *args, bias, act, act_group)
+    if _needs_autograd(x, bias, residual):
+        y = op(rows, *args, bias, act, act_group, residual)
     else:  # the autograd of torch.library runs in Python, and costs twice what the op does
         with torch._C._AutoDispatchBelowAutograd():
-            y = op(rows, *args, bias, act, act_group)
+            y = op(rows, *args, bias, act, act_group, residual)
     return y if x.dim() == 2 else y.reshape(*x.shape[:-1], n)
 
 
-def _has_tangent(x: Tensor) -> bool:
-    return torch.autograd.forward_ad.unpack_dual(x).tangent is not None
+def _check_tangent(name: str, tensor: Tensor | None) -> None:
+    if tensor is not None and torch.autograd.forward_ad.unpack_dual(tensor).tangent is not None:
+        checks.fail("linear", f"{name} has a tangent, and there is no forward-mode derivative")
 
 
-def _needs_autograd(x: Tensor, bias: Tensor | None) -> bool:
+def _needs_autograd(x: Tensor, bias: Tensor | None, residual: Tensor | None) -> bool:
     """Whether the op must be called through autograd, also by those who trace it."""
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return True
-    if torch.autograd.forward_ad._current_level >= 0 and _has_tangent(x):
-        checks.fail("linear", "x has a tangent, and there is no forward-mode derivative")
+    if torch.autograd.forward_ad._current_level >= 0:
+        _check_tangent("x", x)
+        _check_tangent("residual", residual)
     return torch.is_grad_enabled() and (
-        x.requires_grad or (bias is not None and bias.requires_grad)
+        x.requires_grad
+        or (bias is not None and bias.requires_grad)
+        or (residual is not None and residual.requires_grad)
     )
 
 
@@ -216,13 +246,16 @@ def linear_quant(
     weight: PackedWeight,
     bias: Tensor | None = None,
     dtype: torch.dtype = torch.float32,
+    residual: Tensor | None = None,
 ) -> Tensor:
     """QuantAct of x [M, K] -> [M, N] of dtype: what `linear` with act="int8" does after quantizing.
 
-    Raises RuntimeError for anything that does not fit, also for act-order weights, whose columns x
-    must be sorted by
-    before it is quantized.
+    residual: [M, N] of dtype, rows dense. Raises RuntimeError for anything that does not fit, also
+    for a residual that requires a gradient, and for act-order weights, whose columns x must be
+    sorted by before it is quantized.
     """
+    if residual is not None:
+        checks.no_gradient("linear_quant", residual)
     if weight.perm is not None:
         checks.fail(
             "linear_quant",
@@ -237,4 +270,4 @@ def linear_quant(
         group=weight.group,
         act_group=act.group,
     )
-    return op(*act, *weight.op_args(), bias, dtype)
+    return op(*act, *weight.op_args(), bias, dtype, residual)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from . import checks
 from .registry import define
 
 MAX_VOCAB = 1 << 22  # that many weights of at most 2^40 sum to less than 2^63
+NAN, EMPTY = -1, -2  # what is not a token: kSampleNan and kSampleEmpty of csrc/args.h
 
 
 def check_sample(
@@ -84,8 +86,10 @@ def sample(
     is left, the token is the first at which the cumulative weight, in the order of ids, exceeds
     floor(u * S / 2^64). Draws of one sequence take one seed and offsets 0, 1, 2, ...
 
-    Raises RuntimeError for other shapes and dtypes, a temperature, top_k, top_p or min_p out of
-    range, and a row that has a NaN or nothing but -inf.
+    Raises RuntimeError for other shapes and dtypes, and on the CPU for a temperature, top_k, top_p
+    or min_p out of range and for a row that has a NaN or nothing but -inf. A GPU would have to be
+    waited for: there a setting out of range is not noticed, and such a row gives -1 (NaN) or -2
+    (-inf), which `check_tokens` reports once tokens are read.
     """
     batch = logits.shape[0] if logits.dim() == 2 else 1
 
@@ -105,3 +109,12 @@ def sample(
         per_row(seed, torch.int64),
         per_row(offset, torch.int64),
     )
+
+
+def check_tokens(tokens: Sequence[int]) -> None:
+    """Raises RuntimeError, as `sample` does on the CPU, if a row of logits gave no token."""
+    for row, token in enumerate(tokens):
+        if token == NAN:
+            checks.fail("sample", f"logits of row {row} have a NaN")
+        if token == EMPTY:
+            checks.fail("sample", f"logits of row {row} are all -inf")

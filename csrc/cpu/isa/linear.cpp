@@ -1,5 +1,5 @@
-// y [M, N] = x [M, K] @ dequantize(w [N, K]).T + bias [N], for every kind of weight: what is done
-// once per call, and the choice among the kernels of each width.
+// y [M, N] = x [M, K] @ dequantize(w [N, K]).T + bias [N] + residual [M, N], for every kind of
+// weight: what is done once per call, and the choice among the kernels of each width.
 //
 // Threads share the rows of the weight, 32 at a time. Scratch that is prepared by the whole team
 // (int8 activations of many tokens, 16-bit float activations) must not be handed to another kernel

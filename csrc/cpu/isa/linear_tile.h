@@ -118,27 +118,33 @@ struct RowBlocks {
   }
 };
 
-// y[token + t][row_of(r) + lane] = acc + bias for `rows` vectors and `tokens` tokens; rows from N
-// on are not written. acc [rows][tokens][W].
+// y[token + t][row_of(r) + lane] = acc + bias + residual for `rows` vectors and `tokens` tokens;
+// rows from N on are not written. acc [rows][tokens][W].
 __attribute__((noinline)) void write_tile(const LinearArgs& a, const float* acc, const int* row_of,
                                           int64_t first_row, int rows, int64_t token, int tokens) {
   const float* bias = (const float*)a.bias;
   with_type(a.y_type, [&](auto io) {
     using Y = decltype(io);
     typename Y::type* y = (typename Y::type*)a.y + token * a.y_stride;
+    const typename Y::type* residual = (const typename Y::type*)a.residual;
+    if (residual) residual += token * a.residual_stride;
     for (int r = 0; r < rows; r++) {
       const int64_t row = first_row + row_of[r];
       if (row + W <= a.w.n) {
         for (int t = 0; t < tokens; t++) {
           VF v = load(acc + (r * tokens + t) * W);
           if (bias) v += load(bias + row);
+          if (residual) v += Y::load(residual + t * a.residual_stride + row);
           Y::store(y + t * a.y_stride + row, v);
         }
       } else {
         for (int t = 0; t < tokens; t++)
-          for (int64_t n = row; n < a.w.n; n++)
-            Y::put(y + t * a.y_stride + n,
-                   acc[(r * tokens + t) * W + (n - row)] + (bias ? bias[n] : 0.f));
+          for (int64_t n = row; n < a.w.n; n++) {
+            float v = acc[(r * tokens + t) * W + (n - row)];
+            if (bias) v += bias[n];
+            if (residual) v += Y::get(residual + t * a.residual_stride + n);
+            Y::put(y + t * a.y_stride + n, v);
+          }
       }
     }
   });
