@@ -199,6 +199,7 @@ struct DenseAttentionArgs {
   void* out;
   Dtype type;
   int64_t q_stride, k_stride, v_stride, q_heads, kv_heads, dim, batch, tokens;
+  int64_t keys;                // Tk
   const int32_t* query_start;  // [B + 1]
   const int32_t* kv_start;     // [B + 1]
   float scale;

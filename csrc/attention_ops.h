@@ -70,7 +70,7 @@ Tensor attention(const Tensor& q, const Tensor& query_start, const Tensor& kv_le
   a.type = float_type(op, "q", q.scalar_type());
   a.q_stride = token_stride(op, "q", q, "q", q);
   a.q_heads = q.size(1);
-  a.pages = make_pages(op, dim, k_pages, v_pages, k_scale, v_scale, "q", q);
+  a.pages = make_pages(op, dim, k_pages, v_pages, k_scale, v_scale, "q", q, Pages::read);
   check_heads(op, a.q_heads, a.pages.kv_heads);
   set_scores(op, a, q, scale, causal, window, softcap, sinks, alibi_slopes, distance_bias);
   a.batch = make_ragged(op, q.size(0), a.pages, query_start, kv_len, page_table, "q", q, kContents);
@@ -96,7 +96,7 @@ Tensor attention_dense(const Tensor& q, const Tensor& k, const Tensor& v, const 
   a.q_stride = token_stride(op, "q", q, "q", q);
   a.k_stride = token_stride(op, "k", k, "q", q);
   a.v_stride = token_stride(op, "v", v, "q", q);
-  a.q_heads = q.size(1), a.kv_heads = k.size(1), a.tokens = q.size(0);
+  a.q_heads = q.size(1), a.kv_heads = k.size(1), a.tokens = q.size(0), a.keys = k.size(0);
   expect_keys(op, q, k, v, k.size(0), a.kv_heads);
   check_heads(op, a.q_heads, a.kv_heads);
   set_scores(op, a, q, scale, causal, window, softcap, sinks, alibi_slopes, distance_bias);

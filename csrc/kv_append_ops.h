@@ -41,7 +41,7 @@ Tensor kv_append(const Tensor& q, const Tensor& k, const Tensor& v,
   a.k_stride = token_stride(op, "k", k, "q", q);
   a.v_stride = token_stride(op, "v", v, "q", q);
   a.q_heads = q.size(1);
-  a.pages = make_pages(op, dim, k_pages, v_pages, k_scale, v_scale, "q", q);
+  a.pages = make_pages(op, dim, k_pages, v_pages, k_scale, v_scale, "q", q, Pages::written);
   check_heads(op, a.q_heads, a.pages.kv_heads);
   expect_keys(op, q, k, v, tokens, a.pages.kv_heads);
   a.batch = make_ragged(op, tokens, a.pages, query_start, kv_len, page_table, "q", q, kContents);

@@ -51,10 +51,13 @@ inline void expect_keys(const char* op, const Tensor& q, const Tensor& k, const 
   }
 }
 
+// What the op does with the pages.
+enum class Pages { read, written };
+
 inline KvPages make_pages(const char* op, int64_t dim, const Tensor& k, const Tensor& v,
                           const std::optional<Tensor>& k_scale,
                           const std::optional<Tensor>& v_scale, const char* first,
-                          const Tensor& like) {
+                          const Tensor& like, Pages use) {
   KvPages p{};
   check(k.dim() == 4, op, "k_pages must be [pages, KV heads, page size, head dim], got ",
         shape_of(k));
@@ -84,7 +87,10 @@ inline KvPages make_pages(const char* op, int64_t dim, const Tensor& k, const Te
   check(p.pages <= 1 || k.stride(0) == v.stride(0), op,
         "k_pages and v_pages must have the same stride between pages");
   p.page_stride = k.stride(0);
-  p.k = k.data_ptr(), p.v = v.data_ptr();
+  const auto pointer = [use](const Tensor& t) {
+    return use == Pages::written ? inplace_data(t) : const_cast<void*>(data(t));
+  };
+  p.k = pointer(k), p.v = pointer(v);
   if (type != ScalarType::Byte) {
     check(!k_scale && !v_scale, op, "k_scale and v_scale belong to uint8 pages, and these are ",
           type_name(type));
@@ -105,8 +111,8 @@ inline KvPages make_pages(const char* op, int64_t dim, const Tensor& k, const Te
   check(p.pages <= 1 || k_scale->stride(0) == v_scale->stride(0), op,
         "k_scale and v_scale must have the same stride between pages");
   p.scale_page_stride = k_scale->stride(0);
-  p.k_scale = static_cast<uint16_t*>(k_scale->data_ptr()),
-  p.v_scale = static_cast<uint16_t*>(v_scale->data_ptr());
+  p.k_scale = static_cast<uint16_t*>(pointer(*k_scale));
+  p.v_scale = static_cast<uint16_t*>(pointer(*v_scale));
   return p;
 }
 

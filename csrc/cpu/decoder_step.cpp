@@ -92,7 +92,7 @@ LayeredPages make_layered_pages(const char* op, const Tensor& k, const Tensor& v
     p.k_scale_elements = k_scale->stride(0), p.v_scale_elements = v_scale->stride(0);
   }
   check(k_scale.has_value() == v_scale.has_value(), op, "k_scale and v_scale go together");
-  p.first = make_pages(op, dim, first(k), first(v), ks, vs, "ids", ids);
+  p.first = make_pages(op, dim, first(k), first(v), ks, vs, "ids", ids, Pages::written);
   check(p.first.kv_heads == kv_heads, op, "k_pages must have ", kv_heads, " KV heads, got ",
         p.first.kv_heads);
   p.k_bytes = k.stride(0) * int64_t(k.element_size());

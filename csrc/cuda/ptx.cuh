@@ -98,6 +98,8 @@ __device__ __forceinline__ void copy_wait() {
   asm volatile("cp.async.wait_group %0;" : : "n"(kGroups) : "memory");
 }
 
+// Whether the device has bulk copies and mbarriers.
+__device__ __forceinline__ bool bulk_copies() { return QK_SM90; }
 // mbarriers in shared memory, one arrival per phase: one thread says how many bytes a phase brings
 // and issues the copies, any thread waits for the end of the phase of this parity. On sm_80 these
 // trap; the launch chooses kernels by the device.
@@ -247,6 +249,13 @@ __device__ __forceinline__ void load_matrices(uint32_t (&r)[4], const void* row)
                  : "r"(shared_address(row))
                  : "memory");
 }
+// The transpose of an 8x8 matrix of 16-bit elements: lane l gives and gets row l / 4, columns
+// 2 (l % 4), + 1 (the first in the low half).
+__device__ __forceinline__ uint32_t transpose_matrix(uint32_t v) {
+  uint32_t r;
+  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(r) : "r"(v));
+  return r;
+}
 // c + the four products of signed bytes.
 __device__ __forceinline__ int32_t dot_four(uint32_t a, uint32_t b, int32_t c) {
   return __dp4a(int32_t(a), int32_t(b), c);
@@ -260,6 +269,12 @@ __device__ __forceinline__ uint32_t and_or(uint32_t a, uint32_t b, uint32_t c) {
   asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(r) : "r"(a), "r"(b), "r"(c));
   return r;
 }
+// (a & b) ^ c in one instruction.
+__device__ __forceinline__ uint32_t and_xor(uint32_t a, uint32_t b, uint32_t c) {
+  uint32_t r;
+  asm("lop3.b32 %0, %1, %2, %3, 0x6a;" : "=r"(r) : "r"(a), "r"(b), "r"(c));
+  return r;
+}
 // Byte i of the result: byte number (selector >> 4 i) & 7 of the eight of a (0 to 3) and b.
 __device__ __forceinline__ uint32_t select_bytes(uint32_t a, uint32_t b, uint32_t selector) {
   return __byte_perm(a, b, selector);
@@ -267,6 +282,7 @@ __device__ __forceinline__ uint32_t select_bytes(uint32_t a, uint32_t b, uint32_
 __device__ __forceinline__ int32_t float_bits(float v) { return __float_as_int(v); }
 __device__ __forceinline__ float bits_float(int32_t v) { return __int_as_float(v); }
 __device__ __forceinline__ int round_int(float v) { return __float2int_rn(v); }  // halves to even
+__device__ __forceinline__ int64_t round_int64(float v) { return __float2ll_rn(v); }  // the same
 __device__ __forceinline__ float fma(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 // 1 / sqrt(v), correctly rounded twice; rsqrt.approx would differ from the CPU in the last bit or
 // two.

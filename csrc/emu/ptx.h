@@ -29,9 +29,16 @@ inline const char* cudaGetErrorString(cudaError_t error) {
                                                   : "invalid argument";
 }
 inline cudaError_t cudaMemsetAsync(void* memory, int value, size_t bytes, cudaStream_t) {
-  std::memset(memory, value, bytes);
+  qk::emu::fill(memory, value, bytes);
   return cudaSuccess;
 }
+enum cudaMemcpyKind { cudaMemcpyDeviceToHost };
+inline cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind,
+                                   cudaStream_t) {
+  std::memcpy(to, from, bytes);
+  return cudaSuccess;
+}
+inline cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
 
 namespace qk {
 
@@ -63,11 +70,23 @@ template <class T>
 T* shared_memory() {
   return static_cast<T*>(emu::shared_bytes());
 }
-// Plain loads of an aligned type, which the hooks check.
-inline Words4 load_stream(const void* p) { return *static_cast<const Words4*>(p); }
-inline Words4 load_read_only(const void* p) { return *static_cast<const Words4*>(p); }
-inline float load_other_block(const float* p) { return *p; }
-inline void store_128(void* p, const Words4& v) { *static_cast<Words4*>(p) = v; }
+// Explicit accesses: a compiler may split plain ones, whose alignment would then go unchecked.
+__attribute__((noinline, no_sanitize("thread"))) inline Words4 load_stream(const void* p) {
+  emu::access(p, sizeof(Words4), emu::Access::read);
+  return *static_cast<const Words4*>(p);
+}
+__attribute__((noinline, no_sanitize("thread"))) inline Words4 load_read_only(const void* p) {
+  emu::access(p, sizeof(Words4), emu::Access::read_constant);
+  return *static_cast<const Words4*>(p);
+}
+__attribute__((noinline, no_sanitize("thread"))) inline float load_other_block(const float* p) {
+  emu::access(p, sizeof(float), emu::Access::read_l2);
+  return *p;
+}
+__attribute__((noinline, no_sanitize("thread"))) inline void store_128(void* p, const Words4& v) {
+  emu::access(p, sizeof(Words4), emu::Access::write);
+  *static_cast<Words4*>(p) = v;
+}
 
 // ---- asynchronous copies ----
 
@@ -81,6 +100,7 @@ template <int kGroups>
 void copy_wait() {
   emu::copy_wait(kGroups);
 }
+inline bool bulk_copies() { return emu::limits().architecture >= 90; }
 inline void mbarrier_init(uint64_t* barrier) { emu::mbarrier_init(barrier); }
 inline void mbarrier_init_fence() {}
 inline void mbarrier_expect(uint64_t* barrier, uint32_t bytes) {
@@ -95,7 +115,7 @@ inline void mbarrier_wait(uint64_t* barrier, int parity) { emu::mbarrier_wait(ba
 
 inline void block_sync() { emu::block_sync(); }
 inline void warp_sync() { emu::warp_sync(); }
-inline void device_fence() {}
+inline void device_fence() { emu::device_fence(); }
 
 namespace emu {
 template <class T>
@@ -177,7 +197,7 @@ inline uint32_t count_around(uint32_t* p, uint32_t last) {
 inline uint32_t global_or(uint32_t* p, uint32_t v) {
   return emu_atomic(p, [v](uint32_t old) { return old | v; });
 }
-inline void dependency_wait() {}
+inline void dependency_wait() { emu::dependency_wait(); }
 inline void dependency_launch() {}
 
 // ---- matrix products ----
@@ -200,6 +220,25 @@ void load_matrices(uint32_t (&r)[4], const void* row) {
   emu::access(row, 16, emu::Access::read);
   emu::collective("load_matrices", &row, r, kTransposed ? emu::matrices_transposed : emu::matrices);
 }
+namespace emu {
+inline void transpose_lanes(const void* const* in, void* const* out) {
+  const auto element = [&](int row, int column) {
+    uint32_t pair;
+    std::memcpy(&pair, in[4 * row + column / 2], 4);
+    return column % 2 ? pair >> 16 : pair & 0xffff;
+  };
+  for (int l = 0; l < 32; l++) {
+    const int row = l / 4, column = l % 4 * 2;
+    const uint32_t pair = element(column, row) | element(column + 1, row) << 16;
+    std::memcpy(out[l], &pair, 4);
+  }
+}
+}  // namespace emu
+inline uint32_t transpose_matrix(uint32_t v) {
+  uint32_t out;
+  emu::collective("transpose_matrix", &v, &out, emu::transpose_lanes);
+  return out;
+}
 inline int32_t dot_four(uint32_t a, uint32_t b, int32_t c) {
   for (int i = 0; i < 32; i += 8) c += int32_t(int8_t(a >> i)) * int32_t(int8_t(b >> i));
   return c;
@@ -208,6 +247,7 @@ inline int32_t dot_four(uint32_t a, uint32_t b, int32_t c) {
 // ---- bits and numbers ----
 
 inline uint32_t and_or(uint32_t a, uint32_t b, uint32_t c) { return (a & b) | c; }
+inline uint32_t and_xor(uint32_t a, uint32_t b, uint32_t c) { return (a & b) ^ c; }
 inline uint32_t select_bytes(uint32_t a, uint32_t b, uint32_t selector) {
   const uint64_t both = a | uint64_t(b) << 32;
   uint32_t r = 0;
@@ -230,6 +270,12 @@ inline int round_int(float v) {
   if (v >= 2147483648.f) return INT32_MAX;
   if (v < -2147483648.f) return INT32_MIN;
   return int(std::nearbyint(v));
+}
+inline int64_t round_int64(float v) {
+  if (v != v) return INT64_MIN;
+  if (v >= 9223372036854775808.f) return INT64_MAX;
+  if (v < -9223372036854775808.f) return INT64_MIN;
+  return int64_t(std::nearbyint(v));
 }
 inline float fma(float a, float b, float c) { return std::fma(a, b, c); }
 inline float inverse_sqrt(float v) { return 1.f / std::sqrt(v); }
@@ -268,8 +314,8 @@ inline float fma_to_odd(double a, double b, double c) {
   const bool exact = double(v) == sum && lost == 0;
   if (exact || v - v != 0) return v;
   int32_t bits = float_bits(v);
-  const double beyond = (double(v) - sum) - lost;  // > 0: v is greater than the exact result
-  if (v > 0 ? beyond > 0 : beyond < 0) bits--;     // towards zero
+  const double beyond = (double(v) - sum) - lost;        // > 0: v is greater than the exact result
+  if (v > 0 ? beyond > 0 : v < 0 && beyond < 0) bits--;  // towards zero
   return bits_float(bits | 1);
 }
 }  // namespace emu
@@ -302,19 +348,24 @@ struct Call {
 }  // namespace emu
 
 template <class... Parameters, class... Arguments>
-cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes,
-                   cudaStream_t, const Arguments&... arguments) {
+cudaError_t launch_with(bool dependent, void (*kernel)(Parameters...), dim3 grid, dim3 block,
+                        size_t shared_bytes, const Arguments&... arguments) {
   using Call = emu::Call<Parameters...>;
   const Call call{kernel, {Parameters(arguments)...}};
-  return emu::launch(grid, block, shared_bytes, Call::run, &call, sizeof call)
+  return emu::launch(grid, block, shared_bytes, Call::run, &call, sizeof call, dependent)
              ? cudaSuccess
              : cudaErrorInvalidConfiguration;
 }
 template <class... Parameters, class... Arguments>
+cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes,
+                   cudaStream_t, const Arguments&... arguments) {
+  return launch_with(false, kernel, grid, block, shared_bytes, arguments...);
+}
+template <class... Parameters, class... Arguments>
 cudaError_t launch_dependent(void (*kernel)(Parameters...), dim3 grid, dim3 block,
-                             size_t shared_bytes, cudaStream_t stream,
-                             const Arguments&... arguments) {
-  return launch(kernel, grid, block, shared_bytes, stream, arguments...);
+                             size_t shared_bytes, cudaStream_t, const Arguments&... arguments) {
+  const bool dependent = emu::limits().architecture >= 90;
+  return launch_with(dependent, kernel, grid, block, shared_bytes, arguments...);
 }
 
 }  // namespace qk

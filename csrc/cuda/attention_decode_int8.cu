@@ -1,0 +1,10 @@
+#include "attention_decode.cuh"
+
+namespace qk {
+
+cudaError_t launch_attention_decode_int8(const AttentionTask& task, const AttentionParts& parts,
+                                         const DecodePlan& plan, cudaStream_t stream) {
+  return launch_attention_decode_pages<KvType::int8>(task, parts, plan, stream);
+}
+
+}  // namespace qk

@@ -1,0 +1,9 @@
+#include "attention_prefill.cuh"
+
+namespace qk {
+
+cudaError_t launch_attention_prefill_bf16(const AttentionTask& task, cudaStream_t stream) {
+  return launch_attention_prefill_pages<bf16_t, false>(task, stream);
+}
+
+}  // namespace qk
