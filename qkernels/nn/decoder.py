@@ -188,10 +188,10 @@ class QuantDecoder(nn.Module):
         at most 32768. tokenizer: a transformers tokenizer, where the model does not come with one.
         progress: called as progress(done, total, name of the tensor).
 
-        Raises RuntimeError for a GPU that cannot be used, with the reason; CheckpointError (a ValueError) for a damaged or incomplete checkpoint,
-        UnsupportedModelError (a
-        ValueError) for a model that there is no code for, ValueError for other arguments,
-        FileNotFoundError for a path.
+        Raises RuntimeError for a GPU that cannot be used, with the reason; CheckpointError (a
+        ValueError) for a damaged or incomplete checkpoint, UnsupportedModelError (a ValueError) for
+        a model that there is no code for, ValueError for other arguments, FileNotFoundError for a
+        path.
         """
         started = time.perf_counter()
         where = devices.resolve(device)
