@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .ops.attention import MAX_HEAD_DIM
+from .ops.attention_checks import MAX_HEAD_DIM
 from .ops.rope import rope_table
 
 __all__ = ["KV_DTYPES", "Batch", "LayerCache", "PagedKVCache", "rope_table", "token_bytes"]

@@ -31,7 +31,7 @@ from .models import (
     family_of_gguf,
     family_of_hf,
 )
-from .ops.attention import MAX_HEAD_DIM
+from .ops.attention_checks import MAX_HEAD_DIM
 from .quant import PackedWeight, PlainWeight, QuantSpec
 from .quant.quantize import quantize
 

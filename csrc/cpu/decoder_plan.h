@@ -6,7 +6,7 @@
 #include <set>
 
 #include "../check.h"
-#include "attention.h"
+#include "../kv_cache.h"
 #include "linear.h"
 #include "steady_threads.h"
 #include "team.h"

@@ -75,7 +75,7 @@ struct LayeredPages {
 LayeredPages make_layered_pages(const char* op, const Tensor& k, const Tensor& v,
                                 const std::optional<Tensor>& k_scale,
                                 const std::optional<Tensor>& v_scale, int64_t layers,
-                                int64_t kv_heads, int64_t dim) {
+                                int64_t kv_heads, int64_t dim, const Tensor& ids) {
   const auto check_layers = [&](const char* name, const Tensor& t, const char* shape) {
     check(t.dim() == 5 && t.size(0) >= layers && t.size(0) == k.size(0), op, name,
           " must be [layers >= ", layers, ", ", shape, "], got ", shape_of(t));
@@ -92,7 +92,7 @@ LayeredPages make_layered_pages(const char* op, const Tensor& k, const Tensor& v
     p.k_scale_elements = k_scale->stride(0), p.v_scale_elements = v_scale->stride(0);
   }
   check(k_scale.has_value() == v_scale.has_value(), op, "k_scale and v_scale go together");
-  p.first = make_pages(op, dim, first(k), first(v), ks, vs);
+  p.first = make_pages(op, dim, first(k), first(v), ks, vs, "ids", ids);
   check(p.first.kv_heads == kv_heads, op, "k_pages must have ", kv_heads, " KV heads, got ",
         p.first.kv_heads);
   p.k_bytes = k.stride(0) * int64_t(k.element_size());
@@ -282,8 +282,9 @@ Tensor decoder_step(int64_t handle, const Tensor& ids, const Tensor& query_start
     check(in.select[i] >= 0 && in.select[i] < in.tokens, kStep, "select[", i, "] = ", in.select[i],
           " is not a row of the ", in.tokens, " tokens");
   in.pages = make_layered_pages(kStep, k_pages, v_pages, k_scale, v_scale, plan->layers,
-                                plan->kv_heads, plan->dim);
-  in.batch = make_ragged(kStep, in.tokens, in.pages.first, query_start, kv_len, page_table);
+                                plan->kv_heads, plan->dim, ids);
+  in.batch = make_ragged(kStep, in.tokens, in.pages.first, query_start, kv_len, page_table, "ids",
+                         ids, Contents::checked);
   for (const Step& s : plan->steps)
     if (s.op == kKvAppend && s.rope)
       for (int64_t b = 0; b < in.batch.batch; b++)

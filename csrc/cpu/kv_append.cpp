@@ -1,69 +1,20 @@
-// Boundary of kv_append.
-#include "attention.h"
+// kv_append on the CPU; its checks are in kv_append_ops.h.
+#include "../kv_append_ops.h"
+
+#include "kernels.h"
 #include "run.h"
 
 namespace qk {
 namespace {
 
-// q [T, Hq, D]; k, v [T, Hkv, D]; rope [positions, rotary_dim] float32; positions [T] int32;
-// query_start [B + 1], kv_len [B], page_table [B, pages per sequence] int32; pages as in attention
-// -> q, rotated [T, Hq, D]
-Tensor kv_append(const Tensor& q, const Tensor& k, const Tensor& v,
-                 const std::optional<Tensor>& rope, const std::optional<Tensor>& positions,
-                 const Tensor& query_start, const Tensor& kv_len, const Tensor& page_table,
-                 const Tensor& k_pages, const Tensor& v_pages, const std::optional<Tensor>& k_scale,
-                 const std::optional<Tensor>& v_scale) {
-  const char* op = "kv_append";
-  KvAppendArgs a{};
-  const int64_t dim = head_dim(op, q), tokens = q.size(0);
-  a.type = float_type(op, "q", q.scalar_type());
-  a.q_stride = token_stride(op, "q", q);
-  a.k_stride = token_stride(op, "k", k);
-  a.v_stride = token_stride(op, "v", v);
-  a.q_heads = q.size(1);
-  a.pages = make_pages(op, dim, k_pages, v_pages, k_scale, v_scale);
-  check_heads(op, a.q_heads, a.pages.kv_heads);
-  for (const auto& [name, t] : {std::pair<const char*, const Tensor&>{"k", k}, {"v", v}}) {
-    check(t.scalar_type() == q.scalar_type(), op, name, " must be ", type_name(q.scalar_type()),
-          " like q, got ", type_name(t.scalar_type()));
-    check(t.size(0) == tokens && t.size(1) == a.pages.kv_heads && t.size(2) == dim, op, name,
-          " must be [", tokens, ", ", a.pages.kv_heads, ", ", dim, "], got ", shape_of(t));
-  }
-  a.batch = make_ragged(op, tokens, a.pages, query_start, kv_len, page_table);
-  check(rope || !positions, op, "positions need rope");
-  if (rope) {
-    expect_cpu(op, "rope", *rope);
-    expect(op, "rope", *rope, ScalarType::Float, {-1, -1});
-    a.rope = data<float>(rope);
-    a.rope_positions = rope->size(0);
-    const int64_t rotary = rope->size(1);
-    check(rotary > 0 && rotary % 2 == 0 && rotary <= dim, op,
-          "rope must have an even number of columns up to ", dim, ", got ", shape_of(*rope));
-    a.rotary_dim = int(rotary);
-  }
-  if (positions) {
-    expect_cpu(op, "positions", *positions);
-    expect(op, "positions", *positions, ScalarType::Int, {tokens});
-    a.positions = data<int32_t>(positions);
-    for (int64_t t = 0; t < tokens; t++)
-      check(a.positions[t] >= 0 && a.positions[t] < a.rope_positions, op, "positions[", t,
-            "] must be in [0, ", a.rope_positions, "), the rows of rope, got ", a.positions[t]);
-  } else if (rope) {
-    for (int64_t b = 0; b < a.batch.batch; b++)
-      check(a.batch.query_start[b] == a.batch.query_start[b + 1] ||
-                a.batch.kv_len[b] <= a.rope_positions,
-            op, "kv_len[", b, "] = ", a.batch.kv_len[b], " passes the ", a.rope_positions,
-            " rows of rope");
-  }
-  Tensor out = torch::stable::new_empty(q, {tokens, a.q_heads, dim});
-  if (tokens == 0) return out;
-  a.q = data(q), a.k = data(k), a.v = data(v), a.q_out = mutable_data(out);
+void run(const char*, const Tensor&, const KvAppendArgs& args) {
   const Kernels& kernel = kernels();
-  run_team(team_size(), [&](Team& team) { kernel.kv_append(a, team); });
-  return out;
+  run_team(team_size(), [&](Team& team) { kernel.kv_append(args, team); });
 }
 
-STABLE_TORCH_LIBRARY_IMPL(QK_OPS, CPU, m) { m.impl("kv_append", TORCH_BOX(&kv_append)); }
+STABLE_TORCH_LIBRARY_IMPL(QK_OPS, CPU, m) {
+  m.impl("kv_append", TORCH_BOX((&kv_append<run, Contents::checked>)));
+}
 
 }  // namespace
 }  // namespace qk

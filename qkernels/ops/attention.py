@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..backends import select
@@ -13,289 +11,15 @@ from ..reference.attention import attention as _attention
 from ..reference.attention import attention_dense as _attention_dense
 from ..reference.attention import kv_append as _kv_append
 from . import checks
+from .attention_checks import (
+    check_attention,
+    check_attention_dense,
+    check_kv_append,
+    ragged_contents,
+    rope_contents,
+    start_contents,
+)
 from .registry import RAGGED, define
-
-MAX_HEAD_DIM = 512
-PAGE_TYPES = (torch.float32, torch.float16, torch.bfloat16, torch.uint8)
-
-
-# ---- checks: csrc/cpu/attention.h in Python ----
-
-
-def _dense_from(op: str, name: str, tensor: Tensor, first: int) -> None:
-    stride = 1
-    for i in reversed(range(first, tensor.dim())):
-        if tensor.shape[i] > 1 and tensor.stride(i) != stride:
-            last = tensor.dim() - first
-            checks.fail(
-                op, f"{name} must be dense in its last {last} dimensions; call .contiguous() on it"
-            )
-        stride *= tensor.shape[i]
-
-
-def _tokens(op: str, name: str, tensor: Tensor) -> None:
-    if tensor.dim() != 3:
-        checks.fail(op, f"{name} must be [tokens, heads, head dim], got {list(tensor.shape)}")
-    _dense_from(op, name, tensor, 1)
-
-
-def _query(op: str, q: Tensor) -> int:
-    if q.dim() != 3:
-        checks.fail(op, f"q must be [tokens, heads, head dim], got {list(q.shape)}")
-    dim = q.shape[2]
-    if dim < 1 or dim % 16 or dim > MAX_HEAD_DIM:
-        checks.fail(op, f"the head dim must be a multiple of 16 up to {MAX_HEAD_DIM}, got {dim}")
-    checks.float_type(op, "q", q.dtype)
-    _tokens(op, "q", q)
-    return dim
-
-
-def _heads(op: str, q_heads: int, kv_heads: int) -> None:
-    if kv_heads < 1 or q_heads < 1 or q_heads % kv_heads:
-        checks.fail(
-            op, f"the heads of q ({q_heads}) must be a multiple of the KV heads ({kv_heads})"
-        )
-
-
-def _pages(
-    op: str, dim: int, k: Tensor, v: Tensor, k_scale: Tensor | None, v_scale: Tensor | None
-) -> None:
-    if k.dim() != 4:
-        checks.fail(
-            op, f"k_pages must be [pages, KV heads, page size, head dim], got {list(k.shape)}"
-        )
-    pages, kv_heads, page, stored = k.shape
-    if page < 1 or page % 16:
-        checks.fail(op, f"the page size must be a multiple of 16, got {page}")
-    if k.dtype not in PAGE_TYPES:
-        checks.fail(
-            op,
-            f"k_pages must be float32, float16, bfloat16 or uint8, got {checks.type_name(k.dtype)}",
-        )
-    integer = k.dtype == torch.uint8
-    if stored != dim and not (integer and 2 * stored == dim):
-        half = " (int8) or half of it (int4)" if integer else ""
-        checks.fail(op, f"k_pages must have {dim} in the last dimension{half}, got {list(k.shape)}")
-    if v.dtype != k.dtype:
-        checks.fail(
-            op, f"v_pages must be {checks.type_name(k.dtype)}, got {checks.type_name(v.dtype)}"
-        )
-    if v.shape != k.shape:
-        checks.fail(op, f"v_pages must be {list(k.shape)}, got {list(v.shape)}")
-    _dense_from(op, "k_pages", k, 1)
-    _dense_from(op, "v_pages", v, 1)
-    if pages > 1 and k.stride(0) != v.stride(0):
-        checks.fail(op, "k_pages and v_pages must have the same stride between pages")
-    if not integer:
-        if k_scale is not None or v_scale is not None:
-            got = checks.type_name(k.dtype)
-            checks.fail(op, f"k_scale and v_scale belong to uint8 pages, and these are {got}")
-        return
-    if k_scale is None or v_scale is None:
-        checks.fail(op, "uint8 pages need k_scale and v_scale")
-    for name, scale in (("k_scale", k_scale), ("v_scale", v_scale)):
-        if scale.dtype != torch.float16:
-            checks.fail(op, f"{name} must be float16, got {checks.type_name(scale.dtype)}")
-        if tuple(scale.shape) != (pages, kv_heads, 2, page):
-            checks.fail(
-                op, f"{name} must be [{pages}, {kv_heads}, 2, {page}], got {list(scale.shape)}"
-            )
-        _dense_from(op, name, scale, 1)
-    if pages > 1 and k_scale.stride(0) != v_scale.stride(0):
-        checks.fail(op, "k_scale and v_scale must have the same stride between pages")
-
-
-def _starts(op: str, name: str, tensor: Tensor) -> None:
-    if tensor.dim() != 1 or tensor.shape[0] < 1:
-        checks.fail(op, f"{name} must be [sequences + 1], got {list(tensor.shape)}")
-    checks.expect(op, name, tensor, torch.int32, [-1])
-
-
-def _ragged(op: str, query_start: Tensor, kv_len: Tensor, page_table: Tensor) -> None:
-    _starts(op, "query_start", query_start)
-    batch = query_start.shape[0] - 1
-    checks.expect(op, "kv_len", kv_len, torch.int32, [batch])
-    checks.expect(op, "page_table", page_table, torch.int32, [batch, -1])
-
-
-def _options(op: str, scale: float, window: int, softcap: float) -> None:
-    if math.isnan(scale):
-        checks.fail(op, f"scale must be a number, got {scale}")
-    if window < 0:
-        checks.fail(op, f"window must be 0 (off) or positive, got {window}")
-    if not softcap >= 0:
-        checks.fail(op, f"softcap must be 0 (off) or positive, got {softcap}")
-
-
-def _keys(op: str, q: Tensor, k: Tensor, v: Tensor, shape: tuple[Any, ...]) -> None:
-    for name, tensor in (("k", k), ("v", v)):
-        if tensor.dtype != q.dtype:
-            got = checks.type_name(tensor.dtype)
-            checks.fail(op, f"{name} must be {checks.type_name(q.dtype)} like q, got {got}")
-        if tuple(tensor.shape) != shape:
-            checks.fail(op, f"{name} must be {list(shape)}, got {list(tensor.shape)}")
-
-
-def _check_attention(
-    q: Tensor,
-    query_start: Tensor,
-    kv_len: Tensor,
-    page_table: Tensor,
-    k_pages: Tensor,
-    v_pages: Tensor,
-    k_scale: Tensor | None,
-    v_scale: Tensor | None,
-    scale: float,
-    causal: bool,
-    window: int,
-    softcap: float,
-) -> None:
-    op = "attention"
-    _pages(op, _query(op, q), k_pages, v_pages, k_scale, v_scale)
-    _heads(op, q.shape[1], k_pages.shape[1])
-    _options(op, scale, window, softcap)
-    _ragged(op, query_start, kv_len, page_table)
-    checks.same_device(
-        op,
-        "q",
-        q.device,
-        query_start=query_start,
-        kv_len=kv_len,
-        page_table=page_table,
-        k_pages=k_pages,
-        v_pages=v_pages,
-        k_scale=k_scale,
-        v_scale=v_scale,
-    )
-
-
-def _check_attention_dense(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    query_start: Tensor,
-    kv_start: Tensor,
-    scale: float,
-    causal: bool,
-    window: int,
-    softcap: float,
-) -> None:
-    op = "attention_dense"
-    dim = _query(op, q)
-    _tokens(op, "k", k)
-    _tokens(op, "v", v)
-    _keys(op, q, k, v, (k.shape[0], k.shape[1], dim))
-    _heads(op, q.shape[1], k.shape[1])
-    _options(op, scale, window, softcap)
-    _starts(op, "query_start", query_start)
-    _starts(op, "kv_start", kv_start)
-    if kv_start.shape != query_start.shape:
-        want = list(query_start.shape)
-        checks.fail(op, f"kv_start must be {want} like query_start, got {list(kv_start.shape)}")
-    checks.same_device(op, "q", q.device, k=k, v=v, query_start=query_start, kv_start=kv_start)
-
-
-def _check_kv_append(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    rope: Tensor | None,
-    positions: Tensor | None,
-    query_start: Tensor,
-    kv_len: Tensor,
-    page_table: Tensor,
-    k_pages: Tensor,
-    v_pages: Tensor,
-    k_scale: Tensor | None,
-    v_scale: Tensor | None,
-) -> None:
-    op = "kv_append"
-    dim = _query(op, q)
-    _tokens(op, "k", k)
-    _tokens(op, "v", v)
-    _pages(op, dim, k_pages, v_pages, k_scale, v_scale)
-    _heads(op, q.shape[1], k_pages.shape[1])
-    _keys(op, q, k, v, (q.shape[0], k_pages.shape[1], dim))
-    _ragged(op, query_start, kv_len, page_table)
-    if rope is None and positions is not None:
-        checks.fail(op, "positions need rope")
-    if rope is not None:
-        checks.expect(op, "rope", rope, torch.float32, [-1, -1])
-        rotary = rope.shape[1]
-        if rotary < 1 or rotary % 2 or rotary > dim:
-            got = list(rope.shape)
-            checks.fail(op, f"rope must have an even number of columns up to {dim}, got {got}")
-    if positions is not None:
-        checks.expect(op, "positions", positions, torch.int32, [q.shape[0]])
-    checks.same_device(
-        op,
-        "q",
-        q.device,
-        k=k,
-        v=v,
-        rope=rope,
-        positions=positions,
-        query_start=query_start,
-        kv_len=kv_len,
-        page_table=page_table,
-        k_pages=k_pages,
-        v_pages=v_pages,
-        k_scale=k_scale,
-        v_scale=v_scale,
-    )
-
-
-# ---- contents of the index tensors: only where there are any, so not in the fakes ----
-
-
-def _start_contents(op: str, name: str, tensor: Tensor, total: int) -> list[int]:
-    start: list[int] = tensor.tolist()
-    if start[0] != 0 or start[-1] != total:
-        checks.fail(op, f"{name} must run from 0 to {total}, got {start[0]} to {start[-1]}")
-    for b in range(len(start) - 1):
-        if start[b] > start[b + 1]:
-            told = f"{name}[{b}] = {start[b]}, {name}[{b + 1}] = {start[b + 1]}"
-            checks.fail(op, f"{name} must not fall: {told}")
-    return start
-
-
-def _ragged_contents(
-    op: str, tokens: int, pages: Tensor, query_start: Tensor, kv_len: Tensor, page_table: Tensor
-) -> None:
-    start = _start_contents(op, "query_start", query_start, tokens)
-    count, _, size, _ = pages.shape
-    for b, (length, table) in enumerate(zip(kv_len.tolist(), page_table.tolist(), strict=True)):
-        new = start[b + 1] - start[b]
-        if length < new:
-            checks.fail(op, f"kv_len[{b}] must count the {new} new tokens too, got {length}")
-        used = (length + size - 1) // size
-        if used > len(table):
-            had = f"page_table has {len(table)} pages per sequence"
-            checks.fail(op, f"{had}, but kv_len[{b}] = {length} needs {used} pages of {size}")
-        for i, page in enumerate(table[:used]):
-            if not 0 <= page < count:
-                checks.fail(op, f"page_table[{b}, {i}] must be a page in [0, {count}), got {page}")
-
-
-def _rope_contents(
-    op: str, rope: Tensor | None, positions: Tensor | None, query_start: Tensor, kv_len: Tensor
-) -> None:
-    if rope is None:
-        return
-    rows = rope.shape[0]
-    if positions is not None:
-        for t, position in enumerate(positions.tolist()):
-            if not 0 <= position < rows:
-                checks.fail(
-                    op, f"positions[{t}] must be in [0, {rows}), the rows of rope, got {position}"
-                )
-        return
-    for b, (new, length) in enumerate(
-        zip(query_start.diff().tolist(), kv_len.tolist(), strict=True)
-    ):
-        if new and length > rows:
-            checks.fail(op, f"kv_len[{b}] = {length} passes the {rows} rows of rope")
-
 
 # ---- fakes and reference ----
 
@@ -305,40 +29,40 @@ def _empty(q: Tensor) -> Tensor:
 
 
 def _fake_attention(*args: Any) -> Tensor:
-    _check_attention(*args)
+    check_attention(*args)
     return _empty(args[0])
 
 
 def _fake_attention_dense(*args: Any) -> Tensor:
-    _check_attention_dense(*args)
+    check_attention_dense(*args)
     return _empty(args[0])
 
 
 def _fake_kv_append(*args: Any) -> Tensor:
-    _check_kv_append(*args)
+    check_kv_append(*args)
     return _empty(args[0])
 
 
 def _reference_attention(*args: Any) -> Tensor:
-    _check_attention(*args)
+    check_attention(*args)
     q, query_start, kv_len, page_table, k_pages = args[:5]
-    _ragged_contents("attention", q.shape[0], k_pages, query_start, kv_len, page_table)
+    ragged_contents("attention", q.shape[0], k_pages, query_start, kv_len, page_table)
     return _attention(*args)
 
 
 def _reference_attention_dense(*args: Any) -> Tensor:
-    _check_attention_dense(*args)
+    check_attention_dense(*args)
     q, k, _, query_start, kv_start = args[:5]
-    _start_contents("attention_dense", "query_start", query_start, q.shape[0])
-    _start_contents("attention_dense", "kv_start", kv_start, k.shape[0])
+    start_contents("attention_dense", "query_start", query_start, q.shape[0])
+    start_contents("attention_dense", "kv_start", kv_start, k.shape[0])
     return _attention_dense(*args)
 
 
 def _reference_kv_append(*args: Any) -> Tensor:
-    _check_kv_append(*args)
+    check_kv_append(*args)
     q, _, _, rope, positions, query_start, kv_len, page_table, k_pages = args[:9]
-    _ragged_contents("kv_append", q.shape[0], k_pages, query_start, kv_len, page_table)
-    _rope_contents("kv_append", rope, positions, query_start, kv_len)
+    ragged_contents("kv_append", q.shape[0], k_pages, query_start, kv_len, page_table)
+    rope_contents("kv_append", rope, positions, query_start, kv_len)
     return _kv_append(*args)
 
 

@@ -1,14 +1,11 @@
-// Tensors of a paged KV cache and of a ragged batch -> args; shared by attention and kv_append.
+// Tensors of a paged KV cache and of a ragged batch -> args; shared by attention, kv_append and
+// decoder_step, on every backend. All must be on the device of `like`, whose name is `first`.
 #pragma once
-#include "../check.h"
+#include "check.h"
 
 namespace qk {
 
 constexpr int64_t kMaxHeadDim = 512;
-
-inline void expect_cpu(const char* op, const char* name, const Tensor& t) {
-  check(t.is_cpu(), op, name, " must be on the CPU, like q");
-}
 
 // A tensor whose trailing dimensions, from `first` on, lie densely; those before may have any
 // stride.
@@ -22,9 +19,10 @@ inline void expect_dense_from(const char* op, const char* name, const Tensor& t,
 }
 
 // [T, H, D] with tokens a constant stride apart. Returns that stride in elements.
-inline int64_t token_stride(const char* op, const char* name, const Tensor& t) {
+inline int64_t token_stride(const char* op, const char* name, const Tensor& t, const char* first,
+                            const Tensor& like) {
   check(t.dim() == 3, op, name, " must be [tokens, heads, head dim], got ", shape_of(t));
-  expect_cpu(op, name, t);
+  same_device(op, name, t, first, like);
   expect_dense_from(op, name, t, 1);
   return t.stride(0);
 }
@@ -42,9 +40,21 @@ inline void check_heads(const char* op, int64_t q_heads, int64_t kv_heads) {
         ") must be a multiple of the KV heads (", kv_heads, ")");
 }
 
+// k and v [count, kv_heads, D] of q's type.
+inline void expect_keys(const char* op, const Tensor& q, const Tensor& k, const Tensor& v,
+                        int64_t count, int64_t kv_heads) {
+  for (const auto& [name, t] : {std::pair<const char*, const Tensor&>{"k", k}, {"v", v}}) {
+    check(t.scalar_type() == q.scalar_type(), op, name, " must be ", type_name(q.scalar_type()),
+          " like q, got ", type_name(t.scalar_type()));
+    check(t.size(0) == count && t.size(1) == kv_heads && t.size(2) == q.size(2), op, name,
+          " must be [", count, ", ", kv_heads, ", ", q.size(2), "], got ", shape_of(t));
+  }
+}
+
 inline KvPages make_pages(const char* op, int64_t dim, const Tensor& k, const Tensor& v,
                           const std::optional<Tensor>& k_scale,
-                          const std::optional<Tensor>& v_scale) {
+                          const std::optional<Tensor>& v_scale, const char* first,
+                          const Tensor& like) {
   KvPages p{};
   check(k.dim() == 4, op, "k_pages must be [pages, KV heads, page size, head dim], got ",
         shape_of(k));
@@ -67,8 +77,8 @@ inline KvPages make_pages(const char* op, int64_t dim, const Tensor& k, const Te
   check(v.dim() == 4 && v.size(0) == p.pages && v.size(1) == p.kv_heads && v.size(2) == p.page &&
             v.size(3) == stored,
         op, "v_pages must be ", shape_of(k), ", got ", shape_of(v));
-  expect_cpu(op, "k_pages", k);
-  expect_cpu(op, "v_pages", v);
+  same_device(op, "k_pages", k, first, like);
+  same_device(op, "v_pages", v, first, like);
   expect_dense_from(op, "k_pages", k, 1);
   expect_dense_from(op, "v_pages", v, 1);
   check(p.pages <= 1 || k.stride(0) == v.stride(0), op,
@@ -89,7 +99,7 @@ inline KvPages make_pages(const char* op, int64_t dim, const Tensor& k, const Te
               t.size(3) == p.page,
           op, name, " must be [", p.pages, ", ", p.kv_heads, ", 2, ", p.page, "], got ",
           shape_of(t));
-    expect_cpu(op, name, t);
+    same_device(op, name, t, first, like);
     expect_dense_from(op, name, t, 1);
   }
   check(p.pages <= 1 || k_scale->stride(0) == v_scale->stride(0), op,
@@ -100,35 +110,27 @@ inline KvPages make_pages(const char* op, int64_t dim, const Tensor& k, const Te
   return p;
 }
 
-// [B + 1] int32 from 0 to `total`, never falling.
-inline const int32_t* starts(const char* op, const char* name, const Tensor& t, int64_t total) {
+// [B + 1] int32. Returns B.
+inline int64_t sequences(const char* op, const char* name, const Tensor& t, const char* first,
+                         const Tensor& like) {
   check(t.dim() == 1 && t.size(0) >= 1, op, name, " must be [sequences + 1], got ", shape_of(t));
-  expect_cpu(op, name, t);
   expect(op, name, t, ScalarType::Int, {-1});
-  const int32_t* start = data<int32_t>(t);
-  const int64_t batch = t.size(0) - 1;
+  same_device(op, name, t, first, like);
+  return t.size(0) - 1;
+}
+
+// From 0 to `total`, never falling.
+inline void check_starts(const char* op, const char* name, const int32_t* start, int64_t batch,
+                         int64_t total) {
   check(start[0] == 0 && start[batch] == total, op, name, " must run from 0 to ", total, ", got ",
         start[0], " to ", start[batch]);
   for (int64_t b = 0; b < batch; b++)
     check(start[b] <= start[b + 1], op, name, " must not fall: ", name, "[", b, "] = ", start[b],
           ", ", name, "[", b + 1, "] = ", start[b + 1]);
-  return start;
 }
 
-inline Ragged make_ragged(const char* op, int64_t tokens, const KvPages& pages,
-                          const Tensor& query_start, const Tensor& kv_len,
-                          const Tensor& page_table) {
-  Ragged r{};
-  r.query_start = starts(op, "query_start", query_start, tokens);
-  r.batch = query_start.size(0) - 1;
-  r.tokens = tokens;
-  expect_cpu(op, "kv_len", kv_len);
-  expect_cpu(op, "page_table", page_table);
-  expect(op, "kv_len", kv_len, ScalarType::Int, {r.batch});
-  expect(op, "page_table", page_table, ScalarType::Int, {r.batch, -1});
-  r.kv_len = data<int32_t>(kv_len);
-  r.page_table = data<int32_t>(page_table);
-  r.table_stride = page_table.size(1);
+inline void check_ragged(const char* op, const Ragged& r, const KvPages& pages) {
+  check_starts(op, "query_start", r.query_start, r.batch, r.tokens);
   for (int64_t b = 0; b < r.batch; b++) {
     const int64_t count = r.query_start[b + 1] - r.query_start[b], length = r.kv_len[b];
     check(length >= count, op, "kv_len[", b, "] must count the ", count, " new tokens too, got ",
@@ -143,6 +145,23 @@ inline Ragged make_ragged(const char* op, int64_t tokens, const KvPages& pages,
             "] must be a page in [0, ", pages.pages, "), got ", page);
     }
   }
+}
+
+inline Ragged make_ragged(const char* op, int64_t tokens, const KvPages& pages,
+                          const Tensor& query_start, const Tensor& kv_len, const Tensor& page_table,
+                          const char* first, const Tensor& like, Contents contents) {
+  Ragged r{};
+  r.batch = sequences(op, "query_start", query_start, first, like);
+  r.tokens = tokens;
+  expect(op, "kv_len", kv_len, ScalarType::Int, {r.batch});
+  expect(op, "page_table", page_table, ScalarType::Int, {r.batch, -1});
+  same_device(op, "kv_len", kv_len, first, like);
+  same_device(op, "page_table", page_table, first, like);
+  r.query_start = data<int32_t>(query_start);
+  r.kv_len = data<int32_t>(kv_len);
+  r.page_table = data<int32_t>(page_table);
+  r.table_stride = page_table.size(1);
+  if (contents == Contents::checked) check_ragged(op, r, pages);
   return r;
 }
 
