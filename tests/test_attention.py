@@ -4,45 +4,32 @@ numbers."""
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from attention_cases import (
+    EPS,
+    FLOATS,
+    KINDS,
+    MASKS,
+    RAGGED,
+    SHAPES,
+    Case,
+    dense_case,
+    exact,
+    exact_dense,
+    make_case,
+    options,
+    run,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 import qkernels
-from qkernels.cache import KV_DTYPES
 from qkernels.ops.attention import attention, attention_dense
-from qkernels.reference.attention import attend, pack_nibbles, quantize_rows
-from qkernels.reference.attention import attention_dense as reference_dense
-
-EPS = torch.finfo(torch.float32).eps
-KINDS = list(KV_DTYPES)
-FLOATS = [torch.float32, torch.float16, torch.bfloat16]
-
-# (query heads, KV heads, head dim, page size)
-SHAPES = [
-    (9, 3, 64, 64),
-    (4, 4, 80, 16),
-    (8, 1, 128, 48),
-    (2, 1, 16, 32),
-    (4, 2, 256, 80),
-    (2, 2, 512, 16),
-]
-# New tokens and keys of each sequence: decode short and long enough to be split, prefill, a chunk
-# of one, nothing new.
-RAGGED = [(1, 1), (1, 300), (70, 70), (33, 100), (0, 20), (2, 129)]
-MASKS: list[dict[str, Any]] = [
-    {"causal": True},
-    {"causal": False},
-    {"causal": True, "window": 37},
-    {"causal": False, "window": 5, "softcap": 8.0},
-    {"causal": True, "window": 1, "softcap": 20.0},
-]
 
 
 @pytest.fixture(autouse=True)
@@ -50,132 +37,6 @@ def one_thread(with_threads: Callable[[int], None]) -> None:
     """Threads change nothing but the time, as the tests of that show; where cores are busy, waiting
     for them is slow."""
     with_threads(1)
-
-
-@dataclass
-class Case:
-    """A ragged batch over pages in random order. Whatever no sequence owns is NaN, or codes with
-    NaN scales."""
-
-    q: Tensor
-    query_start: Tensor
-    kv_len: Tensor
-    page_table: Tensor
-    k_pages: Tensor
-    v_pages: Tensor
-    k_scale: Tensor | None
-    v_scale: Tensor | None
-
-    def args(self) -> tuple[Any, ...]:
-        return (self.q, self.query_start, self.kv_len, self.page_table, *self.cache())
-
-    def cache(self) -> tuple[Any, ...]:
-        return (self.k_pages, self.v_pages, self.k_scale, self.v_scale)
-
-
-def make_case(
-    kind: str,
-    shape: tuple[int, int, int, int],
-    ragged: list[tuple[int, int]],
-    dtype: torch.dtype = torch.float32,
-    seed: int = 0,
-) -> Case:
-    g = torch.Generator().manual_seed(seed)
-    q_heads, kv_heads, dim, page = shape
-    kv = KV_DTYPES[kind]
-    used = [-(-length // page) for _, length in ragged]
-    pages = sum(used) + 2
-    order = torch.randperm(pages, generator=g).tolist()
-    table = torch.full(
-        (len(ragged), max([*used, 1])), -7, dtype=torch.int32
-    )  # entries past the end are not read
-    stored = dim // 2 if kind == "int4" else dim
-    k_pages = torch.zeros(pages, kv_heads, page, stored, dtype=kv.torch_dtype)
-    if kv.scaled:
-        k_pages.random_(0, 256, generator=g)
-    else:
-        k_pages.fill_(torch.nan)
-    v_pages = k_pages.clone()
-    scales = (
-        torch.full((2, pages, kv_heads, 2, page), torch.nan, dtype=torch.float16)
-        if kv.scaled
-        else None
-    )
-    for b, (_, length) in enumerate(ragged):
-        for i in range(used[b]):
-            at = order.pop()
-            table[b, i] = at
-            rows = min(page, length - i * page)
-            for which, target in enumerate((k_pages, v_pages)):
-                x = torch.randn(kv_heads, rows, dim, generator=g)
-                if scales is None:
-                    target[at, :, :rows] = x.to(kv.torch_dtype)
-                    continue
-                codes, step, zero = quantize_rows(x, kv.bits)
-                target[at, :, :rows] = pack_nibbles(codes) if kind == "int4" else codes
-                scales[which, at, :, 0, :rows], scales[which, at, :, 1, :rows] = step, zero
-    counts = torch.tensor([0, *(count for count, _ in ragged)])
-    return Case(
-        torch.randn(int(counts.sum()), q_heads, dim, generator=g).to(dtype),
-        counts.cumsum(0).int(),
-        torch.tensor([length for _, length in ragged], dtype=torch.int32),
-        table,
-        k_pages,
-        v_pages,
-        None if scales is None else scales[0],
-        None if scales is None else scales[1],
-    )
-
-
-def options(dim: int, mask: dict[str, Any]) -> tuple[float, bool, int, float]:
-    return dim**-0.5, mask["causal"], mask.get("window", 0), mask.get("softcap", 0.0)
-
-
-def rows_of(pages: Tensor, scale: Tensor | None, table: Tensor, length: int, dim: int) -> Tensor:
-    """[length, Hkv, D] float64, exact."""
-    page = pages.shape[2]
-    t = torch.arange(length)
-    at, slot = table[t // page].long(), t % page
-    rows = pages[at, :, slot]
-    if scale is None:
-        return rows.double()
-    if rows.shape[-1] != dim:  # byte i of a run of 8: dims i and 8 + i of 16
-        byte = rows.view(length, rows.shape[1], dim // 16, 1, 8)
-        rows = torch.cat((byte & 15, byte >> 4), dim=3).view(length, -1, dim)
-    step, zero = scale[at, :, 0, slot].double(), scale[at, :, 1, slot].double()
-    return step[..., None] * (rows.double() - zero[..., None])
-
-
-def exact(case: Case, mask: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    """The result in float64, and how far from it float32 arithmetic of the same formula may be, [T,
-    1, 1].
-
-    Scores are sums of D products; integer pages compute q . k as scale * (q . code - zero *
-    sum(q)), whose terms are up to the scale times 255 large. An error d of every score moves the
-    result by at most 2 d max|v|; weighing codes instead of values adds the same kind of term once
-    more.
-    """
-    dim = case.q.shape[2]
-    out, slack = [case.q[:0].double()], [torch.zeros(0, dtype=torch.float64)]
-    start = case.query_start.tolist()
-    for b, length in enumerate(case.kv_len.tolist()):
-        q = case.q[start[b] : start[b + 1]].double()
-        k = rows_of(case.k_pages, case.k_scale, case.page_table[b], length, dim)
-        v = rows_of(case.v_pages, case.v_scale, case.page_table[b], length, dim)
-        out.append(attend(q, k, v, *options(dim, mask)))
-        if q.shape[0] == 0:
-            continue
-        # Terms of integer pages: every code may be as large as the range of its row.
-        wide = 1.0 if case.k_scale is None else 2.0
-        k_max, v_max = wide * k.abs().max(), wide * v.abs().max()
-        terms = dim**-0.5 * q.abs().sum(-1).amax(-1) * k_max
-        score = EPS * dim**0.5 * terms + (4 * EPS * mask.get("softcap", 0.0))
-        slack.append((2 * score + 8 * EPS) * v_max)
-    return torch.cat(out), torch.cat(slack)[:, None, None]
-
-
-def run(namespace: Any, case: Case, mask: dict[str, Any]) -> Tensor:
-    return namespace.attention(*case.args(), *options(case.q.shape[2], mask))
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -401,21 +262,6 @@ def test_nothing_to_do(isa: Any) -> None:
 # ---- dense ----
 
 
-def dense_case(
-    queries: list[int],
-    keys: list[int],
-    heads: tuple[int, int],
-    dim: int,
-    dtype: torch.dtype,
-    seed: int = 0,
-) -> tuple[Tensor, ...]:
-    g = torch.Generator().manual_seed(seed)
-    q = torch.randn(sum(queries), heads[0], dim, generator=g).to(dtype)
-    k, v = (torch.randn(sum(keys), heads[1], dim, generator=g).to(dtype) for _ in range(2))
-    starts = [torch.tensor([0, *lengths]).cumsum(0).int() for lengths in (queries, keys)]
-    return (q, k, v, *starts)
-
-
 def sdpa(args: tuple[Tensor, ...], causal: bool) -> Tensor:
     q, k, v, query_start, kv_start = args
     out = []
@@ -450,9 +296,8 @@ def test_dense_against_sdpa(
 def test_dense_masks_and_cross_attention(isa: Any, mask: dict[str, Any]) -> None:
     args = dense_case([5, 0, 90, 1, 3], [140, 7, 30, 0, 300], (6, 2), 32, torch.float32)
     out = isa.ops.attention_dense(*args, *options(32, mask))
-    wide = [t.double() if t.is_floating_point() else t for t in args]
     truth = torch.ops.qkernels_reference.attention_dense(*args, *options(32, mask)).double()
-    exact64 = reference_dense(*wide, *options(32, mask))
+    exact64 = exact_dense(args, mask)
     torchs = (truth - exact64).abs().max()
     assert (out.double() - exact64).abs().max() <= 2 * torchs + 16 * EPS * (
         1 + mask.get("softcap", 0.0)

@@ -8,17 +8,39 @@ import pytest
 import torch
 from torch import Tensor
 
-from qkernels.ops.attention import attention_dense
+from qkernels.ops.attention import attention, attention_dense
 
 ARGUMENTS = ["q", "query_start", "kv_len", "page_table", "k_pages", "v_pages", "k_scale", "v_scale"]
-ARGUMENTS += ["scale", "causal", "window", "softcap"]
-DENSE = ["q", "k", "v", "query_start", "kv_start", "scale", "causal", "window", "softcap"]
+SCORES = ["scale", "causal", "window", "softcap", "sinks", "alibi_slopes", "distance_bias"]
+ARGUMENTS += SCORES
+DENSE = ["q", "k", "v", "query_start", "kv_start", *SCORES]
+PLAIN = [0.125, True, 0, 0.0, None, None, None]
 
 
 def ints(*values: int) -> Tensor:
     return torch.tensor(values, dtype=torch.int32)
 
 
+# Of both ops, with 4 heads of q.
+BAD_BIAS: list[tuple[dict[str, Any], str]] = [
+    ({"sinks": torch.zeros(4).half()}, "sinks must be float32, got float16"),
+    ({"sinks": torch.zeros(2)}, r"sinks must be \[4\], got \[2\]"),
+    ({"sinks": torch.zeros(8)[::2]}, "sinks must be contiguous"),
+    ({"alibi_slopes": torch.zeros(4).double()}, "alibi_slopes must be float32, got float64"),
+    ({"alibi_slopes": torch.zeros(1, 4)}, r"alibi_slopes must be \[4\], got \[1, 4\]"),
+    ({"distance_bias": torch.zeros(4, 3).bfloat16()}, "distance_bias must be float32, got bfloat"),
+    ({"distance_bias": torch.zeros(2, 3)}, r"distance_bias must be \[4, \*\], got \[2, 3\]"),
+    ({"distance_bias": torch.zeros(4)}, r"distance_bias must be \[4, \*\], got \[4\]"),
+    ({"distance_bias": torch.zeros(3, 4).t()}, "distance_bias must be contiguous"),
+    (
+        {"distance_bias": torch.zeros(4, 6)},
+        r"distance_bias must have an odd number of columns, 2 reach \+ 1, got \[4, 6\]",
+    ),
+    (
+        {"distance_bias": torch.zeros(4, 0)},
+        r"distance_bias must have an odd number of columns, 2 reach \+ 1, got \[4, 0\]",
+    ),
+]
 BAD_METADATA: list[tuple[dict[str, Any], str]] = [
     ({"q": torch.zeros(4, 64)}, "q must be .tokens, heads, head dim., got .4, 64."),
     ({"q": torch.zeros(4, 4, 24)}, "head dim must be a multiple of 16 up to 512, got 24"),
@@ -52,6 +74,7 @@ BAD_METADATA: list[tuple[dict[str, Any], str]] = [
     ({"softcap": -1.0}, "softcap must be 0 .off. or positive, got -1"),
     ({"softcap": float("nan")}, "softcap must be"),
     ({"scale": float("nan")}, "scale must be a number"),
+    *BAD_BIAS,
 ]
 BAD_CONTENTS: list[tuple[dict[str, Any], str]] = [
     ({"query_start": ints(0, 5, 4)}, "query_start must not fall"),
@@ -83,7 +106,7 @@ def good() -> dict[str, Any]:
         pages,
         pages.clone(),
     ]
-    return dict(zip(ARGUMENTS, [*values, None, None, 0.125, True, 0, 0.0], strict=True))
+    return dict(zip(ARGUMENTS, [*values, None, None, *PLAIN], strict=True))
 
 
 def meta(value: Any) -> Any:
@@ -154,6 +177,7 @@ BAD_DENSE: list[tuple[dict[str, Any], str, bool]] = [
     ({"window": -3}, "window must be", True),
     ({"kv_start": ints(0, 5, 8)}, "kv_start must run from 0 to 9, got 0 to 8", False),
     ({"kv_start": ints(0, 10, 9)}, "kv_start must not fall", False),
+    *((change, message, True) for change, message in BAD_BIAS),
 ]
 
 
@@ -166,7 +190,7 @@ def test_bad_dense(change: dict[str, Any], message: str, metadata: bool) -> None
         ints(0, 1, 4),
         ints(0, 5, 9),
     ]
-    fine = dict(zip(DENSE, [*tensors, 0.125, True, 0, 0.0], strict=True))
+    fine = dict(zip(DENSE, [*tensors, *PLAIN], strict=True))
     args = list((fine | change).values())
     for namespace in (torch.ops.qkernels, torch.ops.qkernels_reference):
         namespace.attention_dense(*fine.values())
@@ -175,6 +199,21 @@ def test_bad_dense(change: dict[str, Any], message: str, metadata: bool) -> None
     if metadata:
         with pytest.raises(RuntimeError, match="qkernels::attention_dense: " + message):
             torch.ops.qkernels.attention_dense(*map(meta, args))
+
+
+@pytest.mark.parametrize("name", ["sinks", "alibi_slopes", "distance_bias"])
+def test_biases_are_where_q_is(name: str) -> None:
+    """Also where q is on a device, whose index tensors are not read."""
+    bias = {name: torch.zeros(4, 1) if name == "distance_bias" else torch.zeros(4)}
+    paged = list((good() | bias).values())
+    dense = [torch.zeros(4, 4, 32), *[torch.zeros(9, 2, 32)] * 2, ints(0, 1, 4), ints(0, 5, 9)]
+    at = ARGUMENTS.index(name)
+    for op, args in (
+        ("attention", [*map(meta, paged[:at]), bias[name]]),
+        ("attention_dense", [*map(meta, [*dense, *paged[8:at]]), bias[name]]),
+    ):
+        with pytest.raises(RuntimeError, match=f"{op}: {name} is on cpu, but q is on meta"):
+            getattr(torch.ops.qkernels, op)(*args)
 
 
 def test_a_gradient_is_refused() -> None:
@@ -186,6 +225,13 @@ def test_a_gradient_is_refused() -> None:
             attention_dense(*qkv, start, start)
         with torch.no_grad():
             attention_dense(*qkv, start, start)
+    for name, shape in (("sinks", (2,)), ("alibi_slopes", (2,)), ("distance_bias", (2, 3))):
+        bias = {name: torch.zeros(shape, requires_grad=True)}
+        with pytest.raises(RuntimeError, match="qkernels::attention_dense: has no backward"):
+            attention_dense(q, q, q, start, start, **bias)
+        paged = list(good().values())[:8]
+        with pytest.raises(RuntimeError, match="qkernels::attention: has no backward"):
+            attention(*paged, **bias)
 
 
 @pytest.mark.parametrize("shape", [(), (4, 2, 0)])

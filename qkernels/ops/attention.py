@@ -19,7 +19,7 @@ from .attention_checks import (
     rope_contents,
     start_contents,
 )
-from .registry import RAGGED, define
+from .registry import RAGGED, SCORE_BIAS, define
 
 # ---- fakes and reference ----
 
@@ -69,14 +69,14 @@ def _reference_kv_append(*args: Any) -> Tensor:
 define(
     "attention",
     f"(Tensor q, {RAGGED}, Tensor k_pages, Tensor v_pages, Tensor? k_scale, Tensor? v_scale, "
-    "float scale, bool causal, int window, float softcap) -> Tensor",
+    f"float scale, bool causal, int window, float softcap, {SCORE_BIAS}) -> Tensor",
     fake=_fake_attention,
     reference=_reference_attention,
 )
 define(
     "attention_dense",
     "(Tensor q, Tensor k, Tensor v, Tensor query_start, Tensor kv_start, "
-    "float scale, bool causal, int window, float softcap) -> Tensor",
+    f"float scale, bool causal, int window, float softcap, {SCORE_BIAS}) -> Tensor",
     fake=_fake_attention_dense,
     reference=_reference_attention_dense,
 )
@@ -97,6 +97,10 @@ def _default_scale(q: Tensor) -> float:
     return float(q.shape[-1]) ** -0.5 if q.dim() and q.shape[-1] else 1.0
 
 
+def _given(*tensors: Tensor | None) -> list[Tensor]:
+    return [tensor for tensor in tensors if tensor is not None]
+
+
 def attention(
     q: Tensor,
     query_start: Tensor,
@@ -111,6 +115,9 @@ def attention(
     causal: bool = True,
     window: int = 0,
     softcap: float = 0.0,
+    sinks: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    distance_bias: Tensor | None = None,
 ) -> Tensor:
     """Softmax attention of a ragged batch over a paged KV cache: prefill, chunked prefill and
     decode alike.
@@ -126,11 +133,19 @@ def attention(
     scale multiplies q . k (default D ** -0.5). causal: a query sees no later keys. window > 0: it
     sees only the last `window` positions up to its own (and, when not causal, all later ones).
     softcap > 0: scores become softcap * tanh(score / softcap). A query that sees no key gives
-    zeros. Returns [T, Hq, D] in q's dtype. Raises RuntimeError for wrong shapes, dtypes, devices,
+    zeros.
+
+    What scores take after that, all float32 and by query head: alibi_slopes [Hq], a score loses
+    slope * |query - key| (their positions); distance_bias [Hq, 2 reach + 1], it gains the entry at
+    clamp(key - query, -reach, reach) + reach. sinks [Hq] are the scores of one key more, which has
+    no value: it takes its share of the softmax. `ops/position_bias.py` makes the slopes of ALiBi
+    and the biases of T5.
+
+    Returns [T, Hq, D] in q's dtype. Raises RuntimeError for wrong shapes, dtypes, devices,
     strides and indices out of range, and for a gradient.
     """
     scale = _default_scale(q) if scale is None else scale
-    checks.no_gradient("attention", q)
+    checks.no_gradient("attention", *_given(q, sinks, alibi_slopes, distance_bias))
     op = select("attention", q.device)
     out: Tensor = op(
         q,
@@ -145,6 +160,9 @@ def attention(
         causal,
         window,
         softcap,
+        sinks,
+        alibi_slopes,
+        distance_bias,
     )
     return out
 
@@ -160,18 +178,34 @@ def attention_dense(
     causal: bool = False,
     window: int = 0,
     softcap: float = 0.0,
+    sinks: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    distance_bias: Tensor | None = None,
 ) -> Tensor:
     """Softmax attention without a cache, for encoders and cross attention.
 
     q [Tq, Hq, D], k and v [Tk, Hkv, D], all float32, float16 or bfloat16, tokens any stride apart;
     query_start and kv_start [B + 1] int32: sequence b owns these ranges of q and of k and v.
-    Positions are aligned at the end: query i of n stands at key m - n + i of m. The options and
-    errors are those of `attention`. Returns [Tq, Hq, D] in q's dtype.
+    Positions are aligned at the end: query i of n stands at key m - n + i of m. The options, biases
+    and errors are those of `attention`. Returns [Tq, Hq, D] in q's dtype.
     """
     scale = _default_scale(q) if scale is None else scale
-    checks.no_gradient("attention_dense", q, k, v)
+    checks.no_gradient("attention_dense", *_given(q, k, v, sinks, alibi_slopes, distance_bias))
     op = select("attention_dense", q.device)
-    out: Tensor = op(q, k, v, query_start, kv_start, scale, causal, window, softcap)
+    out: Tensor = op(
+        q,
+        k,
+        v,
+        query_start,
+        kv_start,
+        scale,
+        causal,
+        window,
+        softcap,
+        sinks,
+        alibi_slopes,
+        distance_bias,
+    )
     return out
 
 

@@ -123,6 +123,26 @@ def _options(op: str, scale: float, window: int, softcap: float) -> None:
         checks.fail(op, f"softcap must be 0 (off) or positive, got {softcap}")
 
 
+def _score_bias(
+    op: str,
+    q: Tensor,
+    sinks: Tensor | None,
+    alibi_slopes: Tensor | None,
+    distance_bias: Tensor | None,
+) -> None:
+    heads = q.shape[1]
+    for name, tensor in (("sinks", sinks), ("alibi_slopes", alibi_slopes)):
+        if tensor is not None:
+            checks.expect(op, name, tensor, torch.float32, [heads])
+    if distance_bias is not None:
+        checks.expect(op, "distance_bias", distance_bias, torch.float32, [heads, -1])
+        if distance_bias.shape[1] % 2 == 0:
+            got = list(distance_bias.shape)
+            checks.fail(
+                op, f"distance_bias must have an odd number of columns, 2 reach + 1, got {got}"
+            )
+
+
 def _keys(op: str, q: Tensor, k: Tensor, v: Tensor, shape: tuple[Any, ...]) -> None:
     for name, tensor in (("k", k), ("v", v)):
         if tensor.dtype != q.dtype:
@@ -145,11 +165,15 @@ def check_attention(
     causal: bool,
     window: int,
     softcap: float,
+    sinks: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    distance_bias: Tensor | None = None,
 ) -> None:
     op = "attention"
     _pages(op, _query(op, q), k_pages, v_pages, k_scale, v_scale)
     _heads(op, q.shape[1], k_pages.shape[1])
     _options(op, scale, window, softcap)
+    _score_bias(op, q, sinks, alibi_slopes, distance_bias)
     _ragged(op, query_start, kv_len, page_table)
     checks.same_device(
         op,
@@ -162,6 +186,9 @@ def check_attention(
         v_pages=v_pages,
         k_scale=k_scale,
         v_scale=v_scale,
+        sinks=sinks,
+        alibi_slopes=alibi_slopes,
+        distance_bias=distance_bias,
     )
 
 
@@ -175,6 +202,9 @@ def check_attention_dense(
     causal: bool,
     window: int,
     softcap: float,
+    sinks: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    distance_bias: Tensor | None = None,
 ) -> None:
     op = "attention_dense"
     dim = _query(op, q)
@@ -183,12 +213,24 @@ def check_attention_dense(
     _keys(op, q, k, v, (k.shape[0], k.shape[1], dim))
     _heads(op, q.shape[1], k.shape[1])
     _options(op, scale, window, softcap)
+    _score_bias(op, q, sinks, alibi_slopes, distance_bias)
     _starts(op, "query_start", query_start)
     _starts(op, "kv_start", kv_start)
     if kv_start.shape != query_start.shape:
         want = list(query_start.shape)
         checks.fail(op, f"kv_start must be {want} like query_start, got {list(kv_start.shape)}")
-    checks.same_device(op, "q", q.device, k=k, v=v, query_start=query_start, kv_start=kv_start)
+    checks.same_device(
+        op,
+        "q",
+        q.device,
+        k=k,
+        v=v,
+        query_start=query_start,
+        kv_start=kv_start,
+        sinks=sinks,
+        alibi_slopes=alibi_slopes,
+        distance_bias=distance_bias,
+    )
 
 
 def check_kv_append(

@@ -9,12 +9,23 @@ FP16_MAX = 65504.0
 
 
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, window: int, softcap: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    causal: bool,
+    window: int,
+    softcap: float,
+    sinks: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    distance_bias: Tensor | None = None,
 ) -> Tensor:
-    """One sequence: q [n, Hq, D], k and v [m, Hkv, D] float32 -> [n, Hq, D] float32.
+    """One sequence: q [n, Hq, D], k and v [m, Hkv, D] float32; sinks and alibi_slopes [Hq],
+    distance_bias [Hq, 2 reach + 1] -> [n, Hq, D] float32.
 
     Query i stands at position m - n + i. It sees the keys up to its position if causal, else all;
-    with window > 0 only those above position - window. A query that sees none gives zeros.
+    with window > 0 only those above position - window. A query that sees none, or whose scores are
+    all -inf, gives zeros.
     """
     group = q.shape[1] // k.shape[1]
     scores = torch.einsum("nhd,mhd->hnm", q, k.repeat_interleave(group, 1)) * scale
@@ -22,13 +33,23 @@ def attend(
         scores = softcap * torch.tanh(scores / softcap)
     key = torch.arange(k.shape[0], device=q.device)
     position = torch.arange(k.shape[0] - q.shape[0], k.shape[0], device=q.device)[:, None]
+    distance = key - position  # [n, m]
+    if alibi_slopes is not None:
+        scores = scores - alibi_slopes[:, None, None] * distance.abs()
+    if distance_bias is not None:
+        reach = distance_bias.shape[1] // 2
+        scores = scores + distance_bias[:, distance.clamp(-reach, reach) + reach]
     seen = torch.ones(q.shape[0], k.shape[0], dtype=torch.bool, device=q.device)
     if causal:
         seen &= key <= position
     if window > 0:
         seen &= key > position - window
-    weights = torch.softmax(scores.masked_fill(~seen, -torch.inf), dim=-1)
-    weights = torch.where(seen.any(dim=1)[:, None], weights, 0.0)
+    scores = scores.masked_fill(~seen, -torch.inf)
+    nothing = (scores == -torch.inf).all(dim=-1, keepdim=True)
+    if sinks is not None:
+        scores = torch.cat((scores, sinks[:, None, None].expand(-1, q.shape[0], 1)), dim=-1)
+    weights = torch.softmax(scores, dim=-1)[..., : k.shape[0]]
+    weights = torch.where(nothing, 0.0, weights)
     return torch.einsum("hnm,mhd->nhd", weights, v.repeat_interleave(group, 1))
 
 
@@ -106,16 +127,21 @@ def attention(
     causal: bool,
     window: int,
     softcap: float,
+    sinks: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    distance_bias: Tensor | None = None,
 ) -> Tensor:
     """q [T, Hq, D], pages [P, Hkv, page, D] (int4: D / 2), scales [P, Hkv, 2, page] or None -> [T,
     Hq, D]."""
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     start, dim = query_start.tolist(), q.shape[2]
+    scores = (scale, causal, window, softcap, sinks, alibi_slopes, distance_bias)
     for b, length in enumerate(kv_len.tolist()):
         tokens = slice(start[b], start[b + 1])
         k = read_pages(k_pages, k_scale, page_table[b], length, dim)
         v = read_pages(v_pages, v_scale, page_table[b], length, dim)
-        out[tokens] = attend(q[tokens].float(), k, v, scale, causal, window, softcap).to(q.dtype)
+        part = attend(q[tokens].float(), k, v, *scores)
+        out[tokens] = part.to(q.dtype)
     return out
 
 
@@ -129,16 +155,18 @@ def attention_dense(
     causal: bool,
     window: int,
     softcap: float,
+    sinks: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    distance_bias: Tensor | None = None,
 ) -> Tensor:
     """q [Tq, Hq, D], k and v [Tk, Hkv, D] -> [Tq, Hq, D]; sequence b owns the ranges b of
     query_start and kv_start."""
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     start, kv = query_start.tolist(), kv_start.tolist()
+    scores = (scale, causal, window, softcap, sinks, alibi_slopes, distance_bias)
     for b in range(len(start) - 1):
         tokens, keys = slice(start[b], start[b + 1]), slice(kv[b], kv[b + 1])
-        part = attend(
-            q[tokens].float(), k[keys].float(), v[keys].float(), scale, causal, window, softcap
-        )
+        part = attend(q[tokens].float(), k[keys].float(), v[keys].float(), *scores)
         out[tokens] = part.to(q.dtype)
     return out
 

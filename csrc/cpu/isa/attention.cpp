@@ -18,6 +18,9 @@
 // folded into P, and vz into one number per row. On AVX-512 both products are integers
 // (attention_fixed.h).
 //
+// Sinks are no keys: a row's softmax starts as if it had already seen one of that score, without a
+// value.
+//
 // A sequence that has a single block of rows (decoding) is split along its keys into chunks whose
 // length depends on that sequence alone; their results are merged in order. So the bits of a
 // sequence depend neither on the team nor on the rest of the batch.
@@ -41,6 +44,7 @@ struct Problem {
   bool causal;
   int64_t window;
   KvType kv_type;
+  ScoreBias bias;
   const AttentionArgs* paged;
   const DenseAttentionArgs* dense;
 };
@@ -50,15 +54,16 @@ Problem problem(const AttentionArgs& a) {
           a.q_stride,  a.q_heads,     a.pages.kv_heads,
           a.pages.dim, a.batch.batch, a.batch.query_start,
           a.scale,     a.softcap,     a.causal,
-          a.window,    a.pages.type,  &a,
-          nullptr};
+          a.window,    a.pages.type,  a.bias,
+          &a,          nullptr};
 }
 Problem problem(const DenseAttentionArgs& a) {
   const KvType kv = a.type == Dtype::f32   ? KvType::f32
                     : a.type == Dtype::f16 ? KvType::f16
                                            : KvType::bf16;
-  return {a.q,           a.out,   a.type,    a.q_stride, a.q_heads, a.kv_heads, a.dim,   a.batch,
-          a.query_start, a.scale, a.softcap, a.causal,   a.window,  kv,         nullptr, &a};
+  return {a.q,      a.out,   a.type,        a.q_stride, a.q_heads, a.kv_heads,
+          a.dim,    a.batch, a.query_start, a.scale,    a.softcap, a.causal,
+          a.window, kv,      a.bias,        nullptr,    &a};
 }
 
 // How one sequence is cut into items: kv_heads * blocks * chunks of them, one of blocks and chunks
@@ -155,12 +160,20 @@ void attend_any_tile(Work& w, int rows, int64_t dim, const Tile& t, float softca
   }
 }
 
+QK_INLINE RowBias row_bias(const Problem& p, const Sequence& s, int64_t head, int64_t query) {
+  const ScoreBias& b = p.bias;
+  return {s.keys - s.queries + query, b.alibi_slopes ? b.alibi_slopes[head] : 0.f,
+          b.distance_bias ? b.distance_bias + head * (2 * b.reach + 1) + b.reach : nullptr};
+}
+
 // Rows row0 .. row0 + rows of a KV head over the keys in `span`: w.o, w.max and w.sum. `following`:
 // what this thread will probably work on next.
 template <class Row>
 void attend(const Problem& p, const Sequence& s, int64_t b, int64_t head, int64_t row0, int rows,
             Range span, Place following, Work& w) {
   const int64_t group = p.q_heads / p.kv_heads, dim = p.dim;
+  // Of the chunks of a sequence one has the sink.
+  const float* sinks = span.begin <= s.first_key ? p.bias.sinks : nullptr;
   int64_t first = s.keys, last = 0;
   with_type(p.type, [&](auto io) {
     using T = decltype(io);
@@ -179,7 +192,9 @@ void attend(const Problem& p, const Sequence& s, int64_t b, int64_t head, int64_
 #if defined(QK_ISA_AVX512)
       if constexpr (Row::integer) fix_query(w, r, dim);
 #endif
-      w.max[r] = -kInf, w.sum[r] = 0.f;
+      const int64_t q_head = head * group + member;
+      w.max[r] = sinks ? sinks[q_head] : -kInf, w.sum[r] = sinks ? 1.f : 0.f;
+      if (w.biased) w.bias[r] = row_bias(p, s, q_head, query);
       const Range keys = visible(p, s, query);
       w.begin[r] = max64(keys.begin, span.begin), w.end[r] = min64(keys.end, span.end);
       if (w.begin[r] >= w.end[r]) continue;
@@ -291,6 +306,8 @@ void attend_batch(const Problem& p, void* scratch, Team& team) {
   w.s = w.o + kRows * p.dim;
   w.tile = w.s + kRows * kTile;
   w.fixed = reinterpret_cast<int8_t*>(w.tile + tile_floats(p.dim));
+  w.biased = p.bias.alibi_slopes || p.bias.distance_bias;
+  w.reach = p.bias.reach;
 
   // Items are handed out in order, so each thread walks over the sequences once.
   int64_t claimed = 0, first_item = 0, first_partial = 0;

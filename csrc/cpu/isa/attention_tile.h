@@ -1,6 +1,7 @@
 // A block of rows against one tile of keys: scores, softmax, and the weighted sum of values.
 #pragma once
 #include "kv_rows.h"
+#include "score_bias.h"
 
 namespace qk::QK_ISA {
 namespace {
@@ -57,6 +58,9 @@ struct Work {
   float keep[kRows], shift[kRows];   // O = O * keep - shift before a tile is added
   int64_t begin[kRows], end[kRows];  // keys that the row sees, absolute
   float k_scale[kTile], k_zero[kTile], v_scale[kTile], v_zero[kTile];
+  bool biased;          // whether scores take the biases of their rows
+  RowBias bias[kRows];  // set where biased
+  int64_t reach;
 };
 // Floats of q, o and s; of the tile, which attention_fixed.h takes as 2 * 64 bytes of every 64
 // dims; of its queries.
@@ -191,20 +195,13 @@ void wide_scores(const float* q, int64_t dim, const float* keys, Range range, fl
 }
 // ---- softmax ----
 
-// Scores of rows r0 .. r0 + R - 1 of a tile that starts at key `start` (lanes [v0, v1)) become
-// weights; the rows' maxima and sums are updated. top: the largest magnitudes of weights, as bits.
-// Rows go side by side: one alone waits for itself most of the time.
-template <bool integer, int R>
-QK_INLINE void softmax(Work& w, int r0, int64_t v0, int64_t v1, int64_t start, float softcap,
-                       VI (&top)[R]) {
+// Scores of rows r0 .. r0 + R - 1, as the products left them, become what the softmax takes; most:
+// the largest of each lane.
+template <bool integer, bool biased, int R>
+QK_INLINE void finish_scores(const Work& w, int r0, int64_t v0, int64_t v1, int64_t start,
+                             float softcap, bool masked, VF (&most)[R]) {
   float* s = w.s + r0 * kTile;
-  constexpr bool shifted = integer && W != 16;  // else attention_fixed.h sets shift
-  VF most[R], base[R], sum[R] = {}, shift[R] = {};
-  bool masked = false;
-  for (int r = 0; r < R; r++) {
-    most[r] = splat(-kInf), top[r] = VI{};
-    masked |= w.begin[r0 + r] > start + v0 || w.end[r0 + r] < start + v1;
-  }
+  for (int r = 0; r < R; r++) most[r] = splat(-kInf);
   for (int64_t t = v0; t < v1; t += W) {
     VF scale, zero;
     if (integer) scale = load(w.k_scale + t), zero = load(w.k_zero + t);
@@ -214,6 +211,8 @@ QK_INLINE void softmax(Work& w, int r0, int64_t v0, int64_t v1, int64_t start, f
       if (integer) x = scale * (x - zero * splat(w.q_sum[r0 + r]));
       if (softcap > 0.f)  // tanh(x) = 1 - 2 / (exp(2 x) + 1)
         x = splat(softcap) - splat(2.f * softcap) / (vexp(x * splat(2.f / softcap)) + splat(1.f));
+      if constexpr (biased)
+        x = add_bias(x, w.bias[r0 + r], w.reach, start + t, load_raw<VI>(kLanes));
       if (masked) {
         const VI key = load_raw<VI>(kLanes) + int32_t(t);
         const VI first = splat_i(int32_t(max64(w.begin[r0 + r] - start, 0)));
@@ -225,6 +224,24 @@ QK_INLINE void softmax(Work& w, int r0, int64_t v0, int64_t v1, int64_t start, f
       most[r] = vmax(x, most[r]);
     }
   }
+}
+
+// Scores of rows r0 .. r0 + R - 1 of a tile that starts at key `start` (lanes [v0, v1)) become
+// weights; the rows' maxima and sums are updated. top: the largest magnitudes of weights, as bits.
+// Rows go side by side: one alone waits for itself most of the time.
+template <bool integer, int R>
+QK_INLINE void softmax(Work& w, int r0, int64_t v0, int64_t v1, int64_t start, float softcap,
+                       VI (&top)[R]) {
+  float* s = w.s + r0 * kTile;
+  constexpr bool shifted = integer && W != 16;  // else attention_fixed.h sets shift
+  VF most[R], base[R], sum[R] = {}, shift[R] = {};
+  bool masked = false;
+  for (int r = 0; r < R; r++) {
+    top[r] = VI{};
+    masked |= w.begin[r0 + r] > start + v0 || w.end[r0 + r] < start + v1;
+  }
+  if (w.biased) finish_scores<integer, true>(w, r0, v0, v1, start, softcap, masked, most);
+  else finish_scores<integer, false>(w, r0, v0, v1, start, softcap, masked, most);
 #pragma GCC unroll 3
   for (int r = 0; r < R; r++) {
     const float old = w.max[r0 + r], tile = reduce_max(most[r]), max = tile > old ? tile : old;
