@@ -8,12 +8,14 @@ from .gate import gate, gate_quant
 from .linear import linear, linear_quant
 from .norm import add_norm, add_norm_quant, norm, norm_quant
 from .pack import dequantize, pack, unpack
+from .position_bias import alibi_slopes, t5_distance_bias
 from .sample import sample
 
 __all__ = [
     "QuantAct",
     "add_norm",
     "add_norm_quant",
+    "alibi_slopes",
     "attention",
     "attention_dense",
     "dequantize",
@@ -28,5 +30,6 @@ __all__ = [
     "pack",
     "quantize_act",
     "sample",
+    "t5_distance_bias",
     "unpack",
 ]
