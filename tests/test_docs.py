@@ -20,7 +20,11 @@ def test_the_schemas_of_the_design_are_those_of_the_ops() -> None:
     documented = {}
     for line in f"pack({block}".strip().splitlines():
         name, rest = re.fullmatch(r"(\w+)(\(.*)", line.split("#")[0].strip()).groups()
-        for short, long in (("W", registry.WEIGHT), ("R", registry.RAGGED)):
+        for short, long in (
+            ("W", registry.WEIGHT),
+            ("R", registry.RAGGED),
+            ("S", registry.SCORE_BIAS),
+        ):
             rest = re.sub(rf"(?<=[( ]){short}(?=[,)])", long, rest)
         documented[name] = rest
     state = {
