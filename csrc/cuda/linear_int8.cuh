@@ -49,11 +49,11 @@ struct Int8Plan {
   int scale_at, zero_at, block_at;  // in the part of a row block
   int block_bytes;                  // that part
   int x_at, stage_bytes;
-  int row_blocks;                    // of a thread block
-  int row_tiles, token_tiles;        // thread blocks
-  int splits;                        // thread blocks that share the columns of a tile
-  float* partial;                    // [splits, tiles, ...] if there are several
-  uint32_t* counters;                // [tiles]
+  int row_blocks;              // of a thread block
+  int row_tiles, token_tiles;  // thread blocks
+  int splits;                  // thread blocks that share the columns of a tile
+  float* partial;              // [splits, tiles, ...] if there are several
+  uint32_t* counters;          // [tiles]
 };
 
 // The pieces of shared memory, all multiples of 16 bytes, that hold units u0 .. u0 + n of a block
@@ -205,8 +205,7 @@ struct Int8Sums {
 
   template <int kE>
   __device__ __forceinline__ void add_row_tile(const RawUnit<C> (&raw)[2], bool two,
-                                               const Table& table,
-                                               const uint32_t (&b)[kTiles][2]) {
+                                               const Table& table, const uint32_t (&b)[kTiles][2]) {
     uint32_t a[4];
     decode<C, kE>(raw[0], table, a[0], a[1]);
     decode<C, kE>(raw[1], table, a[2], a[3]);
@@ -333,8 +332,7 @@ struct Cursor {
 template <class C, int kTiles>
 __device__ __forceinline__ void end_span(const LinearArgs& args, const Int8Plan& p,
                                          const uint8_t* block, int group, int act_group,
-                                         int64_t first_token, int lane,
-                                         Int8Sums<C, kTiles>& sums) {
+                                         int64_t first_token, int lane, Int8Sums<C, kTiles>& sums) {
   float x_scale[kTiles][2], sum[kTiles][2];
 #pragma unroll
   for (int n = 0; n < kTiles; n++)

@@ -101,7 +101,8 @@ __global__ void __launch_bounds__(kInt8Threads, 2)
       for (int j = 0; j < 2; j++)
 #pragma unroll
         for (int h = 0; h < 2; h++)
-          if (active && m0 + 8 * n + j < args.m) f((4 * n + 2 * j + h) * kInt8Threads + thread, n, j, h);
+          if (active && m0 + 8 * n + j < args.m)
+            f((4 * n + 2 * j + h) * kInt8Threads + thread, n, j, h);
   };
   for_each_four([&](int i, int n, int j, int h) {
     const int64_t m = m0 + 8 * n + j, row = n0 + 16 * h;
