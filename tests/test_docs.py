@@ -10,7 +10,6 @@ from torch import nn
 
 from qkernels.nn import QuantLinear
 from qkernels.ops import registry
-from qkernels.ops.attention import SCORE_BIAS
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -21,8 +20,11 @@ def test_the_schemas_of_the_design_are_those_of_the_ops() -> None:
     documented = {}
     for line in f"pack({block}".strip().splitlines():
         name, rest = re.fullmatch(r"(\w+)(\(.*)", line.split("#")[0].strip()).groups()
-        shorts = ("W", registry.WEIGHT), ("R", registry.RAGGED), ("S", SCORE_BIAS)
-        for short, long in shorts:
+        for short, long in (
+            ("W", registry.WEIGHT),
+            ("R", registry.RAGGED),
+            ("S", registry.SCORE_BIAS),
+        ):
             rest = re.sub(rf"(?<=[( ]){short}(?=[,)])", long, rest)
         documented[name] = rest
     state = {
