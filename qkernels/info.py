@@ -249,7 +249,8 @@ def _facts(decoder: QuantDecoder) -> tuple[tuple[str, str], ...]:
             f"{decoder.kv_dtype}, {amount(token)} per token, "
             f"{amount(token * decoder.max_seq_len)} for a full context",
         ),
-        ("activations", f"{decoder.act}, between the matrices {dtype}"),
+        ("activations", decoder.act),
+        ("dtype", f"{dtype} between the matrices"),
         ("runs as", _runs_as(decoder)),
     )
 

@@ -184,7 +184,7 @@ def test_activations_on_a_gpu_have_16_bits(said: str | None, dtype: torch.dtype)
 def test_info_of_a_decoder(monkeypatch: pytest.MonkeyPatch) -> None:
     decoder = make()
     facts = dict(qk.info(decoder).facts)  # type: ignore[union-attr]
-    assert facts["device"] == "cpu" and facts["activations"] == "int8, between the matrices float32"
+    assert facts["device"] == "cpu" and facts["dtype"] == "float32 between the matrices"
     assert facts["runs as"] == "one native call per step"
     monkeypatch.setattr(QuantDecoder, "decodes_on_device", True)
     facts = dict(qk.info(decoder).facts)  # type: ignore[union-attr]
