@@ -23,7 +23,7 @@ THREADS ?= 2
 # What `make race` writes and races: 1b and 8b, Q4_0 and Q4_K_M. The 8B files take 5 GB each.
 RACE ?= --model 1b 8b --type Q4_0 Q4_K_M
 
-.PHONY: demo test lint format bench race sanitize clean
+.PHONY: demo test lint format bench race sanitize mutants clean
 
 demo: $(VENV)/package.stamp $(VENV)/model.stamp qkernels/_C_cpu.so
 	@$(BIN)/qkernels generate $(MODEL) "$(PROMPT)" --chat --max-new-tokens 96
@@ -70,13 +70,20 @@ race: $(VENV)/bench.stamp $(PEER) qkernels/_C_cpu.so
 # preloads matter: without libstdc++ ASan misses the exceptions that the ops throw. Leaks are not
 # looked for: Python itself leaves memory behind at exit.
 SANITIZE_TESTS = $(wildcard $(foreach stem,pack linear embedding quantize_act act norm gate kv_append \
-  attention cache program sample,tests/test_$(stem)*.py))
+  attention cache program sample,tests/test_$(stem)*.py tests/test_cuda_$(stem)*.py))
 sanitize: $(VENV)/test.stamp
 	$(BIN)/python setup.py native --sanitize
 	cd build/sanitize && \
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	OMP_NUM_THREADS=1 $(CURDIR)/$(BIN)/python -m pytest --quiet --numprocesses 2 --dist loadfile $(SANITIZE_TESTS)
+
+# Faults in the CUDA kernels that the emulated tests must notice; MUTANTS="norm gate --sample 100" for
+# some. Hours for all of them.
+MUTANTS ?=
+mutants: $(VENV)/test.stamp qkernels/_C_cpu.so
+	$(BIN)/python setup.py native --emu
+	OMP_NUM_THREADS=1 $(BIN)/python tests/mutate_cuda.py $(MUTANTS)
 
 clean:
 	rm -rf build dist *.egg-info qkernels/*.so qkernels/build_info.json

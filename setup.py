@@ -187,8 +187,10 @@ def emulation_flags(torch: Torch, directory: Path) -> list[str]:
     return [*flags, "-O1", "-fno-strict-aliasing"]  # compiling takes longer than running
 
 
-# Calls before every load and store of device code (csrc/emu/hooks.cpp).
-EMULATION_HOOKS = "-fsanitize=thread --param=tsan-instrument-func-entry-exit=0 -Wno-tsan"
+# Calls before every load and store of device code and for wrong indices (csrc/emu/hooks.cpp).
+EMULATION_HOOKS = (
+    "-fsanitize=thread --param=tsan-instrument-func-entry-exit=0 -Wno-tsan -fsanitize=bounds"
+)
 
 
 def build_emulated_cuda(out: Path, directory: Path, *, sanitize: bool = False) -> None:

@@ -3,18 +3,18 @@ each behind a switch (mutate_cuda.py says what for).
 
 A mutant is a set of insertions and replacements; with the switch off the code computes what it did:
 
-    block_sync();          (QK_M(7) ? void() : block_sync());            a barrier or a wait is gone
-    copy_wait<1>();        (QK_M(7) ? copy_wait<2>() : copy_wait<1>());  a wait ends a group early
-    16                     (16 + QK_M(7))                                a number or an index is off by one
-    a[i]                   a[(i) + QK_M(7)]
-    a < b                  a < QK_M(7) + b                               a <= b
-    if (a && b)            if (a && (QK_M(7) || (b)))                    a predicate, or a part of one, is true
-    a ? b : c              (QK_M(7) != bool(a)) ? b : c                  the other way round: min is max
-    a + b, a += b          a + QK_SIGN(7) * b                            a sign
-    a >> 4                 a >> QK_ON(7) * 4                             no shift
-    a / 4, a % 4           quotient<7>(a, 4)                             lane / 4 is lane % 4
-    0x0f0f                 (QK_M(7) ? 0xf0f0 : 0x0f0f)                   the other nibbles
-    i                      (QK_M(7) ? j : i)                             roles of indices are swapped
+    block_sync();     (QK_M(7) ? void() : block_sync());             no barrier or wait
+    copy_wait<1>();   (QK_M(7) ? copy_wait<2>() : copy_wait<1>());   it ends a group early
+    16                (16 + QK_M(7))                                 off by one
+    a[i]              a[(i) + QK_M(7)]
+    a < b             a < QK_M(7) + b                                a <= b
+    if (a && b)       if (a && (QK_M(7) || (b)))                     (a part of) a predicate is true
+    a ? b : c         (QK_M(7) != bool(a)) ? b : c                   min is max
+    a + b, a += b     a + QK_SIGN(7) * b                             a sign
+    a >> 4            a >> QK_ON(7) * 4                              no shift
+    a / 4, a % 4      quotient<7>(a, 4)                              lane / 4 is lane % 4
+    0x0f0f            (QK_M(7) ? 0xf0f0 : 0x0f0f)                    the other nibbles
+    i                 (QK_M(7) ? j : i)                              another index
 """
 
 from __future__ import annotations
@@ -156,15 +156,17 @@ class Source:
         return fixed
 
     def _declares(self, i: int) -> bool:
-        """Whether the `[` at i gives the size of an array: in `float a[4], b[4];`, before any `=`."""
-        j = i - 1
+        """Whether the `[` at i gives the size of an array, as in `float a[4], b[4];`."""
+        j, comma = i - 1, False
         while self.tokens[j].text not in (";", "{", "}", "(") and i - j < 80:
-            if self.tokens[j].text in CLOSE:
+            text = self.tokens[j].text
+            if text in CLOSE:
                 j = self.mate[j]
-            elif self.tokens[j].text == "=" and "," not in (t.text for t in self.tokens[j:i]):
+            elif text in ("return", "+=", "-=", "*=", "|=", "?", ".") or (
+                text == "=" and not comma
+            ):
                 return False
-            elif self.tokens[j].text in ("return", "+=", "-=", "*=", "|=", "?", "."):
-                return False
+            comma = comma or text == ","
             j -= 1
         first, second = self.tokens[j + 1], self.tokens[j + 2]
         if first.text == "const":

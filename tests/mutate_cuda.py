@@ -1,7 +1,7 @@
 """Mutation testing of the CUDA kernels: faults are put into the device code one at a time, and the
 emulated tests must notice each.
 
-    python tests/mutate_cuda.py norm                   every mutant of the kernels of test_cuda_norm.py
+    python tests/mutate_cuda.py norm                   every mutant of what test_cuda_norm.py tests
     python tests/mutate_cuda.py --sample 200 --seed 1  of every family, 200 mutants each
     python tests/mutate_cuda.py --list norm            what would be done
 
@@ -26,13 +26,13 @@ import signal
 import subprocess
 import sys
 import time
-import tomllib
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import pytest
+import tomllib
 from mutants import Mutant, find_mutants, rewrite
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -119,7 +119,17 @@ def compile_command(include: str, extra: list[str]) -> list[str]:
     flags = setup_py.emulation_flags(torch, OUT)
     command = [*setup_py.cxx(), *flags, "-isystem", str(torch.root / "include"), "-x", "c++"]
     hooks = setup_py.EMULATION_HOOKS.split()
-    return [*command, *hooks, "-Wno-narrowing", "-Werror=vla", "-w", "-include", include, *extra]
+    return [
+        *command,
+        *hooks,
+        "-fwrapv",
+        "-Wno-narrowing",
+        "-Werror=vla",
+        "-w",
+        "-include",
+        include,
+        *extra,
+    ]
 
 
 def write_tree(tree: Path, mutants: list[Mutant]) -> dict[Path, list[tuple[int, int, int, int]]]:
@@ -173,6 +183,7 @@ def build(family: str, mutants: list[Mutant]) -> tuple[Path, list[Mutant]]:
         if not bad:
             raise SystemExit(f"mutate_cuda: the mutated sources do not compile:\n{said[:4000]}")
         left = [mutant for mutant in left if mutant.id not in bad]
+        print(f"{family}: {len(bad)} mutants are in constant expressions", flush=True)
     objects = []
     jobs = []
     for source in [*units, tree / "mutant.cpp"]:
@@ -184,9 +195,8 @@ def build(family: str, mutants: list[Mutant]) -> tuple[Path, list[Mutant]]:
         jobs.append(command)
     running: list[subprocess.Popen[bytes]] = []
     for command in jobs:
-        if len(running) == 2:
-            if running.pop(0).wait():
-                raise SystemExit("mutate_cuda: compiling failed")
+        if len(running) == 2 and running.pop(0).wait():
+            raise SystemExit("mutate_cuda: compiling failed")
         running.append(subprocess.Popen(command))
     if any(process.wait() for process in running):
         raise SystemExit("mutate_cuda: compiling failed")

@@ -72,6 +72,32 @@ def test_norm_quant_is_quantize_act_of_the_norm(gpu: Gpu, k: int, group: int) ->
     assert torch.equal(sums.int(), codes.int().unflatten(1, (-1, 16)).sum(2))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("k", [64, 1040, 65])
+def test_values_that_are_quantized_by_another_rule(gpu: Gpu, k: int, dtype: torch.dtype) -> None:
+    """x of +-1 and eps = 0 are normalized to +-1, so that the weight is what is quantized. A group
+    each: the smallest amax that is used and the one below, the largest float, infinity, codes that
+    are the values, ties."""
+    tiny = torch.tensor(2.0**-100)
+    columns = -(-k // 16) * 16
+    y = torch.linspace(0.1, 1, columns).view(-1, 16)
+    y = torch.where(torch.arange(16) % 3 == 0, -y, y)
+    special = [tiny, tiny.nextafter(tiny * 0), torch.tensor(3.4028234663852886e38), torch.inf]
+    for i in range(len(y)):
+        if i % 6 < 4:
+            y[i] *= min(float(special[i % 6]), 1.0)
+            y[i, 3] = special[i % 6]
+        else:
+            y[i] = torch.arange(16) * 8 + (0.5 if i % 6 == 5 else 0)
+            y[i, 15] = -127
+    weight = y.flatten()[:k].contiguous()
+    x = torch.where(torch.arange(k) % 2 == 0, 1.0, -1.0).expand(3, k).contiguous()
+    want = torch.ops.qkernels_reference.quantize_act(x * weight, 16)
+    got = gpu.ops.norm_quant(*gpu.to([x.to(dtype), weight, None]), 0.0, False, 16)
+    for one, other in zip(got, want, strict=True):
+        assert torch.equal(torch.nan_to_num(one.cpu().float()), torch.nan_to_num(other.float()))
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 def test_tensors_on_two_devices() -> None:

@@ -1,5 +1,5 @@
-"""What the compilers make of the CUDA sources: every architecture from sm_75 on, and how the kernels of
-decoding fetch weights and keys."""
+"""What the compilers make of the CUDA sources: every architecture from sm_75 on, and how kernels
+of decoding fetch weights and keys."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
-"""The emulated GPU itself: kernels with one fault each are reported, the same kernels done right are
-not, and its 16-bit numbers and matrix products are a GPU's. The kernels are in cpp/emulator.cu."""
+"""The emulated GPU itself: kernels with one fault each are reported, the same kernels done right
+are not, and its 16-bit numbers and matrix products are a GPU's. The kernels are in
+cpp/emulator.cu."""
 
 from __future__ import annotations
 
 import ctypes
-import os
 import shlex
 import subprocess
 from pathlib import Path
@@ -38,6 +38,7 @@ FAULTS = {
     "constant_path_sees_no_writes": "by a path that sees no writes",
     "before_dependency_wait": "before dependency_wait of memory that the launch before may use",
     "no_dependency_wait": "no thread of a dependent launch has called dependency_wait",
+    "index_outside_of_an_array": "index 8 is outside of its array, ",
     "shared_past_the_end": "write of 4 bytes at shared byte 4096; the block has 4096",
     "shared_unwritten": "read of shared byte 252, which nobody has written",
     "read_after_write": "",

@@ -1,6 +1,7 @@
 // Plain loads and stores of device code. It is compiled with -fsanitize=thread, which calls one of
-// these functions before each access; the sanitizer itself is not linked. Host code of the same
-// files calls them too, and is let through.
+// these functions before each access, and -fsanitize=bounds, which calls one for an index outside
+// of a local array; the sanitizers themselves are not linked. Host code of the same files calls
+// them too, and is let through.
 #include "state.h"
 
 using qk::emu::Access;
@@ -33,7 +34,17 @@ inline void touch(const void* p, size_t bytes, Access kind) {
     return __atomic_compare_exchange_n(p, e, v, true, 5, 5);                                      \
   }
 
+// What -fsanitize=bounds says of an access, as far as it is used.
+struct OutOfBounds {
+  const char* file;
+  unsigned line, column;
+};
+
 extern "C" {
+void __ubsan_handle_out_of_bounds(const OutOfBounds* at, unsigned long index) {
+  if (qk::emu::fiber_runs)
+    qk::emu::fail("index %ld is outside of its array, %s:%u", long(index), at->file, at->line);
+}
 QK_HOOKS(1)
 QK_HOOKS(2)
 QK_HOOKS(4)

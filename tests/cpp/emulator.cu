@@ -131,6 +131,13 @@ void no_dependency_wait(Arrays a) {
   if (!kWrong) dependency_wait();
 }
 
+template <bool kWrong>
+void index_outside_of_an_array(Arrays a) {
+  uint32_t local[8] = {};
+  for (int i = 0; i < 8; i++) local[i] = a.in[i];
+  a.out[me()] = local[a.in[me()] + (kWrong && me() == 3 ? 5 : 0)];
+}
+
 // ---- shared memory ----
 
 template <bool kWrong>
@@ -402,6 +409,7 @@ const std::vector<Case> cases = {
     QK_CASE(constant_path_sees_no_writes),
     QK_CASE(before_dependency_wait, kDependent),
     QK_CASE(no_dependency_wait, kDependent),
+    QK_CASE(index_outside_of_an_array),
     QK_CASE(shared_past_the_end),
     QK_CASE(shared_unwritten),
     QK_CASE(read_after_write),
