@@ -67,7 +67,7 @@ def bound(case: Case, mask: dict[str, Any], bias: dict[str, Tensor]) -> tuple[Te
     dtype, dim, start = case.q.dtype, case.q.shape[2], case.query_start.tolist()
     products = BF16 if case.k_pages.dtype == BF16 else F16
     size, lost = [truth[:0]], [slack[:0]]
-    wide = {name: tensor.double() for name, tensor in bias.items()}
+    wide: dict[str, Any] = {name: tensor.double() for name, tensor in bias.items()}
     for b, length in enumerate(case.kv_len.tolist()):
         q = case.q[start[b] : start[b + 1]].double()
         k = rows_of(case.k_pages, case.k_scale, case.page_table[b], length, dim)
@@ -225,7 +225,7 @@ def test_strided_queries_and_layers(gpu: Gpu, kind: str, ragged: list[tuple[int,
     fused = torch.full((len(case.q), 10 * 64 + 1), torch.nan, dtype=F16, device=gpu.device)
     fused[:, : 6 * 64] = case.q.flatten(1)
     q = fused[:, : 6 * 64].view(-1, 6, 64)
-    wide = [
+    wide: list[Any] = [
         None if t is None else torch.stack((torch.zeros_like(t), t), dim=1)[:, 1]
         for t in case.cache()
     ]
