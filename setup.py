@@ -179,17 +179,25 @@ def build_cpu(
     return {"targets": list(isas), "compiler": compiler_version(cxx()), "headers": torch.version}
 
 
-def build_emulated_cuda(out: Path, directory: Path, *, sanitize: bool = False) -> None:
-    """Builds the CUDA sources for the host (csrc/emu). Device code is compiled with hooks before
-    every load and store; ASan, with `sanitize`, has its own, and the two do not go together."""
-    torch = Torch.find()
+def emulation_flags(torch: Torch, directory: Path) -> list[str]:
     flags = [flag for flags in common_flags(torch, directory) for flag in flags]
     flags += ["-DQK_EMULATE_CUDA", "-DQK_OPS=qkernels_emu", "-ffp-contract=off", "-fno-math-errno"]
     flags += ["-Wall", "-Wextra", "-Wno-unused-parameter", "-Wno-unknown-pragmas", "-g1"]
     flags += ["-Wno-psabi", "-Wno-maybe-uninitialized", "-Wno-unused-variable"]
-    flags += ["-O1", "-fno-strict-aliasing"]  # compiling takes longer than running
+    return [*flags, "-O1", "-fno-strict-aliasing"]  # compiling takes longer than running
+
+
+# Calls before every load and store of device code (csrc/emu/hooks.cpp).
+EMULATION_HOOKS = "-fsanitize=thread --param=tsan-instrument-func-entry-exit=0 -Wno-tsan"
+
+
+def build_emulated_cuda(out: Path, directory: Path, *, sanitize: bool = False) -> None:
+    """Builds the CUDA sources for the host (csrc/emu). Device code is compiled with hooks; ASan,
+    with `sanitize`, has its own, and the two do not go together."""
+    torch = Torch.find()
+    flags = emulation_flags(torch, directory)
     link = f"-shared -L{relative(torch.root / 'lib', directory)} -ltorch_cpu -Wl,--no-undefined"
-    hooks = "-fsanitize=thread --param=tsan-instrument-func-entry-exit=0 -Wno-tsan"
+    hooks = EMULATION_HOOKS
     if sanitize:
         hooks = "-fsanitize=address,undefined -fno-sanitize-recover=undefined"
         link += f" {hooks}"
@@ -220,8 +228,8 @@ def cuda_archs(text: str) -> dict[str, str]:
         found = re.fullmatch(r"(\d+)\.(\d[af]?)(\+PTX)?", item)
         if not found:
             raise stop(f"TORCH_CUDA_ARCH_LIST: {item!r} is not of the form 8.0, 9.0a or 9.0+PTX")
-        if int(found[1]) < 8:
-            raise stop(f"TORCH_CUDA_ARCH_LIST: {item!r} is older than 8.0, which the kernels need")
+        if (int(found[1]), int(found[2][0])) < (7, 5):
+            raise stop(f"TORCH_CUDA_ARCH_LIST: {item!r} is older than 7.5, which the kernels need")
         arch = found[1] + found[2]
         flags[f"sm_{arch}"] = f"-gencode=arch=compute_{arch},code=sm_{arch}"
         if found[3]:
@@ -253,6 +261,7 @@ def build_cuda(out: Path, directory: Path) -> dict[str, object]:
     flags += [
         "-Xptxas=-v",
         "-fmad=false",
+        "--expt-relaxed-constexpr",  # device code calls the constexpr functions of layout.h
         "-DUSE_CUDA",
         *archs.values(),
         f"-Xcompiler={','.join(host)}",

@@ -32,6 +32,9 @@ using torch::stable::Tensor;
 // STD_TORCH_CHECK would prefix file and line; users get the sentence alone.
 template <class... Parts>
 [[noreturn]] inline void fail(const char* op, const Parts&... parts) {
+#ifdef QK_EMULATE_CUDA
+  emu::forget();
+#endif
   std::ostringstream out;
   out << "qkernels::" << op << ": ";
   (out << ... << parts);
@@ -106,11 +109,19 @@ inline std::string device_name(const Tensor& t) {
          : t.is_cuda() ? "cuda:" + std::to_string(t.get_device_index())
                        : "another device";
 }
+inline bool on_one_device(const Tensor& a, const Tensor& b) {
+  // Not Tensor::device(), whose conversions add 0.3 us to a call of linear, which takes 10.
+  int32_t type_a, type_b;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(a.get(), &type_a));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(b.get(), &type_b));
+  if (type_a != type_b) return false;
+  return type_a == aoti_torch_device_type_cpu() || a.get_device_index() == b.get_device_index();
+}
 // The dispatcher goes by all tensors together: a kernel for CUDA may be handed one that is on the
 // CPU.
 inline void same_device(const char* op, const char* name, const Tensor& t, const char* first,
                         const Tensor& like) {
-  if (t.device() != like.device())
+  if (!on_one_device(t, like))
     fail(op, name, " is on ", device_name(t), ", but ", first, " is on ", device_name(like));
 }
 inline void same_device(const char* op, const char* name, const std::optional<Tensor>& t,
@@ -152,37 +163,52 @@ inline void check_sizes(const char* op, int64_t n, int64_t k) {
 
 #ifdef QK_EMULATE_CUDA
 // Device code in tests may touch what it was given and nothing else. An output is poisoned.
-inline void hand_over(const Tensor& t, bool writable, bool output) {
+enum class Hand { read, constant, inplace, output };
+inline void hand_over(const Tensor& t, Hand as) {
   if (t.numel() == 0) return;
   int64_t last = 0;
   for (int64_t i = 0; i < t.dim(); i++) last += (t.size(i) - 1) * t.stride(i);
   const int64_t bytes = (last + 1) * t.element_size();
-  emu::allow(t.const_data_ptr(), bytes, writable);
-  if (output) emu::poison(t.mutable_data_ptr(), bytes);
+  emu::allow(t.const_data_ptr(), bytes,
+             as == Hand::read       ? emu::Use::read
+             : as == Hand::constant ? emu::Use::constant
+                                    : emu::Use::write);
+  if (as == Hand::output) emu::poison(t.mutable_data_ptr(), bytes);
 }
 #else
-inline void hand_over(const Tensor&, bool, bool) {}
+enum class Hand { read, constant, inplace, output };
+inline void hand_over(const Tensor&, Hand) {}
 #endif
 
 template <class T = void>
 const T* data(const Tensor& t) {
-  hand_over(t, false, false);
+  hand_over(t, Hand::read);
   return static_cast<const T*>(t.const_data_ptr());
 }
 template <class T = void>
 const T* data(const std::optional<Tensor>& t) {
   return t ? data<T>(*t) : nullptr;
 }
+// Of parameters, which no kernel writes: a launch may read them before its predecessor has ended.
+template <class T = void>
+const T* constant_data(const Tensor& t) {
+  hand_over(t, Hand::constant);
+  return static_cast<const T*>(t.const_data_ptr());
+}
+template <class T = void>
+const T* constant_data(const std::optional<Tensor>& t) {
+  return t ? constant_data<T>(*t) : nullptr;
+}
 // Of an output, which the kernel wholly overwrites.
 template <class T = void>
 T* mutable_data(const Tensor& t) {
-  hand_over(t, true, true);
+  hand_over(t, Hand::output);
   return static_cast<T*>(t.mutable_data_ptr());
 }
 // Of a tensor that the op changes in part.
 template <class T = void>
 T* inplace_data(const Tensor& t) {
-  hand_over(t, true, false);
+  hand_over(t, Hand::inplace);
   return static_cast<T*>(t.mutable_data_ptr());
 }
 
@@ -206,7 +232,7 @@ inline Weight make_weight(const char* op, const Tensor& codes, const Tensor& sca
   const int64_t kp = layout::padded_k(k, group, two_level), blocks = layout::padded_n(n) / 64,
                 groups = kp / group;
   expect(op, "codes", codes, ScalarType::Char, {blocks * 64, kp * bits / 8});
-  w.codes = data<uint8_t>(codes);
+  w.codes = constant_data<uint8_t>(codes);
   w.n = n, w.k = k, w.kp = kp, w.bits = int(bits), w.group = int(group);
   const ScalarType st = scale.scalar_type();
   if (two_level) {
@@ -215,7 +241,7 @@ inline Weight make_weight(const char* op, const Tensor& codes, const Tensor& sca
     w.scale_kind = st == ScalarType::Char ? Scale::two_level : Scale::two_nibble;
     expect(op, "block_scale", *block_scale, ScalarType::Half,
            {blocks, kp / layout::kBlockGroup, 64});
-    w.block_scale = data<uint16_t>(block_scale);
+    w.block_scale = constant_data<uint16_t>(block_scale);
   } else {
     switch (st) {
       case ScalarType::Float: w.scale_kind = Scale::f32; break;
@@ -231,7 +257,7 @@ inline Weight make_weight(const char* op, const Tensor& codes, const Tensor& sca
     }
   }
   expect(op, "scale", scale, st, {blocks, groups, 64});
-  w.scale = data(scale);
+  w.scale = constant_data(scale);
   w.zero_kind = Zero::symmetric;
   if (w.scale_kind == Scale::two_nibble) {
     check(!zero && block_zero, op,
@@ -244,7 +270,7 @@ inline Weight make_weight(const char* op, const Tensor& codes, const Tensor& sca
           type_name(st), " (minima), got ", type_name(zt));
     check(!two_level || block_zero, op, "two-level minima need block_zero");
     expect(op, "zero", *zero, zt, {blocks, groups, 64});
-    w.zero = data(zero);
+    w.zero = constant_data(zero);
     w.zero_kind = integer ? Zero::integer : Zero::minimum;
   } else {
     check(!block_zero, op, "block_zero needs zero");
@@ -252,14 +278,14 @@ inline Weight make_weight(const char* op, const Tensor& codes, const Tensor& sca
   if (block_zero) {
     check(two_level, op, "block_zero needs block_scale");
     expect(op, "block_zero", *block_zero, ScalarType::Half, {blocks, kp / layout::kBlockGroup, 64});
-    w.block_zero = data<uint16_t>(block_zero);
+    w.block_zero = constant_data<uint16_t>(block_zero);
   }
   if (table) {
     check(bits == 4, op, "a table of 16 values needs bits = 4, got ", bits);
     check(w.zero_kind == Zero::symmetric, op,
           "a table has its own zero: it takes no zero points and no minima");
     expect(op, "table", *table, ScalarType::Char, {16});
-    w.table = data<int8_t>(table);
+    w.table = constant_data<int8_t>(table);
   }
   same_device(op, "scale", scale, "codes", codes);
   same_device(op, "zero", zero, "codes", codes);

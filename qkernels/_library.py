@@ -14,6 +14,8 @@ define("cpu_isa", "() -> str", fake=None)
 define("cpu_isas", "() -> str", fake=None)
 # Operations done on registers in `steps` rounds, for the ceilings of benchmarks: csrc/cpu/peak.cpp.
 define("cpu_peak", "(str kind, int steps) -> int", fake=None)
+# A read of every byte, for the ceilings of benchmarks on a GPU: csrc/cuda/peak.cu.
+define("peak_read", "(Tensor bytes) -> Tensor", fake=None)
 
 HERE = Path(__file__).resolve().parent
 MINIMUM_TORCH = (2, 11)

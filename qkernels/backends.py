@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from . import devices
 from .ops.registry import NATIVE, REFERENCE
 
 Case = Mapping[str, Any]
@@ -38,6 +39,11 @@ def _anything(case: Case) -> str | None:
     return None
 
 
+def _cuda(case: Case) -> str | None:
+    found = case.get("capability")
+    return None if found is None else devices.too_old(found)
+
+
 @dataclass(frozen=True)
 class Row:
     """One implementation of one op.
@@ -46,7 +52,8 @@ class Row:
     namespace: of torch.ops.
     device: the device type it stands for; None: any. supports: case -> the reason why not, or None.
     A case holds what the
-    caller of `select` gave: constants such as weight=WeightKind(...), act="int8".
+    caller of `select` gave: constants such as weight=WeightKind(...), act="int8"; of a GPU that is
+    older than all CUDA kernels, its capability=(major, minor) as well.
     """
 
     op: str
@@ -100,7 +107,7 @@ def rows(op: str) -> list[Row]:
 
 def _device_rows(op: str) -> list[Row]:
     """Of an op that nobody has registered rows for."""
-    return [Row(op, device, NATIVE, device) for device in ("cuda", "cpu")]
+    return [Row(op, "cuda", NATIVE, "cuda", _cuda), Row(op, "cpu", NATIVE, "cpu")]
 
 
 def choose(op: str, device: str, case: Case) -> Choice:
@@ -142,14 +149,12 @@ def select(op: str, device: torch.device, **case: Any) -> Callable[..., Any]:
     Raises RuntimeError if no
     row serves the case, FallbackError where one is passed over and the policy is "error".
     """
-    key = (op, device.type, tuple(case.items()), _backend)
+    key = (op, device, tuple(case.items()), _backend)
     if torch.compiler.is_dynamo_compiling():
-        return _overload(
-            _resolve_for_trace(op, device.type, tuple(case.items()), _backend, _policy), op
-        )
+        return _overload(_resolve_for_trace(op, device, tuple(case.items()), _backend, _policy), op)
     found = _choices.get(key)
     if found is None:
-        found = _choices[key] = _overload(_resolve(op, device.type, case), op)
+        found = _choices[key] = _overload(_resolve(op, device, case), op)
     return found
 
 
@@ -159,20 +164,28 @@ def _overload(namespace: str, op: str) -> Callable[..., Any]:
 
 @torch.compiler.assume_constant_result
 def _resolve_for_trace(
-    op: str, device: str, case: tuple[tuple[str, Any], ...], backend: str, policy: str
+    op: str, device: torch.device, case: tuple[tuple[str, Any], ...], backend: str, policy: str
 ) -> str:
     # backend and policy are arguments so that a trace is guarded by them.
     return _resolve(op, device, {name: _kind(value) for name, value in case})
 
 
-def _resolve(op: str, device: str, case: Case) -> str:
-    if device == "meta":
+def _resolve(op: str, device: torch.device, case: Case) -> str:
+    if device.type == "meta":
         return NATIVE
     with _lock:
-        choice = choose(op, device, case)
+        choice = choose(op, device.type, {**case, **facts_of(device)})
         if choice.reasons and _policy != "ignore":
-            _report(op, device, case, choice)
+            _report(op, device.type, case, choice)
     return choice.row.namespace
+
+
+def facts_of(device: torch.device) -> Case:
+    """What a case says of its device: nothing, but of a GPU that is too old for any CUDA kernel."""
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return {}
+    found = devices.capability(device.index or 0)
+    return {} if devices.too_old(found) is None else {"capability": found}
 
 
 def _report(op: str, device: str, case: Case, choice: Choice) -> None:
@@ -284,18 +297,26 @@ def _from_environment() -> None:
     _backend = os.environ.get("QKERNELS_BACKEND", "") or "auto"
 
 
-# What the CPU kernels of linear take beyond what makes a weight; the other ops take everything.
+# What the kernels of linear take beyond what makes a weight; the other ops take everything. On
+# CUDA, float32 activations go through a dequantized copy of the weight (csrc/cuda/linear.cu).
 _LINEAR_MAX_SPAN = 32768  # kMaxSpan of csrc/linear_ops.h
 
 
-def _cpu_linear(case: Case) -> str | None:
+def _int8_linear(case: Case) -> str | None:
     span = min(case.get("group", 0), case.get("act_group", 0))
     if case.get("act") == "int8" and span > _LINEAR_MAX_SPAN:
         return f"int8 sums over more than {_LINEAR_MAX_SPAN} columns could overflow"
     return None
 
 
+def _cuda_linear(case: Case) -> str | None:
+    return _cuda(case) or _int8_linear(case)
+
+
 for _op in ("linear", "linear_quant"):
-    _rows[_op] = [Row(_op, "cuda", NATIVE, "cuda"), Row(_op, "cpu", NATIVE, "cpu", _cpu_linear)]
+    _rows[_op] = [
+        Row(_op, "cuda", NATIVE, "cuda", _cuda_linear),
+        Row(_op, "cpu", NATIVE, "cpu", _int8_linear),
+    ]
 
 _from_environment()

@@ -7,7 +7,7 @@ import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -52,6 +52,14 @@ class Batch:
     query_start: Tensor
     kv_len: Tensor
     page_table: Tensor
+
+
+def on_device(values: Sequence[Any], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A tensor of numbers; to a GPU by a copy that nobody waits for, from memory that stays as it
+    is until then."""
+    if device.type != "cuda":
+        return torch.tensor(values, dtype=dtype, device=device)
+    return torch.tensor(values, dtype=dtype, pin_memory=True).to(device, non_blocking=True)
 
 
 class LayerCache(NamedTuple):
@@ -122,6 +130,7 @@ class PagedKVCache:
         self._free: list[int] = []  # a heap, so that low pages are taken first
         self._next = 0
         self._count = 0  # pages in memory
+        self.moves = 0  # times that the tensors were made anew, and lie elsewhere
         # The last page table and its sequences, until a page comes or goes. It has been handed out:
         # it is replaced, never written to.
         self._table: tuple[tuple[int, ...], Tensor] | None = None
@@ -140,7 +149,10 @@ class PagedKVCache:
         def grown(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
             tensor = torch.empty(shape, dtype=dtype, device=self.device)
             if old:
-                tensor[:, :old] = getattr(self, name)[:, :old]
+                before = getattr(self, name)
+                tensor[:, :old] = before[:, :old]
+                if before.is_cuda:  # it may have been made for another stream than that of the copy
+                    before.record_stream(torch.cuda.current_stream(before.device))
             return tensor
 
         # One tensor after the other, so that at most one of them exists twice.
@@ -160,16 +172,17 @@ class PagedKVCache:
                 setattr(self, name, getattr(self, name)[:, :old])
             raise
         self._count = pages
+        self.moves += 1
         for page in range(old, pages):
             heapq.heappush(self._free, page)
 
     def layer(self, index: int) -> LayerCache:
         """The pages of one layer. Views: take them after `reserve`, which may move the pool."""
         return LayerCache(
-            self.k_pages[index],
-            self.v_pages[index],
-            None if self.k_scale is None else self.k_scale[index],
-            None if self.v_scale is None else self.v_scale[index],
+            self.k_pages.select(0, index),
+            self.v_pages.select(0, index),
+            None if self.k_scale is None else self.k_scale.select(0, index),
+            None if self.v_scale is None else self.v_scale.select(0, index),
         )
 
     @property
@@ -253,8 +266,25 @@ class PagedKVCache:
                 f"needs {needed * self.page_size} tokens of KV cache in whole pages of "
                 f"{self.page_size}, the limit is {self.max_pages * self.page_size}"
             )
-        if needed > have:
+        if needed <= have:
+            return
+        try:
             self._allocate(min(max(needed, 2 * have), self.max_pages))
+        except torch.OutOfMemoryError:  # of a GPU; what is needed may fit where its double does not
+            if needed >= 2 * have:
+                raise
+            self._allocate(needed)
+
+    def ensure(self, tokens: int) -> None:
+        """Has memory for `tokens` more in sequences of their own, so that reserving them moves
+        nothing: whoever keeps addresses of the pages asks for what is coming at once. Raises as
+        `grow` does."""
+        self._make_room(-(-tokens // self.page_size), 0)
+
+    def pages(self, seq: int) -> list[int]:
+        """The pages of a sequence, in order. A copy. Raises KeyError as `reserve` does."""
+        self._check(seq)
+        return list(self._pages[seq])
 
     def page_table(self, seqs: Sequence[int]) -> Tensor:
         """[B, pages of the longest] int32, of sequences that are there. To be read only."""
@@ -266,7 +296,7 @@ class PagedKVCache:
         return self._table[1]
 
     def _ints(self, values: list[int] | list[list[int]]) -> Tensor:
-        return torch.tensor(values, dtype=torch.int32, device=self.device)
+        return on_device(values, torch.int32, self.device)
 
     def truncate(self, seq: int, length: int) -> None:
         """Forgets all tokens of a sequence from `length` on. Raises KeyError, or ValueError if

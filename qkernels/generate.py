@@ -257,12 +257,21 @@ class Request:
         return len(self.ids) - self.prompt
 
 
+def penalize(values: torch.Tensor, penalty: torch.Tensor) -> torch.Tensor:
+    """Logits of tokens that have occurred, made less likely. penalty: [1] beside them: a number
+    would become a product with its reciprocal on a GPU."""
+    return torch.where(values > 0, values / penalty, values * penalty)
+
+
 class Sampler:
-    """Next tokens for the sequences of a batch; everything but the penalty is one op."""
+    """Next tokens for the sequences of a batch; everything but the penalty is one op.
+
+    seed: of the first prompt; that of prompt i is seed + i.
+    """
 
     def __init__(self, settings: GenerationSettings) -> None:
-        self._settings = settings
-        self._seed = secrets.randbits(62) if settings.seed is None else settings.seed
+        self.settings = settings
+        self.seed = secrets.randbits(62) if settings.seed is None else settings.seed
         # Arguments of `sample` for the sequences of these seeds. Only the offsets change from token
         # to token, until a sequence comes or leaves.
         self._seeds: list[int] = []
@@ -272,32 +281,38 @@ class Sampler:
     def __call__(self, logits: torch.Tensor, sequences: Sequence[Request]) -> list[int]:
         """logits [B, V] float32 (overwritten when a penalty is on) -> B tokens. Raises RuntimeError
         for a row with a NaN or nothing but -inf."""
-        settings = self._settings
+        settings, device = self.settings, logits.device
         if settings.repetition_penalty != 1.0:
+            penalty = torch.full((1,), settings.repetition_penalty, device=device)
             for row, sequence in zip(logits, sequences, strict=True):
-                seen = torch.tensor(sorted(set(sequence.ids)), dtype=torch.int64)
-                value = row[seen]
-                penalty = settings.repetition_penalty
-                row[seen] = torch.where(value > 0, value / penalty, value * penalty)
-        seeds = [self._seed + s.index for s in sequences]
+                ids = sorted(set(sequence.ids))
+                seen = torch.tensor(ids, dtype=torch.int64, device=device)
+                row[seen] = penalize(row[seen], penalty)
+        seeds = [self.seed + s.index for s in sequences]
         if seeds != self._seeds:
-            self._seeds, self._arguments = seeds, self._arguments_of(seeds)
+            self._seeds, self._arguments = seeds, self._arguments_of(seeds, device)
             self._offset = IntBuffer(len(seeds), torch.int64)
-        offset = self._offset.write([s.new_count for s in sequences])
-        tokens = select("sample", logits.device)(logits, *self._arguments, offset).tolist()
+        offset = self._offset.write([s.new_count for s in sequences]).to(device)
+        tokens = select("sample", device)(logits, *self._arguments, offset).tolist()
         check_tokens(tokens)  # a kernel on a GPU could not
         return tokens
 
-    def _arguments_of(self, seeds: list[int]) -> list[torch.Tensor]:
+    def _arguments_of(self, seeds: list[int], device: torch.device) -> list[torch.Tensor]:
         """temperature, top_k, top_p, min_p and seed, [B] each."""
-        settings, rows = self._settings, (len(seeds),)
+        settings, rows = self.settings, (len(seeds),)
         return [
-            torch.full(rows, settings.temperature, dtype=torch.float32),
-            torch.full(rows, settings.top_k, dtype=torch.int32),
-            torch.full(rows, settings.top_p, dtype=torch.float32),
-            torch.full(rows, settings.min_p, dtype=torch.float32),
-            torch.tensor(seeds, dtype=torch.int64),
+            torch.full(rows, settings.temperature, dtype=torch.float32, device=device),
+            torch.full(rows, settings.top_k, dtype=torch.int32, device=device),
+            torch.full(rows, settings.top_p, dtype=torch.float32, device=device),
+            torch.full(rows, settings.min_p, dtype=torch.float32, device=device),
+            torch.tensor(seeds, dtype=torch.int64, device=device),
         ]
+
+
+# The next token of each of some sequences, by whoever runs the model and draws at once. The last
+# argument: whether the same sequences will want another one, as far as is known before they are
+# seen. It may then be on its way already.
+Decode = Callable[[Sequence[Request], Sampler, bool], list[int]]
 
 
 @dataclass(frozen=True)
@@ -313,7 +328,7 @@ class Loop:
     """Decodes a batch of sequences, each until its own end; new ones come in as others leave.
 
     pool: where keys and values live. keep: sequences that stay in the pool at the end (a chat's),
-    by the caller's wish.
+    by the caller's wish. decode: of pools that decode by themselves.
     """
 
     def __init__(
@@ -325,6 +340,7 @@ class Loop:
         *,
         keep: bool = False,
         max_batch: int = MAX_BATCH,
+        decode: Decode | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.timings = Timings()
@@ -335,6 +351,7 @@ class Loop:
         self._max_batch = max_batch
         self._clock = clock
         self._sampler = Sampler(settings)
+        self._step = decode or self._by_logits
         self._waiting = deque(sequences)
         self._running: list[Request] = []
 
@@ -377,25 +394,39 @@ class Loop:
         for sequence, (_, ids) in zip(chosen, parts, strict=True):
             sequence.done += len(ids)
         ended = [i for i, s in enumerate(chosen) if s.done == s.prompt]
-        pieces = self._advance(logits[ended], [chosen[i] for i in ended]) if ended else []
+        pieces: list[Piece] = []
+        if ended:
+            last = logits if len(ended) == len(chosen) else logits[ended]
+            ending = [chosen[i] for i in ended]
+            pieces = self._advance(self._sampler(last, ending), ending)
         self.timings.prefill += self._clock() - begin
         self.timings.prefill_tokens += PREFILL_CHUNK - room
         return pieces
 
     def _decode(self) -> list[Piece]:
         begin, running = self._clock(), list(self._running)
-        logits = self._pool.forward([(s.handle, s.ids[-1:]) for s in running], last_only=True)
+        tokens = self._step(running, self._sampler, not any(map(self._is_full, running)))
         for sequence in running:
             sequence.done += 1
-        pieces = self._advance(logits, running)
+        pieces = self._advance(tokens, running)
         self.timings.decode += self._clock() - begin
         self.timings.decode_tokens += len(running)
         return pieces
 
-    def _advance(self, logits: torch.Tensor, sequences: Sequence[Request]) -> list[Piece]:
-        """Chooses the next token of each sequence and sees whether it ends there."""
+    def _by_logits(self, sequences: Sequence[Request], sampler: Sampler, more: bool) -> list[int]:
+        """Decodes through the pool's logits."""
+        parts = [(s.handle, s.ids[-1:]) for s in sequences]
+        return sampler(self._pool.forward(parts, last_only=True), sequences)
+
+    def _is_full(self, sequence: Request, coming: int = 1) -> bool:
+        """Whether it ends with `coming` more tokens, whichever they are."""
+        full = sequence.new_count + coming >= self._settings.max_new_tokens
+        return full or len(sequence.ids) + coming > self._context
+
+    def _advance(self, tokens: Sequence[int], sequences: Sequence[Request]) -> list[Piece]:
+        """Adds the next token to each sequence and sees whether it ends there."""
         settings, pieces = self._settings, []
-        for sequence, token in zip(sequences, self._sampler(logits, sequences), strict=True):
+        for sequence, token in zip(sequences, tokens, strict=True):
             sequence.ids.append(token)
             text = ""
             if settings.stop_at_eos and token in settings.eos_ids:
@@ -404,10 +435,7 @@ class Loop:
                 text = sequence.assembler.push(token)
                 if sequence.assembler.stopped:
                     sequence.finish = "stop"
-                elif (
-                    sequence.new_count >= settings.max_new_tokens
-                    or len(sequence.ids) > self._context
-                ):
+                elif self._is_full(sequence, coming=0):
                     sequence.finish = "length"
             if sequence.finish:
                 if sequence.finish != "stop":

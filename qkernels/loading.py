@@ -152,9 +152,19 @@ def rotary_row_order(heads: int, head_dim: int, rotary_dim: int) -> np.ndarray:
     return (np.arange(heads)[:, None] * head_dim + head).reshape(-1)
 
 
-def load_gguf(path: str | Path, progress: Progress | None = None) -> Checkpoint:
+def placed(weight: Weight, device: torch.device | None) -> Weight:
+    """The weight on a device, None: where it is. Weights are packed on the CPU and go one by one,
+    so that there is at most one of them in the CPU's memory."""
+    return weight if device is None else weight.to(device)
+
+
+def load_gguf(
+    path: str | Path, progress: Progress | None = None, device: torch.device | None = None
+) -> Checkpoint:
     """Reads a GGUF file. Quantized tensors keep their values exactly, float matrices their type;
     vectors become float32.
+
+    device: where the weights go; None is the CPU.
 
     Raises CheckpointError for a damaged file, UnsupportedModelError (a ValueError) for a model
     without code here.
@@ -189,7 +199,7 @@ def load_gguf(path: str | Path, progress: Progress | None = None) -> Checkpoint:
                 if d.rotary_heads
                 else None
             )
-            weights[d.name] = _gguf_weight(file, d, order, buffer)
+            weights[d.name] = placed(_gguf_weight(file, d, order, buffer), device)
             done += file.tensors[d.gguf].nbytes
             if progress is not None:
                 progress(done, total, d.gguf)
@@ -237,6 +247,7 @@ def load_hf_directory(
     spec: QuantSpec | None,
     embeddings: QuantSpec | None,
     progress: Progress | None = None,
+    device: torch.device | None = None,
 ) -> Checkpoint:
     """Reads config.json and safetensors as transformers writes them, without transformers.
     Arguments as in `load_hf`.
@@ -250,7 +261,7 @@ def load_hf_directory(
             raw["quantization_config"] = config
     with ExitStack() as stack:
         source = SafetensorsDirectory(directory, stack, single or SINGLE)
-        loaded = load_hf(raw, source, spec, embeddings, progress)
+        loaded = load_hf(raw, source, spec, embeddings, progress, device)
     loaded.generation = read_json(generation) if generation.exists() else {}
     return loaded
 
@@ -260,13 +271,15 @@ def load_hf_model(
     spec: QuantSpec | None,
     embeddings: QuantSpec | None,
     progress: Progress | None = None,
+    device: torch.device | None = None,
 ) -> Checkpoint:
     """Takes the weights of a transformers model object. Arguments as in `load_hf`."""
     where = f"transformers model {type(model).__name__}"
     raw = model.config.to_dict()
     if isinstance(getattr(model, "dtype", None), torch.dtype):
         raw["dtype"] = str(model.dtype).removeprefix("torch.")  # the model may have been cast since
-    loaded = load_hf(raw, StateDict(model.state_dict(), where), spec, embeddings, progress)
+    source = StateDict(model.state_dict(), where)
+    loaded = load_hf(raw, source, spec, embeddings, progress, device)
     generation = getattr(model, "generation_config", None)
     loaded.generation = generation.to_dict() if generation is not None else {}
     return loaded
@@ -278,12 +291,14 @@ def load_hf(
     spec: QuantSpec | None,
     embeddings: QuantSpec | None,
     progress: Progress | None = None,
+    device: torch.device | None = None,
 ) -> Checkpoint:
     """A model from the contents of config.json and its tensors.
 
     spec: for every float matrix but the embedding table; embeddings: for that, and with tied
     weights for the head. None leaves them dense in the checkpoint's type. Matrices that the
     checkpoint has quantized (`quantization_config`) keep their values, and `spec` must be None.
+    device: where the weights go; None is where they are (the CPU, for files).
     Quantizing and packing go by blocks of rows, so the peak of memory is the packed size plus a few
     blocks. Raises CheckpointError, UnsupportedModelError or ValueError.
     """
@@ -312,9 +327,10 @@ def load_hf(
     for d in defs:
         wanted = embeddings if d.name == "embed.weight" else spec
         if stored is not None and d.name in quantized:
-            weights[d.name] = _quantized_weight(source, d, stored)
+            weight: Weight = _quantized_weight(source, d, stored)
         else:
-            weights[d.name] = _hf_weight(source, d, wanted if d.is_matrix else None)
+            weight = _hf_weight(source, d, wanted if d.is_matrix else None)
+        weights[d.name] = placed(weight, device)
         done += int(np.prod(d.shape))
         if progress is not None:
             progress(done, total, d.hf)

@@ -14,6 +14,23 @@ UNIT = {torch.float32: U32, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 SMALLEST = {torch.float32: 2.0**-149, torch.float16: 2.0**-24, torch.bfloat16: 2.0**-133}
 
 
+def groups_of_columns(plain: PlainWeight) -> Tensor:
+    """[K]: the group of each column."""
+    if plain.g_idx is not None:
+        return plain.g_idx.long()
+    return torch.arange(plain.k) // plain.spec.group(plain.k)
+
+
+def exact_scale(plain: PlainWeight) -> Tensor:
+    """[N, groups] float64: what multiplies the codes."""
+    spec = plain.spec
+    scale = (plain.scale & 15 if spec.scale == "uint4" else plain.scale.float()).double()
+    if plain.block_scale is not None:
+        block_of = torch.arange(scale.shape[1]) * spec.group(plain.k) // BLOCK
+        scale = scale * plain.block_scale.double()[:, block_of]
+    return scale
+
+
 def exact_weight(plain: PlainWeight) -> tuple[Tensor, Tensor]:
     """The values [N, K] in float64, where all products are exact, and the sum of the magnitudes
     they are made of.
@@ -22,17 +39,13 @@ def exact_weight(plain: PlainWeight) -> tuple[Tensor, Tensor]:
     the latter.
     """
     spec = plain.spec
-    group, k = spec.group(plain.k), plain.k
-    of = torch.arange(k) // group if plain.g_idx is None else plain.g_idx.long()
-    scale = (plain.scale & 15 if spec.scale == "uint4" else plain.scale.float()).double()
+    of, scale = groups_of_columns(plain), exact_scale(plain)
     minimum = (plain.scale >> 4).double() if spec.scale == "uint4" else None
     if spec.zero == "minimum" and plain.zero is not None:
         minimum = plain.zero.float().double()
-    if plain.block_scale is not None:
-        block_of = torch.arange(scale.shape[1]) * group // BLOCK
-        scale = scale * plain.block_scale.double()[:, block_of]
-        if minimum is not None and plain.block_zero is not None:
-            minimum = minimum * plain.block_zero.double()[:, block_of]
+    if minimum is not None and plain.block_zero is not None:
+        block_of = torch.arange(scale.shape[1]) * spec.group(plain.k) // BLOCK
+        minimum = minimum * plain.block_zero.double()[:, block_of]
     code = plain.codes.double()
     if spec.table is not None:
         code = torch.tensor(spec.table, dtype=torch.float64)[plain.codes.long()]
@@ -52,6 +65,7 @@ def linear_exact(
     bias: Tensor | None,
     dtype: torch.dtype,
     residual: Tensor | None = None,
+    added: float = 0,
 ) -> tuple[Tensor, Tensor]:
     """x [M, K] (exact in float64) -> y [M, N] float64, and the bound of a float32 kernel's error
     that stores dtype.
@@ -60,6 +74,10 @@ def linear_exact(
     magnitudes; each product
     adds a few roundings of its own (scales, the product, the zero's part), bias and residual one
     each, the store half a unit.
+
+    Tensor cores of a GPU take code + `added`, and sums of 32 columns start from -added * sum x,
+    which they compute in the same way. They add 8 products at a time and cut the sum off, which
+    errs by 2 u of it at most: 4 times for each of the two, so by 16 u of added * scale * sum |x|.
     """
     x = x.double()
     weight, magnitude = exact_weight(plain)
@@ -70,6 +88,9 @@ def linear_exact(
     if residual is not None:
         y, size = y + residual.double(), size + residual.double().abs()
     error = (x.shape[1] + 8) * U32 * size
+    if added:
+        shift = added * exact_scale(plain).abs()[:, groups_of_columns(plain)]
+        error += 16 * U32 * (x.abs() @ shift.T)
     return y, error + UNIT[dtype] * (y.abs() + error) + SMALLEST[dtype]
 
 

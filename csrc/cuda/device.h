@@ -14,6 +14,12 @@
 
 namespace qk {
 
+// Packed codes are read in runs of 16 bytes. Tensors of their own are aligned; views need not be.
+inline void check_on_16_bytes(const char* op, const char* name, const void* p) {
+  check(reinterpret_cast<uintptr_t>(p) % 16 == 0, op, name,
+        " must start at a multiple of 16 bytes in memory; call .clone() on it");
+}
+
 #ifdef QK_EMULATE_CUDA
 struct EmulatedOp {
   explicit EmulatedOp(const char* op) { emu::begin(op); }

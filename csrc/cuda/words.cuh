@@ -4,6 +4,8 @@
 
 namespace qk {
 
+inline bool on_16_bytes(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
+
 // The 16 / sizeof(T) elements of 16 bytes; T is float, half_t or bf16_t.
 template <class T>
 __device__ __forceinline__ void unpack(const Words4& words, float (&out)[16 / sizeof(T)]) {

@@ -25,7 +25,10 @@
 #define QK_UNPOISON(p, n)
 #endif
 
-#if !defined(__x86_64__)
+#if defined(__x86_64__) && !defined(QK_EMU_UCONTEXT)
+#define QK_OWN_SWITCH 1
+#else
+#define QK_OWN_SWITCH 0
 #include <ucontext.h>
 #endif
 
@@ -44,7 +47,7 @@ std::recursive_mutex one_at_a_time;  // launches of one thread after those of an
 
 // ---- switching fibers ----
 
-#if defined(__x86_64__)
+#if QK_OWN_SWITCH
 // Saves what a call must preserve and the stack pointer, and goes on where `to` was saved.
 extern "C" void qk_emu_switch(void** save, void* to);
 asm(R"(
@@ -152,6 +155,7 @@ void run_block(const std::vector<int>& order) {
   std::fill(machine.warps.begin(), machine.warps.end(), Warp{});
   machine.mbarriers.clear();
   clear_shared();
+  start_block();
   for (int i = 0; i < threads; i++) {
     machine.threads[size_t(i)] = Thread{};
     char* stack = scheduler.stacks + size_t(i) * kStack;
@@ -177,20 +181,24 @@ void run_block(const std::vector<int>& order) {
 }
 
 // Where in the device code a failure came from, if addr2line is there to say.
+// QKERNELS_EMU_SOURCES=0 does not ask, which is faster where many failures are expected.
 std::string source_of(const std::vector<std::pair<std::string, uintptr_t>>& frames) {
-  std::string out;
-  for (const auto& [library, offset] : frames) {
-    char command[1024];
-    std::snprintf(command, sizeof command, "addr2line -Cfpse '%s' 0x%zx 2>/dev/null",
-                  library.c_str(), size_t(offset));
-    if (FILE* pipe = popen(command, "r")) {
-      char line[512];
-      if (std::fgets(line, sizeof line, pipe)) {
-        line[std::strcspn(line, "\n")] = 0;
-        if (line[0] != '?') out += std::string("\n  ") + line;
-      }
-      pclose(pipe);
+  const char* wanted = std::getenv("QKERNELS_EMU_SOURCES");
+  if (frames.empty() || (wanted && std::strcmp(wanted, "0") == 0)) return "";
+  const std::string& library = frames[0].first;
+  std::string command = "addr2line -Cfpse '" + library + "'", out;
+  for (const auto& [file, offset] : frames) {
+    char hexadecimal[24];
+    std::snprintf(hexadecimal, sizeof hexadecimal, " %zx", size_t(offset));
+    if (file == library) command += hexadecimal;
+  }
+  if (FILE* pipe = popen((command + " 2>/dev/null").c_str(), "r")) {
+    char line[512];
+    while (std::fgets(line, sizeof line, pipe)) {
+      line[std::strcspn(line, "\n")] = 0;
+      if (line[0] != '?') out += std::string("\n  ") + line;
     }
+    pclose(pipe);
   }
   return out;
 }
@@ -200,17 +208,12 @@ std::string source_of(const std::vector<std::pair<std::string, uintptr_t>>& fram
 void begin(const char* op) {
   one_at_a_time.lock();
   machine.op = op;
+  start_op();
 }
 void end() {
-  machine.buffers.clear();
+  forget();
   one_at_a_time.unlock();
 }
-void allow(const void* memory, int64_t bytes, bool writable) {
-  if (bytes <= 0 || memory == nullptr) return;
-  const auto first = reinterpret_cast<uintptr_t>(memory);
-  machine.buffers.push_back({first, first + size_t(bytes), writable});
-}
-void poison(void* memory, int64_t bytes) { std::memset(memory, 0xff, size_t(bytes)); }
 
 Limits limits() {
   const auto setting = [](const char* name, int otherwise) {
@@ -218,12 +221,17 @@ Limits limits() {
     return text ? std::atoi(text) : otherwise;
   };
   const int architecture = setting("QKERNELS_EMU_ARCHITECTURE", 90);
-  const int shared = architecture >= 90 ? 227 << 10 : 163 << 10;
-  return {architecture, setting("QKERNELS_EMU_MULTIPROCESSORS", 132), shared, shared + (1 << 10)};
+  // KB that a multiprocessor has, of which a block may have all but one; Turing's may have it all.
+  const int has = architecture < 80                              ? 64
+                  : architecture == 80 || architecture == 87     ? 164
+                  : architecture < 90 || architecture / 10 == 12 ? 100
+                                                                 : 228;
+  const int may = architecture < 80 ? has : has - 1;
+  return {architecture, setting("QKERNELS_EMU_MULTIPROCESSORS", 132), may << 10, has << 10};
 }
 
 bool launch(Dim3 grid, Dim3 block, size_t shared_bytes, void (*body)(const void*),
-            const void* argument, size_t argument_bytes) {
+            const void* argument, size_t argument_bytes, bool dependent) {
   const size_t threads = size_t(block.x) * block.y * block.z;
   const size_t blocks = size_t(grid.x) * grid.y * grid.z;
   const bool fits = threads >= 1 && threads <= kMostThreads && block.z <= 64 && blocks >= 1 &&
@@ -240,7 +248,10 @@ bool launch(Dim3 grid, Dim3 block, size_t shared_bytes, void (*body)(const void*
   }
   machine.stack_bytes = kStack;
   const auto first = reinterpret_cast<uintptr_t>(argument);
-  machine.argument = {first, first + argument_bytes, false};
+  machine.argument = {first, first + argument_bytes};
+  machine.dependent = dependent;
+  now.sm75 = limits().architecture < 80;
+  start_grid(blocks);
   machine.threads.assign(threads, Thread{});
   machine.warps.assign((threads + 31) / 32, Warp{});
   scheduler.fibers.assign(threads, Fiber{});
@@ -272,6 +283,10 @@ bool launch(Dim3 grid, Dim3 block, size_t shared_bytes, void (*body)(const void*
     machine.frames.clear();
     throw std::runtime_error(place + message + source);
   }
+  if (dependent && !machine.depended)
+    throw std::runtime_error(std::string("emulated GPU: ") + machine.op +
+                             ": no thread of a dependent launch has called dependency_wait, so the "
+                             "launch behind it could start before the one before it has ended");
   return true;
 }
 

@@ -15,29 +15,39 @@ struct Dim3 {
 // Of the fiber that runs: what threadIdx and its kin read.
 struct Indices {
   Dim3 thread, block, block_dim, grid_dim;
+  bool sm75 = false;  // the launch plays an architecture before 80
 };
 extern Indices now;
 
 // ---- what a boundary tells ----
 
 // From begin to end an op launches. Until end, device code may touch the buffers that were allowed
-// and no others: `bytes` from `memory` on; nothing writes to one that is not writable.
+// and no others: `bytes` from `memory` on; nothing writes to one that is not writable. What no
+// kernel at all writes is a constant: a dependent launch may read it before it waits.
+enum class Use { read, write, constant };
 void begin(const char* op);
 void end();
-void allow(const void* memory, int64_t bytes, bool writable);
-// Fills memory that a kernel is to overwrite with 0xff, which is NaN in every float type.
+void allow(const void* memory, int64_t bytes, Use use);
+// Fills memory that a kernel is to overwrite with 0xff, which is NaN in every float type, and has
+// reads reported of what the op has not written.
 void poison(void* memory, int64_t bytes);
+// What was allowed to an op that ends before it launches.
+void forget();
+// cudaMemsetAsync.
+void fill(void* memory, int value, size_t bytes);
 
 // Runs body(argument) in every thread of the grid; argument is readable too. Throws a
 // runtime_error that names the op, the block and the thread for whatever a thread did wrong.
 // Returns false for sizes that no launch may have.
+// A dependent one may overlap its predecessor until it calls dependency_wait.
 bool launch(Dim3 grid, Dim3 block, size_t shared_bytes, void (*body)(const void*),
-            const void* argument, size_t argument_bytes);
+            const void* argument, size_t argument_bytes, bool dependent);
 
 struct Limits {
   int architecture, multiprocessors, shared_per_block, shared_per_multiprocessor;
 };
-// The device that is played: QKERNELS_EMU_ARCHITECTURE (90) and QKERNELS_EMU_MULTIPROCESSORS (132).
+// The device that is played: QKERNELS_EMU_ARCHITECTURE (90; 75 to 120) and
+// QKERNELS_EMU_MULTIPROCESSORS (132).
 Limits limits();
 
 // ---- what a fiber calls ----
@@ -52,8 +62,16 @@ void collective(const char* what, const void* in, void* out, Compute compute);
 
 // An explicit access: bounds, alignment, races. Plain loads and stores come here by way of
 // hooks.cpp.
-enum class Access { read, write, atomic };
+enum class Access {
+  read,
+  read_l2,        // not from L1, which other blocks' writes do not reach
+  read_constant,  // by a path that sees no writes of this launch
+  write,
+  atomic,
+};
 void access(const void* p, size_t bytes, Access kind);
+void device_fence();
+void dependency_wait();
 
 void copy_async(void* to, const void* from, int bytes, int valid);
 void copy_commit();

@@ -1,12 +1,11 @@
-// The memory of the emulated GPU: which bytes there are, who last touched those of shared memory,
-// and the copies that are on their way.
+// Shared memory of the emulated GPU: who last touched which byte, and the copies that are on their
+// way. (Global memory: global.cpp.)
 //
 // Two threads touch a byte of shared memory in order if a block_sync lies between them, or a
 // warp_sync if they are of one warp, or the wait for the copy that one of them made. Otherwise, if
 // one of them writes, they race, whatever order the fibers ran in.
 #include <dlfcn.h>
 #include <execinfo.h>
-#include <link.h>
 
 #include <cstdarg>
 #include <cstdio>
@@ -30,23 +29,25 @@ struct Shadow {
   uint32_t write_block = 0, write_warp = 0;  // epochs
   uint32_t read_block = 0, read_warps = 0;   // the epoch, and which warps have read in it
   uint32_t read_warp = 0, read_lanes = 0;    // of the last of these warps: its epoch and lanes
+  // The last plain write, which atomics after it must come after.
+  uint16_t plain_writer = 0;
+  uint32_t plain_block = 0, plain_warp = 0;
   uint64_t* barrier = nullptr;
+  uint32_t serial = 0;  // of the block's run
 };
 
 alignas(128) char shared[256 << 10];
 size_t shared_size = 0;
-std::vector<Shadow> shadow(sizeof shared);
+std::vector<Shadow> shadows(sizeof shared);
+Shadow& shadow(int at) {
+  Shadow& s = shadows[size_t(at)];
+  if (s.serial != machine.serial) s = Shadow{}, s.serial = machine.serial;
+  return s;
+}
 
 int offset_of(const void* p) { return int(static_cast<const char*>(p) - shared); }
 bool is_shared(const void* p) {
   return p >= static_cast<void*>(shared) && p < static_cast<void*>(shared + sizeof shared);
-}
-
-// Whether what thread `who` did in these epochs comes before what the current thread does now.
-bool ordered(int who, uint32_t block_epoch, uint32_t warp_epoch) {
-  const int me = machine.current;
-  if (who == me || block_epoch < machine.block_epoch) return true;
-  return who / 32 == me / 32 && warp_epoch < machine.warps[size_t(me / 32)].epoch;
 }
 
 void read_shared(Shadow& s, int at, const char* what) {
@@ -85,7 +86,9 @@ void check_write(const Shadow& s, int at, const char* what, bool atomic) {
   const bool both_atomic = atomic && s.content == Content::atomic;
   if (s.content != Content::none && !both_atomic && !ordered(s.writer, s.write_block, s.write_warp))
     fail("%s of shared byte %d races with the write of thread %d", what, at, int(s.writer));
-  if (s.read_block != machine.block_epoch || both_atomic) return;
+  if (both_atomic && !ordered(s.plain_writer, s.plain_block, s.plain_warp))
+    fail("%s of shared byte %d races with the write of thread %d", what, at, int(s.plain_writer));
+  if (s.read_block != machine.block_epoch) return;
   const uint32_t bit = 1u << (me / 32), lane = 1u << (me % 32);
   if (s.read_warps & ~bit)
     fail("%s of shared byte %d races with a read of warp %d", what, at,
@@ -100,6 +103,8 @@ void set_writer(Shadow& s, Content content) {
   s.writer = uint16_t(me);
   s.write_block = machine.block_epoch;
   s.write_warp = machine.warps[size_t(me / 32)].epoch;
+  if (content == Content::atomic) return;
+  s.plain_writer = s.writer, s.plain_block = s.write_block, s.plain_warp = s.write_warp;
 }
 
 void check_shared_bounds(const void* p, size_t bytes, const char* what) {
@@ -108,40 +113,13 @@ void check_shared_bounds(const void* p, size_t bytes, const char* what) {
          shared_size);
 }
 
-bool inside(const Buffer& b, uintptr_t first, size_t bytes) {
-  return first >= b.begin && first + bytes <= b.end;
-}
-
-void check_global(const void* p, size_t bytes, Access kind, const char* what) {
-  const auto first = reinterpret_cast<uintptr_t>(p);
-  bool read_only = false;
-  for (const Buffer& b : machine.buffers)
-    if (inside(b, first, bytes)) {
-      if (b.writable || kind == Access::read) return;
-      read_only = true;
-    }
-  if (read_only) fail("%s of %zu bytes of a buffer that is read only", what, bytes);
-  if (kind == Access::read) {
-    if (inside(machine.argument, first, bytes)) return;
-    for (const Buffer& b : machine.constants)
-      if (inside(b, first, bytes)) return;
-    const auto indices = reinterpret_cast<uintptr_t>(&now);
-    if (first >= indices && first + bytes <= indices + sizeof now) return;
-  }
-  // The nearest buffer says most of what went wrong.
-  const Buffer* nearest = nullptr;
-  uintptr_t distance = UINTPTR_MAX;
-  for (const Buffer& b : machine.buffers) {
-    const uintptr_t d = first < b.begin ? b.begin - first : first + bytes - b.end;
-    if (d < distance) distance = d, nearest = &b;
-  }
-  if (nearest == nullptr) fail("%s of %zu bytes at %p, and there are no buffers", what, bytes, p);
-  fail("%s of %zu bytes at byte %lld of a buffer of %zu", what, bytes,
-       static_cast<long long>(first) - static_cast<long long>(nearest->begin),
-       size_t(nearest->end - nearest->begin));
-}
-
 }  // namespace
+
+bool ordered(int who, uint32_t block_epoch, uint32_t warp_epoch) {
+  const int me = machine.current;
+  if (who == me || block_epoch < machine.block_epoch) return true;
+  return who / 32 == me / 32 && warp_epoch < machine.warps[size_t(me / 32)].epoch;
+}
 
 void fail(const char* format, ...) {
   char text[512];
@@ -162,43 +140,24 @@ void fail(const char* format, ...) {
   stop_launch();
 }
 
-void find_constants() {
-  const auto add = [](dl_phdr_info* info, size_t, void*) {
-    const auto here = reinterpret_cast<uintptr_t>(&find_constants);
-    std::vector<Buffer> found;
-    bool ours = false;
-    for (int i = 0; i < info->dlpi_phnum; i++) {
-      const auto& part = info->dlpi_phdr[i];
-      if (part.p_type != PT_LOAD) continue;
-      const uintptr_t first = info->dlpi_addr + part.p_vaddr, last = first + part.p_memsz;
-      ours = ours || (here >= first && here < last);
-      if (!(part.p_flags & PF_W)) found.push_back({first, last, false});
-    }
-    if (ours) machine.constants = found;
-    return ours ? 1 : 0;
-  };
-  dl_iterate_phdr(add, nullptr);
-}
-
 void size_shared(size_t bytes) { shared_size = bytes; }
-void clear_shared() {
-  std::memset(shared, 0xfb, shared_size);
-  std::fill(shadow.begin(), shadow.begin() + long(shared_size), Shadow{});
-}
+void clear_shared() { std::memset(shared, 0xfb, shared_size); }
 void* shared_bytes() { return shared; }
 
 void access(const void* p, size_t bytes, Access kind) {
   const auto first = reinterpret_cast<uintptr_t>(p);
   if (first - machine.stack_begin < machine.stack_bytes) return;  // a local variable
-  const char* what = kind == Access::read ? "read" : kind == Access::write ? "write" : "atomic";
+  const bool index = first - reinterpret_cast<uintptr_t>(&now) < sizeof now;
+  if (index && kind == Access::read) return;
+  const char* what = kind == Access::write ? "write" : kind == Access::atomic ? "atomic" : "read";
   if ((bytes & (bytes - 1)) == 0 && bytes <= 16 && first % bytes)
     fail("%s of %zu bytes at an address that is not a multiple of it", what, bytes);
   if (!is_shared(p)) return check_global(p, bytes, kind, what);
   check_shared_bounds(p, bytes, what);
   const int at = offset_of(p);
   for (int i = at; i < at + int(bytes); i++) {
-    Shadow& s = shadow[size_t(i)];
-    if (kind == Access::read) {
+    Shadow& s = shadow(i);
+    if (kind != Access::write && kind != Access::atomic) {
       read_shared(s, i, what);
       continue;
     }
@@ -214,14 +173,14 @@ void access(const void* p, size_t bytes, Access kind) {
 
 namespace {
 
-void start_copy(void* to, const void* from, int bytes, int valid, const char* what) {
+void start_copy(void* to, const void* from, int bytes, int valid, Access kind, const char* what) {
   if (!is_shared(to)) fail("%s to %p, which is not shared memory", what, to);
   check_shared_bounds(to, size_t(bytes), what);
-  if (valid > 0) check_global(from, size_t(valid), Access::read, what);
+  if (valid > 0) check_global(from, size_t(valid), kind, what);
   const int at = offset_of(to);
   for (int i = at; i < at + bytes; i++) {
-    check_write(shadow[size_t(i)], i, what, false);
-    set_writer(shadow[size_t(i)], Content::pending);
+    check_write(shadow(i), i, what, false);
+    set_writer(shadow(i), Content::pending);
   }
   std::memset(to, 0xcd, size_t(bytes));
 }
@@ -231,8 +190,8 @@ void land(const AsyncCopy& copy, Content content, uint64_t* barrier) {
   std::memset(copy.to + copy.valid, 0, size_t(copy.bytes - copy.valid));
   const int at = offset_of(copy.to);
   for (int i = at; i < at + copy.bytes; i++) {
-    set_writer(shadow[size_t(i)], content);
-    shadow[size_t(i)].barrier = barrier;
+    set_writer(shadow(i), content);
+    shadow(i).barrier = barrier;
   }
 }
 
@@ -243,7 +202,7 @@ void copy_async(void* to, const void* from, int bytes, int valid) {
   const bool aligned = reinterpret_cast<uintptr_t>(to) % unsigned(bytes) == 0 &&
                        (valid == 0 || reinterpret_cast<uintptr_t>(from) % unsigned(bytes) == 0);
   if (!aligned) fail("copy_async of %d bytes between addresses that are no multiples of it", bytes);
-  start_copy(to, from, bytes, valid, "copy_async");
+  start_copy(to, from, bytes, valid, bytes == 16 ? Access::read_l2 : Access::read, "copy_async");
   machine.threads[size_t(machine.current)].open.push_back(
       {static_cast<char*>(to), static_cast<const char*>(from), bytes, valid});
 }
@@ -283,7 +242,7 @@ void bulk_load(void* to, const void* from, uint32_t bytes, uint64_t* barrier) {
   const auto odd =
       (reinterpret_cast<uintptr_t>(to) | reinterpret_cast<uintptr_t>(from) | bytes) % 16;
   if (odd) fail("bulk_load of %u bytes: addresses and size must be multiples of 16", bytes);
-  start_copy(to, from, int(bytes), int(bytes), "bulk_load");
+  start_copy(to, from, int(bytes), int(bytes), Access::read_constant, "bulk_load");
   b.issued += bytes;
   b.copies.push_back(
       {static_cast<char*>(to), static_cast<const char*>(from), int(bytes), int(bytes)});

@@ -29,9 +29,16 @@ inline const char* cudaGetErrorString(cudaError_t error) {
                                                   : "invalid argument";
 }
 inline cudaError_t cudaMemsetAsync(void* memory, int value, size_t bytes, cudaStream_t) {
-  std::memset(memory, value, bytes);
+  qk::emu::fill(memory, value, bytes);
   return cudaSuccess;
 }
+enum cudaMemcpyKind { cudaMemcpyDeviceToHost };
+inline cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind,
+                                   cudaStream_t) {
+  std::memcpy(to, from, bytes);
+  return cudaSuccess;
+}
+inline cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
 
 namespace qk {
 
@@ -63,11 +70,23 @@ template <class T>
 T* shared_memory() {
   return static_cast<T*>(emu::shared_bytes());
 }
-// Plain loads of an aligned type, which the hooks check.
-inline Words4 load_stream(const void* p) { return *static_cast<const Words4*>(p); }
-inline Words4 load_read_only(const void* p) { return *static_cast<const Words4*>(p); }
-inline float load_other_block(const float* p) { return *p; }
-inline void store_128(void* p, const Words4& v) { *static_cast<Words4*>(p) = v; }
+// Explicit accesses: a compiler may split plain ones, whose alignment would then go unchecked.
+__attribute__((noinline, no_sanitize("thread"))) inline Words4 load_stream(const void* p) {
+  emu::access(p, sizeof(Words4), emu::Access::read);
+  return *static_cast<const Words4*>(p);
+}
+__attribute__((noinline, no_sanitize("thread"))) inline Words4 load_read_only(const void* p) {
+  emu::access(p, sizeof(Words4), emu::Access::read_constant);
+  return *static_cast<const Words4*>(p);
+}
+__attribute__((noinline, no_sanitize("thread"))) inline float load_other_block(const float* p) {
+  emu::access(p, sizeof(float), emu::Access::read_l2);
+  return *p;
+}
+__attribute__((noinline, no_sanitize("thread"))) inline void store_128(void* p, const Words4& v) {
+  emu::access(p, sizeof(Words4), emu::Access::write);
+  *static_cast<Words4*>(p) = v;
+}
 
 // ---- asynchronous copies ----
 
@@ -81,6 +100,7 @@ template <int kGroups>
 void copy_wait() {
   emu::copy_wait(kGroups);
 }
+inline bool bulk_copies() { return emu::limits().architecture >= 90; }
 inline void mbarrier_init(uint64_t* barrier) { emu::mbarrier_init(barrier); }
 inline void mbarrier_init_fence() {}
 inline void mbarrier_expect(uint64_t* barrier, uint32_t bytes) {
@@ -95,7 +115,7 @@ inline void mbarrier_wait(uint64_t* barrier, int parity) { emu::mbarrier_wait(ba
 
 inline void block_sync() { emu::block_sync(); }
 inline void warp_sync() { emu::warp_sync(); }
-inline void device_fence() {}
+inline void device_fence() { emu::device_fence(); }
 
 namespace emu {
 template <class T>
@@ -134,6 +154,20 @@ struct Fragments {
 };
 }  // namespace emu
 
+namespace sm75 {  // ptx_75.cuh: what is not there before sm_80
+template <int kBytes>
+__device__ __forceinline__ void copy(void* to, const void* from, int valid);
+__device__ __forceinline__ int32_t warp_max(int32_t v);
+__device__ __forceinline__ void mma_half(float (&d)[4], const uint32_t (&a)[4], uint32_t b0,
+                                         uint32_t b1);
+__device__ __forceinline__ void mma_bf16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0,
+                                         uint32_t b1, int lane);
+template <bool kSigned>
+__device__ __forceinline__ void mma_bytes(int32_t (&d)[4], const uint32_t (&a)[4], uint32_t b0,
+                                          uint32_t b1);
+__device__ __forceinline__ uint32_t fma_pair_bf16(uint32_t a, uint32_t b, uint32_t c);
+}  // namespace sm75
+
 template <class T>
 T shuffle_xor(T v, int mask) {
   return emu::shuffle("shuffle_xor", v, emu::lane() ^ mask);
@@ -148,6 +182,7 @@ inline uint32_t ballot(bool v) {
   return out;
 }
 inline int32_t warp_max(int32_t v) {
+  if (emu::now.sm75) return sm75::warp_max(v);
   int32_t out;
   emu::collective("warp_max", &v, &out, emu::max_lanes);
   return out;
@@ -177,21 +212,37 @@ inline uint32_t count_around(uint32_t* p, uint32_t last) {
 inline uint32_t global_or(uint32_t* p, uint32_t v) {
   return emu_atomic(p, [v](uint32_t old) { return old | v; });
 }
-inline void dependency_wait() {}
+inline void dependency_wait() { emu::dependency_wait(); }
 inline void dependency_launch() {}
 
 // ---- matrix products ----
 
+inline void mma_1688(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t b) {
+  const emu::Fragments in{{a0, a1, 0, 0}, {b, 0}};
+  emu::collective("mma_1688", &in, d, emu::mma_half);
+}
+template <bool kSigned>
+void mma_8816(int32_t& d0, int32_t& d1, uint32_t a, uint32_t b) {
+  const emu::Fragments in{{a, 0, 0, 0}, {b, 0}};
+  int32_t d[4] = {d0, d1, 0, 0};
+  emu::collective("mma_8816", &in, d, kSigned ? emu::mma_s8s8 : emu::mma_u8s8);
+  d0 = d[0], d1 = d[1];
+}
 template <class T>
 void mma_16816(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  if (emu::now.sm75)
+    return std::is_same_v<T, bf16_t> ? sm75::mma_bf16(d, a, b0, b1, emu::lane())
+                                     : sm75::mma_half(d, a, b0, b1);
   const emu::Fragments in{{a[0], a[1], a[2], a[3]}, {b0, b1}};
   emu::collective("mma_16816", &in, d, std::is_same_v<T, bf16_t> ? emu::mma_bf16 : emu::mma_half);
 }
 inline void mma_16832_u8s8(int32_t (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  if (emu::now.sm75) return sm75::mma_bytes<false>(d, a, b0, b1);
   const emu::Fragments in{{a[0], a[1], a[2], a[3]}, {b0, b1}};
   emu::collective("mma_16832_u8s8", &in, d, emu::mma_u8s8);
 }
 inline void mma_16832_s8s8(int32_t (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  if (emu::now.sm75) return sm75::mma_bytes<true>(d, a, b0, b1);
   const emu::Fragments in{{a[0], a[1], a[2], a[3]}, {b0, b1}};
   emu::collective("mma_16832_s8s8", &in, d, emu::mma_s8s8);
 }
@@ -227,6 +278,7 @@ inline int32_t dot_four(uint32_t a, uint32_t b, int32_t c) {
 // ---- bits and numbers ----
 
 inline uint32_t and_or(uint32_t a, uint32_t b, uint32_t c) { return (a & b) | c; }
+inline uint32_t and_xor(uint32_t a, uint32_t b, uint32_t c) { return (a & b) ^ c; }
 inline uint32_t select_bytes(uint32_t a, uint32_t b, uint32_t selector) {
   const uint64_t both = a | uint64_t(b) << 32;
   uint32_t r = 0;
@@ -249,6 +301,12 @@ inline int round_int(float v) {
   if (v >= 2147483648.f) return INT32_MAX;
   if (v < -2147483648.f) return INT32_MIN;
   return int(std::nearbyint(v));
+}
+inline int64_t round_int64(float v) {
+  if (v != v) return INT64_MIN;
+  if (v >= 9223372036854775808.f) return INT64_MAX;
+  if (v < -9223372036854775808.f) return INT64_MIN;
+  return int64_t(std::nearbyint(v));
 }
 inline float fma(float a, float b, float c) { return std::fma(a, b, c); }
 inline float inverse_sqrt(float v) { return 1.f / std::sqrt(v); }
@@ -277,7 +335,6 @@ template <class T>
 uint32_t narrow_pair(float low, float high) {
   return to_bits(narrow<T>(low)) | uint32_t(to_bits(narrow<T>(high))) << 16;
 }
-namespace emu {
 // a * b + c rounded to odd in float32, from which a second rounding to T finds what one alone
 // would.
 inline float fma_to_odd(double a, double b, double c) {
@@ -287,21 +344,26 @@ inline float fma_to_odd(double a, double b, double c) {
   const bool exact = double(v) == sum && lost == 0;
   if (exact || v - v != 0) return v;
   int32_t bits = float_bits(v);
-  const double beyond = (double(v) - sum) - lost;  // > 0: v is greater than the exact result
-  if (v > 0 ? beyond > 0 : beyond < 0) bits--;     // towards zero
+  const double beyond = (double(v) - sum) - lost;        // > 0: v is greater than the exact result
+  if (v > 0 ? beyond > 0 : v < 0 && beyond < 0) bits--;  // towards zero
   return bits_float(bits | 1);
 }
-}  // namespace emu
 template <class T>
 uint32_t fma_pair(uint32_t a, uint32_t b, uint32_t c) {
+  if (std::is_same_v<T, bf16_t> && emu::now.sm75) return sm75::fma_pair_bf16(a, b, c);
   uint32_t r = 0;
   for (int i = 0; i < 32; i += 16) {
     const auto value = [i](uint32_t w) { return double(widen(from_bits<T>(uint16_t(w >> i)))); };
-    const float v = emu::fma_to_odd(value(a), value(b), value(c));
+    const float v = fma_to_odd(value(a), value(b), value(c));
     r |= uint32_t(to_bits(narrow<T>(v))) << i;
   }
   return r;
 }
+
+}  // namespace qk
+#include "../cuda/ptx_75.cuh"
+
+namespace qk {
 
 // ---- launches ----
 
@@ -321,19 +383,24 @@ struct Call {
 }  // namespace emu
 
 template <class... Parameters, class... Arguments>
-cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes,
-                   cudaStream_t, const Arguments&... arguments) {
+cudaError_t launch_with(bool dependent, void (*kernel)(Parameters...), dim3 grid, dim3 block,
+                        size_t shared_bytes, const Arguments&... arguments) {
   using Call = emu::Call<Parameters...>;
   const Call call{kernel, {Parameters(arguments)...}};
-  return emu::launch(grid, block, shared_bytes, Call::run, &call, sizeof call)
+  return emu::launch(grid, block, shared_bytes, Call::run, &call, sizeof call, dependent)
              ? cudaSuccess
              : cudaErrorInvalidConfiguration;
 }
 template <class... Parameters, class... Arguments>
+cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes,
+                   cudaStream_t, const Arguments&... arguments) {
+  return launch_with(false, kernel, grid, block, shared_bytes, arguments...);
+}
+template <class... Parameters, class... Arguments>
 cudaError_t launch_dependent(void (*kernel)(Parameters...), dim3 grid, dim3 block,
-                             size_t shared_bytes, cudaStream_t stream,
-                             const Arguments&... arguments) {
-  return launch(kernel, grid, block, shared_bytes, stream, arguments...);
+                             size_t shared_bytes, cudaStream_t, const Arguments&... arguments) {
+  const bool dependent = emu::limits().architecture >= 90;
+  return launch_with(dependent, kernel, grid, block, shared_bytes, arguments...);
 }
 
 }  // namespace qk

@@ -16,6 +16,7 @@ from ..quant import QuantSpec
 # A context beyond this costs memory for positions few programs use; ask for it with max_seq_len.
 DEFAULT_CONTEXT = 32768
 KV_DTYPES = ("float32", "float16", "bfloat16", "int8", "int4")
+DTYPES = ("float32", "float16", "bfloat16")  # of activations
 
 Prompt = str | Sequence[int] | torch.Tensor
 
@@ -62,19 +63,6 @@ def prompt_list(prompts: Any) -> list[Any]:
     return [prompts] if isinstance(prompts[0], int) else list(prompts)
 
 
-def check_device(device: str | torch.device) -> None:
-    try:
-        kind = "cpu" if device == "auto" else torch.device(device).type
-    except (RuntimeError, TypeError):  # torch knows no such device
-        kind = ""
-    if kind != "cpu":
-        raise ValueError(
-            f"device {str(device)!r} is not supported: QuantDecoder runs on the CPU. On CUDA, this "
-            f"version has single ops "
-            "only; `qkernels info` lists them"
-        )
-
-
 def one_of(name: str, value: Any, known: Sequence[str], auto: str) -> str:
     if value == "auto":
         return auto
@@ -114,6 +102,7 @@ def load(
     spec: QuantSpec | None,
     embeddings: QuantSpec | None,
     progress: Progress | None,
+    device: torch.device | None = None,
 ) -> Checkpoint:
     if isinstance(path_or_model, nn.Module):
         if not hasattr(path_or_model, "config"):
@@ -121,7 +110,7 @@ def load(
                 f"expected a path or a transformers model, got a {type(path_or_model).__name__} "
                 f"without config"
             )
-        return load_hf_model(path_or_model, spec, embeddings, progress)
+        return load_hf_model(path_or_model, spec, embeddings, progress, device)
     if not isinstance(path_or_model, (str, Path)):
         raise TypeError(
             f"expected a path or a transformers model, got {type(path_or_model).__name__}"
@@ -131,7 +120,7 @@ def load(
         raise FileNotFoundError(f"{path}: no such file or directory")
     if path.is_dir():
         if (path / "config.json").exists():
-            return load_hf_directory(path, spec, embeddings, progress)
+            return load_hf_directory(path, spec, embeddings, progress, device)
         found = sorted(path.glob("*.gguf"))
         if len(found) != 1:
             names = ", ".join(p.name for p in found) or "neither"
@@ -144,4 +133,4 @@ def load(
             f"{path}: spec and embeddings are for float checkpoints; a GGUF file is quantized "
             f"already"
         )
-    return load_gguf(path, progress)
+    return load_gguf(path, progress, device)

@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from .. import backends
+from .. import backends, devices
 from ..cache import rope_table
 from ..generate import (
     MAX_BATCH,
@@ -23,15 +23,16 @@ from ..generate import (
     TextStream,
     check_prompt,
 )
-from ..loading import Checkpoint, Progress, Weight
+from ..loading import Checkpoint, Progress, Weight, placed
 from ..models import ModelConfig, RopeConfig
-from ..ops.linear import ACTS, default_act_group
+from ..ops.linear import ACTS, default_act_group, resolve_act
+from ..ops.registry import REFERENCE
 from ..quant import PackedWeight, QuantSpec, scheme_act
 from ..text import Text, text_of
 from .arguments import (
+    DTYPES,
     KV_DTYPES,
     Prompt,
-    check_device,
     check_input_ids,
     check_values,
     context_length,
@@ -46,8 +47,9 @@ from .executor import ComposedExecutor, Executor, NativeExecutor, column_orders
 from .keep import HoldsPacked
 from .linear import DenseLinear, QuantLinear
 from .norm import RMSNorm
-from .pool import ChatMemory, KvPool
+from .pool import ChatMemory, pool_for
 from .program import Embed, Linear, Norm, Step, lower
+from .steps import BATCHES, DeviceSteps
 
 # Ops of a step whose rows decide by the device alone.
 _STEP_OPS = (
@@ -95,29 +97,37 @@ class QuantDecoder(nn.Module):
     """A decoder-only language model whose matrices are packed weights. Make one with
     `from_pretrained`.
 
-    config: its ModelConfig. act: "int8" or "float", how activations enter the matrices. kv_dtype:
-    of the cache. max_seq_len: tokens of the longest sequence, prompt included. settings: defaults
-    of the generation. raw_config, generation: contents of the model's config.json and
-    generation_config.json, {} where it came with none.
+    config: its ModelConfig. act: "int8" or "float", how activations enter the matrices. dtype: of
+    the activations between them. kv_dtype: of the cache. What of these was "auto" follows the
+    device, also after `.to(device)`. max_seq_len: tokens of the longest sequence, prompt included.
+    settings: defaults of the generation. raw_config, generation: contents of the model's
+    config.json and generation_config.json, {} where it came with none.
     """
 
     def __init__(
         self,
         checkpoint: Checkpoint,
         *,
+        device: str | torch.device | None = None,
         act: str = "auto",
+        dtype: str | torch.dtype = "auto",
         kv_dtype: str | torch.dtype = "auto",
         max_seq_len: int | None = None,
         tokenizer: Any = None,
         started: float | None = None,
     ) -> None:
+        """Arguments as in `from_pretrained`; device None: where the weights of the checkpoint
+        are."""
         super().__init__()
         started = time.perf_counter() if started is None else started
         config = checkpoint.config
         self.config: ModelConfig = config
         self.source = checkpoint.source
-        self.act = one_of("act", act, ACTS, auto="int8")
-        self.kv_dtype = one_of("kv_dtype", dtype_name(kv_dtype), KV_DTYPES, auto="float16")
+        where = None if device is None else devices.resolve(device)
+        self._asked = _asked(act, dtype, kv_dtype)
+        self._float16 = (
+            checkpoint.raw_config.get("dtype") or checkpoint.raw_config.get("torch_dtype")
+        ) == "float16"
         self.max_seq_len = context_length(max_seq_len, config)
         self._family = checkpoint.family
         steps = checkpoint.family.program(config)
@@ -126,7 +136,10 @@ class QuantDecoder(nn.Module):
             path, _, part = name.rpartition(".")
             if part == "weight":
                 bias = checkpoint.weights.get(f"{path}.bias")
-                self._attach(path, _module_of(name, weight, bias, eps, self.act))
+                if bias is not None:
+                    bias = placed(bias, where)
+                module = _module_of(name, placed(weight, where), bias, eps, self._asked["act"])
+                self._attach(path, module)
         self._steps = steps
         self._executor: tuple[tuple[str, str], Executor] | None = None
         self._resolved: dict[str, Weight] | None = None
@@ -138,6 +151,7 @@ class QuantDecoder(nn.Module):
         self.generation: dict[str, Any] = checkpoint.generation
         self.raw_config: dict[str, Any] = checkpoint.raw_config
         self._chat: ChatMemory | None = None
+        self._device_steps: DeviceSteps | None = None
         self.load_seconds = time.perf_counter() - started
 
     @classmethod
@@ -150,6 +164,7 @@ class QuantDecoder(nn.Module):
         kv_dtype: str | torch.dtype = "auto",
         max_seq_len: int | None = None,
         *,
+        dtype: str | torch.dtype = "auto",
         embeddings: QuantSpec | str | None = None,
         tokenizer: Any = None,
         progress: Progress | None = None,
@@ -163,29 +178,32 @@ class QuantDecoder(nn.Module):
         "W4A16"; None keeps
             them in its type. GGUF files are quantized already. embeddings: the same for the table
             of embeddings, and with tied weights for the head.
-        device: "auto" or "cpu". act: "int8" quantizes activations at run time, "float" does not;
-        "auto" is what a scheme given as `spec` says, else "int8" on a CPU. kv_dtype: of the KV
-        cache: float32, float16 ("auto"), bfloat16, int8 or int4. max_seq_len: tokens of the longest
-        sequence; None: what the model was made for, at most 32768. tokenizer: a transformers
-        tokenizer, where the model does not come with one.
+        device: "cpu", "cuda" (the current GPU), "cuda:1", or "auto": a GPU that can be used, else
+        the CPU. act: "int8" quantizes activations at run time, "float" does not; "auto" is what a
+        scheme given as `spec` says, else "int8" on a CPU and "float" on a GPU. dtype: of
+        activations: "auto" is float32 on a CPU; on a GPU float16 for a checkpoint whose config.json
+        says so, and bfloat16 for all others, float32 and GGUF ones too. kv_dtype: of the KV cache:
+        float32, float16, bfloat16, int8 or int4; "auto" is float16, on a GPU the type of the
+        activations. max_seq_len: tokens of the longest sequence; None: what the model was made for,
+        at most 32768. tokenizer: a transformers tokenizer, where the model does not come with one.
         progress: called as progress(done, total, name of the tensor).
 
-        Raises CheckpointError (a ValueError) for a damaged or incomplete checkpoint,
-        UnsupportedModelError (a
-        ValueError) for a model that there is no code for, ValueError for other arguments,
-        FileNotFoundError for a path.
+        Raises RuntimeError for a GPU that cannot be used, with the reason; CheckpointError (a
+        ValueError) for a damaged or incomplete checkpoint, UnsupportedModelError (a ValueError) for
+        a model that there is no code for, ValueError for other arguments, FileNotFoundError for a
+        path.
         """
         started = time.perf_counter()
-        check_device(device)
-        one_of("act", act, ACTS, auto="int8")  # before minutes of loading
-        one_of("kv_dtype", dtype_name(kv_dtype), KV_DTYPES, auto="float16")
+        where = devices.resolve(device)
+        _asked(act, dtype, kv_dtype)  # before minutes of loading
         if act == "auto" and isinstance(spec, str):
             # W4A16 asks for float activations, W4A8 for int8.
             act = scheme_act(spec)
-        checkpoint = load(path_or_model, spec_of(spec), spec_of(embeddings), progress)
+        checkpoint = load(path_or_model, spec_of(spec), spec_of(embeddings), progress, where)
         return cls(
             checkpoint,
             act=act,
+            dtype=dtype,
             kv_dtype=kv_dtype,
             max_seq_len=max_seq_len,
             tokenizer=tokenizer,
@@ -222,28 +240,86 @@ class QuantDecoder(nn.Module):
         self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True
     ) -> QuantDecoder:
         super()._apply(fn, recurse)
-        self._resolved = self._executor = self._chat = None  # they hold the tensors from before
+        self._forget()
         return self
+
+    def _forget(self) -> None:
+        """Drops what holds the tensors, or their device, from before."""
+        self._resolved = self._executor = self._chat = self._device_steps = None
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy makes these again: a native plan belongs to one executor and its tensors.
-        return {**self.__dict__, "_resolved": None, "_executor": None, "_chat": None}
+        own = ("_resolved", "_executor", "_chat", "_device_steps")
+        return {**self.__dict__, **dict.fromkeys(own)}
 
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        self._resolved = self._executor = self._chat = None
+        self._forget()
         return super().load_state_dict(*args, **kwargs)
 
     @property
     def device(self) -> torch.device:
         return next(self.parameters()).device
 
+    @property
+    def act(self) -> str:
+        return resolve_act(self._asked["act"], self.device)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        asked = self._asked["dtype"]
+        if asked == "auto" and self.device.type != "cuda":
+            asked = "float32"
+        elif asked == "auto":
+            asked = "float16" if self._float16 else "bfloat16"
+        found: torch.dtype = getattr(torch, asked)
+        return found
+
+    @property
+    def kv_dtype(self) -> str:
+        asked = self._asked["kv_dtype"]
+        if asked != "auto":
+            return asked
+        return "bfloat16" if self.dtype == torch.bfloat16 else "float16"
+
     def executor(self) -> Executor:
         """What runs the program under the backend in force; made when first needed."""
         key = backends.current()
         if self._executor is None or self._executor[0] != key:
-            kind = NativeExecutor if self.composed_because() is None else ComposedExecutor
-            self._executor = (key, kind(self.lowered(), self.weights()))
+            made: Executor
+            if self.composed_because() is None:
+                made = NativeExecutor(self.lowered(), self.weights())
+            else:
+                made = ComposedExecutor(self.lowered(), self.weights(), self.dtype)
+            self._executor = (key, made)
         return self._executor[1]
+
+    @property
+    def decodes_on_device(self) -> bool:
+        """Whether decoding keeps its state on the device, and the host reads tokens alone."""
+        return self.device.type == "cuda"
+
+    def steps(self) -> DeviceSteps:
+        """The cache and the steps of decoding on the device; made when first needed."""
+        if self._device_steps is None:
+            self._device_steps = DeviceSteps(self)
+        return self._device_steps
+
+    def warmup(self, batches: Sequence[int] = BATCHES) -> None:
+        """Does now what would make the first tokens slow: on a GPU, a prefill, and a step for each
+        of these numbers of sequences, which is captured as a CUDA graph (in some 0.1 s each; others
+        are filled up to the next of 1, 2, 4, 8, 16 and 32, the default). On a CPU a short prefill.
+
+        Raises ValueError for a number of sequences that are not decoded together.
+        """
+        for count in batches:
+            if isinstance(count, bool) or not isinstance(count, int) or not 0 < count <= MAX_BATCH:
+                raise ValueError(
+                    f"warmup: sequences decoded together are 1 to {MAX_BATCH}, got {count!r}"
+                )
+        length = PREFILL_CHUNK if self.decodes_on_device else 2
+        self(torch.zeros(1, min(length, self.max_seq_len), dtype=torch.int64), logits_to_keep=1)
+        if self.decodes_on_device:
+            self.steps().warm_up(batches)
 
     def lowered(self) -> tuple[Step, ...]:
         """The program as executors run it, with activations quantized as `act` says."""
@@ -276,6 +352,8 @@ class QuantDecoder(nn.Module):
         """
         if self.device.type != "cpu":
             return f"the native step needs the CPU, the weights are on {self.device}"
+        if self.dtype != torch.float32:
+            return f"activations are {dtype_name(self.dtype)}, the native step takes float32"
         backend = backends.current()[0]
         if backend not in ("auto", "cpu"):
             return f"the backend in force is {backend!r}"
@@ -292,6 +370,18 @@ class QuantDecoder(nn.Module):
             row = backends.choose(op, "cpu", {}).row
             if row.name != "cpu":
                 return f"the row {row.name!r} computes {op}"
+        return None
+
+    def uncaptured_because(self) -> str | None:
+        """Why a decode step on a GPU is not captured as a CUDA graph; None if it is."""
+        device, facts = self.device.type, backends.facts_of(self.device)
+        cases: list[tuple[str, dict[str, Any]]] = [(op, {}) for op in (*_STEP_OPS, "sample")]
+        cases += [(u.op, u.case) for u in self.uses() if isinstance(u.weight, PackedWeight)]
+        for op, case in cases:
+            choice = backends.choose(op, device, {**case, **facts})
+            if choice.row.namespace == REFERENCE:  # it looks at what tensors hold
+                why = "; ".join(f"{name}: {reason}" for name, reason in choice.reasons)
+                return f"the row {choice.row.name!r} computes {op}{f' ({why})' if why else ''}"
         return None
 
     @property
@@ -324,9 +414,9 @@ class QuantDecoder(nn.Module):
             check_prompt(row, self.config.vocab, self.max_seq_len, f"input_ids[{i}]")
             for i, row in enumerate(input_ids.tolist())
         ]
-        logits = torch.empty(count, keep, self.config.vocab)
+        logits = torch.empty(count, keep, self.config.vocab, device=self.device)
         for row, prompt in enumerate(prompts):
-            pool = KvPool(self, [length])
+            pool = pool_for(self, [length])
             handle = pool.add()
             for start in range(0, length, PREFILL_CHUNK):
                 stop = min(start + PREFILL_CHUNK, length)
@@ -418,9 +508,8 @@ class QuantDecoder(nn.Module):
         start = time.perf_counter()
         settings = self.settings.updated(**changes)
         request = self._request(0, self.encode(prompt), settings)
-        loop = Loop(
-            KvPool(self, [self._room(request, settings)]), [request], settings, self.max_seq_len
-        )
+        pool = pool_for(self, [self._room(request, settings)])
+        loop = Loop(pool, [request], settings, self.max_seq_len, decode=pool.decode)
         return TextStream(request, loop, loop.run(start), self.load_seconds)
 
     def generate(self, prompts: Prompt | Sequence[Prompt], **changes: Any) -> GenerationOutput:
@@ -439,7 +528,8 @@ class QuantDecoder(nn.Module):
             requests.append(self._request(i, self.encode(prompt, which), settings))
         # Room for the largest sequences that can be there at once.
         rooms = sorted((self._room(r, settings) for r in requests), reverse=True)[:MAX_BATCH]
-        loop = Loop(KvPool(self, rooms), requests, settings, self.max_seq_len)
+        pool = pool_for(self, rooms)
+        loop = Loop(pool, requests, settings, self.max_seq_len, decode=pool.decode)
         texts = [""] * len(requests)
         for piece in loop.run(start):
             texts[piece.index] += piece.text
@@ -468,7 +558,8 @@ class QuantDecoder(nn.Module):
             self._chat = ChatMemory(self)
         request = self._request(0, ids, settings)
         memory = self._chat.take(request)
-        loop = Loop(memory.pool, [request], settings, self.max_seq_len, keep=True)
+        pool = memory.pool
+        loop = Loop(pool, [request], settings, self.max_seq_len, keep=True, decode=pool.decode)
         loop.timings.reused_tokens = request.done
         answer = TextStream(
             request, loop, memory.watch(request, loop.run(start)), self.load_seconds
@@ -481,6 +572,15 @@ class QuantDecoder(nn.Module):
     def reset_chat(self) -> None:
         """Frees what `chat` keeps between calls."""
         self._chat = None
+
+
+def _asked(act: Any, dtype: Any, kv_dtype: Any) -> dict[str, str]:
+    """The types that were asked for, "auto" among them. Raises ValueError for others."""
+    return {
+        "act": one_of("act", act, ACTS, auto="auto"),
+        "dtype": one_of("dtype", dtype_name(dtype), DTYPES, auto="auto"),
+        "kv_dtype": one_of("kv_dtype", dtype_name(kv_dtype), KV_DTYPES, auto="auto"),
+    }
 
 
 def angles(rope: RopeConfig, positions: int) -> torch.Tensor:

@@ -38,9 +38,10 @@ class Executor(Protocol):
     """Something that turns token ids into logits and appends their keys and values to the cache."""
 
     def __call__(
-        self, ids: torch.Tensor, batch: Batch, select: torch.Tensor, cache: PagedKVCache
+        self, ids: torch.Tensor, batch: Batch, select: torch.Tensor | None, cache: PagedKVCache
     ) -> torch.Tensor:
-        """ids [T] int64, select [S] int64 (rows whose logits are wanted) -> [S, vocab] float32."""
+        """ids [T] int64, select [S] int64 (rows whose logits are wanted; None: all, which only
+        `ComposedExecutor` takes) -> [S, vocab] float32."""
         ...
 
 
@@ -88,11 +89,22 @@ def _sorted_columns(weights: Mapping[str, Weight], step: Linear) -> PackedWeight
 
 
 class ComposedExecutor:
-    """One torch op per step: runs on every backend, dense matrices included."""
+    """One torch op per step: runs on every backend and device, dense matrices included.
 
-    def __init__(self, steps: Sequence[Step], weights: Mapping[str, Weight]) -> None:
+    dtype: of the registers. Logits leave in float32, after a rounding to dtype where the last
+    matrix takes float activations. The host reads nothing that a device computes, and makes no
+    tensors, so that a call on fixed ones can be captured in a CUDA graph.
+    """
+
+    def __init__(
+        self,
+        steps: Sequence[Step],
+        weights: Mapping[str, Weight],
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
         self.steps = tuple(steps)
         self.weights = weights
+        self.dtype = dtype
         self._linears = {
             step.weight: _sorted_columns(weights, step)
             for step in steps
@@ -100,13 +112,13 @@ class ComposedExecutor:
         }
 
     def __call__(
-        self, ids: torch.Tensor, batch: Batch, select: torch.Tensor, cache: PagedKVCache
+        self, ids: torch.Tensor, batch: Batch, select: torch.Tensor | None, cache: PagedKVCache
     ) -> torch.Tensor:
         floats: dict[str, torch.Tensor] = {}
         acts: dict[str, ops.QuantAct] = {}
         for step in self.steps:
             self._run(step, floats, acts, ids, batch, select, cache)
-        return floats[writes(self.steps[-1])[0]]
+        return floats[writes(self.steps[-1])[0]].float()
 
     def _run(
         self,
@@ -115,28 +127,32 @@ class ComposedExecutor:
         acts: dict[str, ops.QuantAct],
         ids: torch.Tensor,
         batch: Batch,
-        select: torch.Tensor,
+        select: torch.Tensor | None,
         cache: PagedKVCache,
     ) -> None:
         match step:
             case Embed():
                 table = self.weights[step.weight]
                 if isinstance(table, PackedWeight):
-                    floats[step.dst] = ops.embedding(ids, table, multiplier=step.multiplier)
+                    floats[step.dst] = ops.embedding(
+                        ids, table, self.dtype, multiplier=step.multiplier
+                    )
                 else:
                     rows = torch.nn.functional.embedding(ids, table).float()
-                    floats[step.dst] = rows * step.multiplier if step.multiplier != 1.0 else rows
+                    rows = rows * step.multiplier if step.multiplier != 1.0 else rows
+                    floats[step.dst] = rows.to(self.dtype)
             case Norm():
                 self._norm(step, floats, acts)
             case Linear():
                 weight, bias = self._linears.get(step.weight), _vector(self.weights, step.bias)
+                dtype = torch.float32 if step is self.steps[-1] else self.dtype
                 if weight is None:
                     dense = _dense(self.weights, step.weight)
                     x = floats[step.src].to(dense.dtype)  # they compute in their own dtype
-                    y = torch.nn.functional.linear(x, dense).float()
-                    floats[step.dst] = y if bias is None else y + bias
+                    y = torch.nn.functional.linear(x, dense)
+                    floats[step.dst] = (y if bias is None else y.float() + bias).to(dtype)
                 elif step.act_group:
-                    floats[step.dst] = ops.linear_quant(acts[step.src], weight, bias)
+                    floats[step.dst] = ops.linear_quant(acts[step.src], weight, bias, dtype)
                 else:
                     floats[step.dst] = ops.linear(floats[step.src], weight, bias, act="float")
             case KvAppend():
@@ -176,7 +192,8 @@ class ComposedExecutor:
                 else:
                     floats[step.dst] = ops.gate(floats[step.gate], up, step.activation)
             case Select():
-                floats[step.dst] = floats[step.src].index_select(0, select)
+                every = floats[step.src]
+                floats[step.dst] = every if select is None else every.index_select(0, select)
             case Quantize():
                 acts[step.dst] = ops.quantize_act(floats[step.src], step.act_group)
             case Permute():
@@ -245,7 +262,7 @@ class NativeExecutor:
         use_huge_pages(encoder.tensors)
 
     def __call__(
-        self, ids: torch.Tensor, batch: Batch, select: torch.Tensor, cache: PagedKVCache
+        self, ids: torch.Tensor, batch: Batch, select: torch.Tensor | None, cache: PagedKVCache
     ) -> torch.Tensor:
         return self._step(
             self._plan,

@@ -12,11 +12,10 @@ import torch
 from ..cache import Batch, PagedKVCache
 from ..generate import Request, common_prefix
 from ..int_buffer import IntBuffer
+from .steps import PAGE, DevicePool
 
 if TYPE_CHECKING:
     from .decoder import QuantDecoder
-
-PAGE = 64  # tokens per page of the cache
 
 
 class _Inputs:
@@ -33,8 +32,18 @@ class _Inputs:
         self.last_rows = torch.tensor(ends[1:], dtype=torch.int64) - 1
 
 
+def pool_for(decoder: QuantDecoder, tokens: Sequence[int]) -> KvPool | DevicePool:
+    """Where a call keeps its sequences. tokens: for each sequence that is there at the same time,
+    how many it may have."""
+    if decoder.decodes_on_device:
+        return DevicePool(decoder.steps(), tokens)
+    return KvPool(decoder, tokens)
+
+
 class KvPool:
     """Sequences in a paged cache, and the model run on their next tokens."""
+
+    decode = None  # it has logits only
 
     def __init__(self, decoder: QuantDecoder, tokens: Sequence[int]) -> None:
         """tokens: for each sequence that is there at the same time, how many it may have."""
@@ -85,7 +94,7 @@ class ChatMemory:
     """The cache of a conversation and the tokens in it."""
 
     def __init__(self, decoder: QuantDecoder) -> None:
-        self.pool = KvPool(decoder, [decoder.max_seq_len])
+        self.pool = pool_for(decoder, [decoder.max_seq_len])
         self._handle = self.pool.add()
         self._ids: list[int] = []
         self._owner: Request | None = None

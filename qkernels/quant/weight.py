@@ -403,8 +403,14 @@ class PackedWeight:
         """A copy of the bytes on another device; itself if it is there already."""
         if torch.device(device) == self.device:
             return self
-        moved: dict[str, Any] = {name: t.to(device) for name, t in self.tensors().items()}
-        return replace(self, **moved)
+
+        def moved(tensor: Tensor) -> Tensor:
+            if tensor.dtype.itemsize > 1 or not tensor.is_floating_point():
+                return tensor.to(device)
+            return tensor.view(torch.uint8).to(device).view(tensor.dtype)  # torch copies no float8
+
+        there: dict[str, Any] = {name: moved(t) for name, t in self.tensors().items()}
+        return replace(self, **there)
 
     def slice_rows(self, start: int, stop: int) -> PackedWeight:
         """Rows start..stop as views. Both must be multiples of 64 (stop may be n). Raises

@@ -1,0 +1,6 @@
+#include "linear_float.cuh"
+
+namespace qk {
+template cudaError_t launch_linear_codes<Codes<4>>(const LinearArgs&, const LinearFloatPlan&,
+                                                   cudaStream_t);
+}  // namespace qk

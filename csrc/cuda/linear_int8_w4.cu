@@ -1,0 +1,8 @@
+// linear of int8 activations and 4-bit codes.
+#include "linear_int8_launch.cuh"
+
+namespace qk {
+
+template cudaError_t launch_int8_bits<4>(const Int8Launch&, const LinearArgs&, cudaStream_t);
+
+}  // namespace qk
