@@ -48,8 +48,9 @@ struct DecodeShape {
   static constexpr int wanted = (16 << 10) / stage;
   static constexpr int stages = wanted < 2 ? 2 : wanted > 6 ? 6 : wanted;
   static constexpr int warps = stage > 16 << 10 ? 2 : 4;
-  // Registers for three blocks (168 of a thread): what hides latency is on its way to the ring.
-  static constexpr int blocks = kDim <= 128 ? 3 : 1;
+  // On a multiprocessor; what hides latency is on its way to the ring, so registers (168 of a
+  // thread for three blocks) go to the sums.
+  static constexpr int blocks = kDim * kN <= 128 ? 3 : kDim <= 128 ? 2 : 1;
   static constexpr int ring = stages * stage * warps;
   static constexpr int merge = warps * rows * (kDim + 2) * 4;
   struct Shared {
