@@ -36,7 +36,7 @@ def check(gpu: Gpu, args: list[Any]) -> list[Any]:
 def test_is_the_reference_bitwise(
     gpu: Gpu, kind: str, shape: tuple[int, ...], dtype: torch.dtype
 ) -> None:
-    args = make_case(kind, shape, RAGGED[:2] + [(5, 20), *RAGGED[3:]], dtype)
+    args = make_case(kind, shape, [*RAGGED[:2], (5, 20), *RAGGED[3:]], dtype)
     before = clone(args)
     check(gpu, args)
     assert all(a is None or torch.equal(a, b) for a, b in zip(args, before, strict=True))

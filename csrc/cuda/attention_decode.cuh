@@ -48,8 +48,9 @@ struct DecodeShape {
   static constexpr int wanted = (16 << 10) / stage;
   static constexpr int stages = wanted < 2 ? 2 : wanted > 6 ? 6 : wanted;
   static constexpr int warps = stage > 16 << 10 ? 2 : 4;
-  // Registers for three blocks (168 of a thread): what hides latency is on its way to the ring.
-  static constexpr int blocks = kDim <= 128 ? 3 : 1;
+  // On a multiprocessor; what hides latency is on its way to the ring, so registers (168 of a
+  // thread for three blocks) go to the sums.
+  static constexpr int blocks = kDim * kN <= 128 ? 3 : kDim <= 128 ? 2 : 1;
   static constexpr int ring = stages * stage * warps;
   static constexpr int merge = warps * rows * (kDim + 2) * 4;
   struct Shared {
@@ -181,6 +182,14 @@ __global__ void __launch_bounds__(DecodeShape<kKv, kDim, kN>::warps * 32,
   if (s.count == 0 || !takes(task, s)) return;
   const int64_t row_count = int64_t(s.count) * task.group;
   const int row_bytes = task.dim * Shape::bits / 8;
+  // Of this lane's first pieces in page 0, slot 0; its plane of scales: lane / 8, of whose 16 keys
+  // it copies 2 (lane % 8) and the next.
+  const uint8_t* const my_k =
+      task.k + kv_head * task.head_stride + g * task.k_row + t * Shape::piece;
+  const uint8_t* const my_v =
+      task.v + kv_head * task.head_stride + 2 * t * task.v_row + g * Shape::value_piece;
+  const uint16_t* const my_plane =
+      (lane < 16 ? task.k_scale : task.v_scale) + (int64_t(kv_head) * 2 + lane / 8 % 2) * task.page;
   unsigned char* const ring = shared.bytes + warp * Shape::stages * Shape::stage;
 
   for (int64_t tile = first_tile; tile * kRows < row_count; tile += row_tiles) {
@@ -214,35 +223,44 @@ __global__ void __launch_bounds__(DecodeShape<kKv, kDim, kN>::warps * 32,
         absent = run.page < 0 ? absent | 1u << fetch_slot : absent & ~(1u << fetch_slot);
         if (run.page >= 0) {
           const int there = seen_last - key_of(fetched);  // rows of this step
-          unsigned char* to = ring + fetch_slot * Shape::stage + lane * Shape::piece;
-          const uint8_t* from = k_rows(task, kv_head, run) + t * Shape::piece;
+          unsigned char* const to = ring + fetch_slot * Shape::stage;
+          const uint8_t* const k =
+              my_k + run.page * task.page_stride + run.slot * int64_t(task.k_row);
+          const uint8_t* const v =
+              my_v + run.page * task.page_stride + run.slot * int64_t(task.v_row);
+          auto copy = [&](auto valid_bytes) {  // (row, byte in the row, of how many)
 #pragma unroll
-          for (int i = 0; i < 2; i++)
+            for (int i = 0; i < 2; i++)
 #pragma unroll
-            for (int p = 0; p < Shape::pieces; p++) {
-              const int row = g + 8 * i, at = p * 4 * Shape::piece;
-              const bool valid = row < there && at + t * Shape::piece < row_bytes;
-              copy_async<Shape::piece>(to + (i * Shape::pieces + p) * 32 * Shape::piece,
-                                       from + row * task.k_row + at, valid ? Shape::piece : 0);
-            }
-          to = ring + fetch_slot * Shape::stage + Shape::values + lane * Shape::value_piece;
-          from = v_rows(task, kv_head, run) + g * Shape::value_piece;
+              for (int p = 0; p < Shape::pieces; p++)
+                copy_async<Shape::piece>(
+                    to + ((i * Shape::pieces + p) * 32 + lane) * Shape::piece,
+                    k + i * 8 * task.k_row + p * 4 * Shape::piece,
+                    valid_bytes(g + 8 * i, (p * 4 + t) * Shape::piece, Shape::piece));
 #pragma unroll
-          for (int i = 0; i < 4; i++)
+            for (int i = 0; i < 4; i++)
 #pragma unroll
-            for (int p = 0; p < Shape::value_pieces; p++) {
-              const int row = 2 * t + i % 2 + i / 2 * 8, at = p * 8 * Shape::value_piece;
-              const bool valid = row < there && at + g * Shape::value_piece < row_bytes;
-              copy_async<Shape::value_piece>(
-                  to + (i * Shape::value_pieces + p) * 32 * Shape::value_piece,
-                  from + row * task.v_row + at, valid ? Shape::value_piece : 0);
-            }
-          if constexpr (Shape::codes) {  // lane: plane lane / 8, keys 2 (lane % 8), + 1
-            const uint16_t* plane = (lane < 16 ? task.k_scale : task.v_scale) +
-                                    run.page * task.scale_page_stride +
-                                    (int64_t(kv_head) * 2 + lane / 8 % 2) * task.page + run.slot;
+              for (int p = 0; p < Shape::value_pieces; p++)
+                copy_async<Shape::value_piece>(
+                    to + Shape::values +
+                        ((i * Shape::value_pieces + p) * 32 + lane) * Shape::value_piece,
+                    v + (i % 2 + i / 2 * 8) * task.v_row + p * 8 * Shape::value_piece,
+                    valid_bytes(2 * t + i % 2 + i / 2 * 8, (p * 8 + g) * Shape::value_piece,
+                                Shape::value_piece));
+          };
+          // Nearly every step is whole; predicates would be a third of the loop's instructions.
+          const bool whole = there >= 16 && row_bytes == kDim * Shape::bits / 8;
+          if (whole) {
+            copy([](int, int, int bytes) { return bytes; });
+          } else {
+            copy([&](int row, int at, int bytes) {
+              return row < there && at < row_bytes ? bytes : 0;
+            });
+          }
+          if constexpr (Shape::codes) {
+            const uint16_t* plane = my_plane + run.page * task.scale_page_stride + run.slot;
             const int row = 2 * (lane % 8), valid = there - row;
-            copy_async<4>(ring + fetch_slot * Shape::stage + Shape::scales + lane * 4, plane + row,
+            copy_async<4>(to + Shape::scales + lane * 4, plane + row,
                           valid >= 2   ? 4
                           : valid == 1 ? 2
                                        : 0);
