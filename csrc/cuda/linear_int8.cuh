@@ -18,6 +18,7 @@
 #pragma once
 #include "launchers.h"
 #include "scale.cuh"
+#include "words.cuh"
 
 namespace qk {
 
@@ -42,29 +43,39 @@ struct Int8Codes {
 //   tokens' pieces of a unit lie in different banks
 struct Int8Plan {
   int units;  // of columns up to K: there is no more in x, and beyond it nothing but zeros
-  int chunks;
-  int group_units, act_units;       // units that share a scale
-  bool act_per_token;               // one scale per row of x: applied at the end
-  int scale_bytes, zero_bytes;      // of a row in a group
+  int part_chunks, long_parts;  // columns go to parts of this many chunks; the first have one more
+  int group_units, act_units;   // units that share a scale
+  int groups, act_groups;       // scales of a row of W, of x
+  bool act_per_token;           // one scale per row of x: applied at the end
+  bool aligned_fours;           // four rows of y, and of residual, can be accessed at once
+  int scale_bytes, zero_bytes;  // of a row in a group
   int scale_at, zero_at, block_at;  // in the part of a row block
   int block_bytes;                  // that part
   int x_at, stage_bytes;
-  int row_blocks;                    // of a thread block
-  int row_tiles, token_tiles;        // thread blocks
-  int splits;                        // thread blocks that share the columns of a tile
-  float* partial;                    // [splits, tiles, ...] if there are several
-  uint32_t* counters;                // [tiles]
+  int row_blocks;              // of a thread block
+  int row_tiles, token_tiles;  // thread blocks
+  int splits;                  // thread blocks that share the columns of a tile
+  float* partial;              // [splits, tiles, ...] if there are several
+  uint32_t* counters;          // [tiles]
+
+  // The chunks of a part: the first, and how many.
+  __device__ __forceinline__ int first_chunk(int part) const {
+    return part * part_chunks + (part < long_parts ? part : long_parts);
+  }
+  __device__ __forceinline__ int count_chunks(int part) const {
+    return part_chunks + (part < long_parts ? 1 : 0);
+  }
 };
 
 // The pieces of shared memory, all multiples of 16 bytes, that hold units u0 .. u0 + n of a block
 // of 64 rows: copy(place in the block's part of the stage, source, bytes, are these codes).
 template <class C, bool kScales, class Copy>
-__device__ __forceinline__ void weight_pieces(const Weight& w, const Int8Plan& p, int64_t block,
+__device__ __forceinline__ void weight_pieces(const Weight& w, const Int8Plan& p, int block,
                                               int u0, int n, const Copy& copy) {
   copy(0, w.codes + (block * (w.kp / 16) + u0) * C::unit_bytes, n * C::unit_bytes, true);
   if (!kScales) return;
   const int first = u0 / p.group_units, groups = (u0 + n - 1) / p.group_units - first + 1;
-  const int64_t at = (block * (w.kp / w.group) + first) * 64;
+  const int64_t at = (int64_t(block) * p.groups + first) * 64;
   const auto* scale = static_cast<const uint8_t*>(w.scale);
   copy(p.scale_at, scale + at * p.scale_bytes, groups * 64 * p.scale_bytes, false);
   if (C::offset && p.zero_bytes) {
@@ -180,18 +191,21 @@ __device__ __forceinline__ void mma(int32_t (&d)[4], const uint32_t (&a)[4], uin
 template <class C, int kTiles>
 struct Int8Sums {
   int32_t dot[kTiles][4][4];  // of this span
-  int32_t sum[kTiles][4];     // of the activations in it, the same for both h
+  // Of the activations in it: elements 0 (and 1) belong to token lane / 4 of the first of two tiles,
+  // 2 (and 3) of the second.
+  int32_t sum[(kTiles + 1) / 2][4];
   float y[kTiles][4][4];      // of the spans before it
 
   __device__ __forceinline__ void start_span() {
 #pragma unroll
-    for (int n = 0; n < kTiles; n++)
+    for (int i = 0; i < 4; i++) {
 #pragma unroll
-      for (int i = 0; i < 4; i++) {
-        sum[n][i] = 0;
+      for (int n = 0; n < kTiles; n += 2) sum[n / 2][i] = 0;
+#pragma unroll
+      for (int n = 0; n < kTiles; n++)
 #pragma unroll
         for (int e = 0; e < 4; e++) dot[n][e][i] = 0;
-      }
+    }
   }
   __device__ __forceinline__ void start() {
     start_span();
@@ -231,9 +245,13 @@ struct Int8Sums {
     raw[0].template load<kSwizzled>(unit, lane);
     raw[1].template load<kSwizzled>(two ? unit + C::unit_bytes : unit, lane);
     if constexpr (C::offset) {
-      const uint32_t ones[4] = {0x01010101u, 0x01010101u, 0x01010101u, 0x01010101u};
+      // Activations as A: its rows are 16 tokens. Any column of the product has the sums.
 #pragma unroll
-      for (int n = 0; n < kTiles; n++) mma_16832_u8s8(sum[n], ones, b[n][0], b[n][1]);
+      for (int n = 0; n < kTiles; n += 2) {
+        const int other = n + 1 < kTiles ? n + 1 : n;  // a tile alone fills both halves
+        const uint32_t a[4] = {b[n][0], b[other][0], b[n][1], b[other][1]};
+        mma_16832_s8s8(sum[n / 2], a, 0x01010101u, 0x01010101u);
+      }
     }
     add_row_tile<0>(raw, two, table, b);
     add_row_tile<1>(raw, two, table, b);
@@ -333,7 +351,7 @@ struct Cursor {
 template <class C, int kTiles>
 __device__ __forceinline__ void end_span(const LinearArgs& args, const Int8Plan& p,
                                          const uint8_t* block, int group, int act_group,
-                                         int64_t first_token, int lane,
+                                         int first_token, int lane,
                                          Int8Sums<C, kTiles>& sums) {
   float x_scale[kTiles][2], sum[kTiles][2];
 #pragma unroll
@@ -342,11 +360,14 @@ __device__ __forceinline__ void end_span(const LinearArgs& args, const Int8Plan&
     for (int j = 0; j < 2; j++) {
       x_scale[n][j] = 1;
       if (!p.act_per_token) {
-        int64_t token = first_token + 8 * n + 2 * (lane % 4) + j;
-        if (token >= args.m) token = args.m - 1;
-        x_scale[n][j] = args.act.scale[token * (args.act.kx / args.act.group) + act_group];
+        int token = first_token + 8 * n + 2 * (lane % 4) + j;
+        if (token >= args.m) token = int(args.m) - 1;
+        x_scale[n][j] = args.act.scale[int64_t(token) * p.act_groups + act_group];
       }
-      if (C::offset) sum[n][j] = float(sums.sum[n][j] << C::shift) * x_scale[n][j];
+      if constexpr (C::offset) {
+        const int32_t of_token = shuffle(sums.sum[n / 2][n % 2 * 2], 8 * (lane % 4) + 4 * j);
+        sum[n][j] = float(of_token << C::shift) * x_scale[n][j];
+      }
     }
 #pragma unroll
   for (int h = 0; h < 2; h++) {
@@ -370,7 +391,7 @@ __device__ __forceinline__ void end_span(const LinearArgs& args, const Int8Plan&
 template <class C, int kTiles, bool kSwizzled>
 __device__ __forceinline__ void add_chunk(const LinearArgs& args, const Int8Plan& p,
                                           const uint8_t* block, const uint8_t* x, int x_pitch,
-                                          int n, bool last, int64_t first_token, int lane,
+                                          int n, bool last, int first_token, int lane,
                                           const Table& table, Cursor& at,
                                           Int8Sums<C, kTiles>& sums) {
   const int first_group = at.group;
@@ -395,13 +416,13 @@ __device__ __forceinline__ void add_chunk(const LinearArgs& args, const Int8Plan
   }
 }
 
-// What the sums of a token are multiplied by in the end.
+// What the sums of a token, below M, are multiplied by in the end.
 template <class C>
 __device__ __forceinline__ float last_factor(const LinearArgs& args, const Int8Plan& p,
-                                             int64_t token) {
+                                             int token) {
   constexpr float unshift = 1.f / (1 << C::shift);
   if (!p.act_per_token) return unshift;
-  return unshift * args.act.scale[token < args.m ? token : args.m - 1];
+  return unshift * args.act.scale[token];
 }
 
 __device__ __forceinline__ Table load_table(const int8_t* table) {
@@ -415,14 +436,48 @@ __device__ __forceinline__ Table load_table(const int8_t* table) {
 
 // ---- results ----
 
+// Four elements of T at p, which are aligned together.
+template <class T>
+__device__ __forceinline__ void load_four(const T* p, float (&out)[4]) {
+  if constexpr (sizeof(T) == 4) {
+    unpack<T>(*reinterpret_cast<const Words4*>(p), out);
+  } else {
+    const Words2 words = *reinterpret_cast<const Words2*>(p);
+#pragma unroll
+    for (int e = 0; e < 4; e++)
+      out[e] = widen(from_bits<T>(uint16_t(words.word[e / 2] >> 16 * (e % 2))));
+  }
+}
+template <class T>
+__device__ __forceinline__ void store_four(T* p, const float (&v)[4]) {
+  if constexpr (sizeof(T) == 4) *reinterpret_cast<Words4*>(p) = pack<T>(v);
+  else
+    *reinterpret_cast<Words2*>(p) =
+        Words2{{narrow_pair<T>(v[0], v[1]), narrow_pair<T>(v[2], v[3])}};
+}
 // y of token m and rows n .. n + 3, n a multiple of 4; v are the sums.
 template <class T>
-__device__ __forceinline__ void store_four(const LinearArgs& args, int64_t m, int64_t n,
-                                           float (&v)[4]) {
+__device__ __forceinline__ void write_four(const LinearArgs& args, const Int8Plan& p, int64_t m,
+                                           int64_t n, float (&v)[4]) {
   T* y = static_cast<T*>(args.y) + m * args.y_stride + n;
   const T* residual =
       args.residual ? static_cast<const T*>(args.residual) + m * args.residual_stride + n : nullptr;
   const auto* bias = args.bias ? static_cast<const float*>(args.bias) + n : nullptr;
+  if (p.aligned_fours) {  // N is a multiple of 4
+    if (n >= args.w.n) return;
+    float more[4];
+    if (bias) {
+      load_four(bias, more);
+#pragma unroll
+      for (int e = 0; e < 4; e++) v[e] += more[e];
+    }
+    if (residual) {
+      load_four(residual, more);
+#pragma unroll
+      for (int e = 0; e < 4; e++) v[e] += more[e];
+    }
+    return store_four(y, v);
+  }
 #pragma unroll
   for (int e = 0; e < 4; e++) {
     if (n + e >= args.w.n) return;
@@ -432,12 +487,12 @@ __device__ __forceinline__ void store_four(const LinearArgs& args, int64_t m, in
     y[e] = narrow<T>(sum);
   }
 }
-__device__ __forceinline__ void store_four(const LinearArgs& args, int64_t m, int64_t n,
-                                           float (&v)[4]) {
+__device__ __forceinline__ void write_four(const LinearArgs& args, const Int8Plan& p, int64_t m,
+                                           int64_t n, float (&v)[4]) {
   switch (args.y_type) {
-    case Dtype::f32: return store_four<float>(args, m, n, v);
-    case Dtype::f16: return store_four<half_t>(args, m, n, v);
-    case Dtype::bf16: return store_four<bf16_t>(args, m, n, v);
+    case Dtype::f32: return write_four<float>(args, p, m, n, v);
+    case Dtype::f16: return write_four<half_t>(args, p, m, n, v);
+    case Dtype::bf16: return write_four<bf16_t>(args, p, m, n, v);
   }
 }
 
