@@ -228,8 +228,8 @@ def cuda_archs(text: str) -> dict[str, str]:
         found = re.fullmatch(r"(\d+)\.(\d[af]?)(\+PTX)?", item)
         if not found:
             raise stop(f"TORCH_CUDA_ARCH_LIST: {item!r} is not of the form 8.0, 9.0a or 9.0+PTX")
-        if int(found[1]) < 8:
-            raise stop(f"TORCH_CUDA_ARCH_LIST: {item!r} is older than 8.0, which the kernels need")
+        if (int(found[1]), int(found[2][0])) < (7, 5):
+            raise stop(f"TORCH_CUDA_ARCH_LIST: {item!r} is older than 7.5, which the kernels need")
         arch = found[1] + found[2]
         flags[f"sm_{arch}"] = f"-gencode=arch=compute_{arch},code=sm_{arch}"
         if found[3]:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import _library, backends
+from . import _library, backends, devices
 from ._format import amount, columns, ranges
 from .cache import token_bytes
 from .models import RopeConfig
@@ -26,8 +26,9 @@ class BuildInfo:
     """The installation. `str()` is a few lines of text and a table.
 
     isa: the CPU instruction set in use; isas: those that build and CPU have, best first; cuda:
-    "loaded", or why not. libraries: (name, how it was built, or why it was not). ops: per op, the
-    rows of its table on this machine, in order; those without a kernel say so.
+    "loaded", or why not. auto: the device that device="auto" is, and why. libraries: (name, how it
+    was built, or why it was not). ops: per op, the rows of its table on this machine, in order;
+    those without a kernel say so.
     """
 
     version: str
@@ -36,6 +37,7 @@ class BuildInfo:
     isas: tuple[str, ...]
     threads: int
     cuda: str
+    auto: str
     backend: str
     on_fallback: str
     libraries: tuple[tuple[str, str], ...]
@@ -47,6 +49,7 @@ class BuildInfo:
             ("qkernels", f"{self.version}, torch {self.torch}, Python {python}"),
             ("CPU", f"{self.isa} in use of {', '.join(self.isas)}; {self.threads} threads"),
             ("CUDA", self.cuda),
+            ("device auto", self.auto),
             ("backend", f"{self.backend}; when a row is passed over: {self.on_fallback}"),
             *self.libraries,
         ]
@@ -144,6 +147,7 @@ def _build() -> BuildInfo:
         isas=tuple(native.cpu_isas().split(", ")),
         threads=torch.get_num_threads(),
         cuda=_library.cuda_status,
+        auto=devices.said_of_auto(),
         backend=backend,
         on_fallback=policy,
         libraries=_libraries(),
@@ -190,7 +194,8 @@ def _layer(name: str, module: nn.Module | None, weight: PackedWeight) -> LayerIn
 
 
 def _packed(name: str, op: str, weight: PackedWeight, case: dict[str, Any]) -> LayerInfo:
-    choice = backends.choose(op, weight.device.type, case)
+    facts = {**case, **backends.facts_of(weight.device)}
+    choice = backends.choose(op, weight.device.type, facts)
     act, row, spec = case.get("act", "-"), choice.row.name, str(weight.spec)
     return LayerInfo(
         name, op, weight.n, weight.k, spec, act, row, choice.reasons, weight.nbytes
@@ -204,10 +209,11 @@ def _rope(rope: RopeConfig) -> str:
 def _facts(decoder: QuantDecoder) -> tuple[tuple[str, str], ...]:
     config = decoder.config
     windows = ranges([*{w for w in config.windows if w}])
+    dtype = str(decoder.dtype).removeprefix("torch.")
     token = config.layers * token_bytes(decoder.kv_dtype, config.kv_heads, config.head_dim)
-    because = decoder.composed_because()
     return (
         ("source", str(decoder.source)),
+        ("device", str(decoder.device)),
         (
             "model",
             f"{config.family}: {config.layers} layers, hidden {config.hidden}, "
@@ -243,9 +249,18 @@ def _facts(decoder: QuantDecoder) -> tuple[tuple[str, str], ...]:
             f"{decoder.kv_dtype}, {amount(token)} per token, "
             f"{amount(token * decoder.max_seq_len)} for a full context",
         ),
-        ("activations", decoder.act),
-        (
-            "runs as",
-            "one native call per step" if because is None else f"one op after the other: {because}",
-        ),
+        ("activations", f"{decoder.act}, between the matrices {dtype}"),
+        ("runs as", _runs_as(decoder)),
     )
+
+
+def _runs_as(decoder: QuantDecoder) -> str:
+    if decoder.decodes_on_device:
+        because = decoder.uncaptured_because()
+        if because is None:
+            return "one CUDA graph per decode step, prompts one op after the other"
+    else:
+        because = decoder.composed_because()
+        if because is None:
+            return "one native call per step"
+    return f"one op after the other: {because}"

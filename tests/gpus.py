@@ -18,7 +18,8 @@ from qkernels.ops.registry import NATIVE, define_namespace
 
 ROOT = Path(__file__).resolve().parent.parent
 EMULATED = "qkernels_emu"
-EMULATED_LIBRARY = ROOT / "build" / "emu" / "_C_cuda_emu.so"
+BUILT = ROOT / "build" / "emu" / "_C_cuda_emu.so"
+EMULATED_LIBRARY = Path(os.environ.get("QKERNELS_EMU_LIBRARY", BUILT))
 _loaded: set[str] = set()
 
 
@@ -63,7 +64,7 @@ class Gpu:
 
 def load_emulated() -> Gpu:
     if not EMULATED_LIBRARY.exists():
-        where = EMULATED_LIBRARY.relative_to(ROOT)
+        where = os.path.relpath(EMULATED_LIBRARY, ROOT)
         pytest.skip(f"{where} is not built (python setup.py native --emu)")
     if EMULATED not in _loaded:
         define_namespace(EMULATED)

@@ -192,6 +192,7 @@ def test_torch_version(
         ("8.0+PTX", ["sm_80", "compute_80"]),
         ("8.0 8.6, 9.0a+PTX;", ["sm_80", "sm_86", "sm_90a", "compute_90a"]),
         ("12.0f", ["sm_120f"]),
+        ("7.5", ["sm_75"]),
     ],
 )
 def test_cuda_archs(text: str, targets: list[str]) -> None:
@@ -202,7 +203,7 @@ def test_cuda_archs(text: str, targets: list[str]) -> None:
         assert flag == f"-gencode=arch=compute_{number},code={target}"
 
 
-@pytest.mark.parametrize("text, entry", [("8.0;Hopper", "Hopper"), ("90", "90"), ("7.5", "7.5")])
+@pytest.mark.parametrize("text, entry", [("8.0;Hopper", "Hopper"), ("90", "90"), ("7.0", "7.0")])
 def test_bad_cuda_archs(text: str, entry: str) -> None:
     with pytest.raises(SystemExit, match=f"TORCH_CUDA_ARCH_LIST: '{entry}'"):
         setup_py.cuda_archs(text)

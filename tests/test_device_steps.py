@@ -95,7 +95,9 @@ def test_sequences_come_and_leave(cpu: QuantDecoder, monkeypatch: pytest.MonkeyP
     """Each ends at a token of its own; others take its place."""
     alone = [cpu.generate(p, max_new_tokens=40, stop_at_eos=False).tokens[0] for p in PROMPTS]
     eos = (alone[0][3], alone[1][11], alone[3][20])
-    monkeypatch.setattr(Loop.__init__, "__kwdefaults__", {**Loop.__init__.__kwdefaults__, "max_batch": 3})
+    monkeypatch.setattr(
+        Loop.__init__, "__kwdefaults__", {**Loop.__init__.__kwdefaults__, "max_batch": 3}
+    )
     want, got = both(cpu, PROMPTS, max_new_tokens=40, eos_ids=eos)
     assert got.tokens == want.tokens and got.finish_reasons == want.finish_reasons
     assert "eos" in want.finish_reasons and len({len(tokens) for tokens in want.tokens}) > 2
@@ -190,9 +192,7 @@ def test_one_step_is_recorded_per_shape(device: pytest.MonkeyPatch) -> None:
     assert list(decoder.steps()._graphs)[2:] == [(1, 1, True), (1, 2, True), (1, 3, True)]
 
 
-def test_a_cache_that_moved_is_recorded_anew(
-    cpu: QuantDecoder, device: pytest.MonkeyPatch
-) -> None:
+def test_a_cache_that_moved_is_recorded_anew(cpu: QuantDecoder, device: pytest.MonkeyPatch) -> None:
     device.setattr(steps, "FIRST_TOKENS", 1)
     device.setattr(steps, "CALL_TOKENS", 1)
     decoder = make()

@@ -126,6 +126,19 @@ def _messages_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("QKERNELS_EMU_SOURCES", "0")
 
 
+@pytest.fixture
+def architecture(
+    request: pytest.FixtureRequest, emulator: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("QKERNELS_EMU_ARCHITECTURE", str(request.param))
+    out = torch.zeros(9, dtype=torch.int32)
+    emulator.block_order(pointer(out))  # a launch takes it over
+
+
+# sm_75 makes do with smaller products and shuffles (cuda/ptx_75.cuh).
+ARCHITECTURES = pytest.mark.parametrize("architecture", [75, 90], indirect=True)
+
+
 def case_names(library: ctypes.CDLL) -> list[str]:
     names = []
     while name := library.case_name(len(names)):
@@ -162,6 +175,17 @@ def test_reports_say_where_in_the_source(
     assert "emulator.cu:" in said
 
 
+@pytest.mark.parametrize(
+    ("architecture", "shared"), [(75, 64), (80, 163), (86, 99), (89, 99), (90, 227), (120, 99)]
+)
+def test_shared_memory_of_a_block(
+    emulator: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch, architecture: int, shared: int
+) -> None:
+    monkeypatch.setenv("QKERNELS_EMU_ARCHITECTURE", str(architecture))
+    emulator.most_shared_memory.restype = ctypes.c_int
+    assert emulator.most_shared_memory() == shared << 10
+
+
 def test_blocks_run_in_changing_order(emulator: ctypes.CDLL) -> None:
     orders = set()
     for _ in range(4):
@@ -187,7 +211,9 @@ def pointer(t: torch.Tensor) -> ctypes.c_void_p:
 def same_floats(got: torch.Tensor, want: torch.Tensor) -> bool:
     bits = torch.int32 if got.dtype == torch.float32 else torch.int16
     nan = got.isnan()
-    return torch.equal(nan, want.isnan()) and torch.equal(got.view(bits)[~nan], want.view(bits)[~nan])
+    return torch.equal(nan, want.isnan()) and torch.equal(
+        got.view(bits)[~nan], want.view(bits)[~nan]
+    )
 
 
 @TYPES
@@ -216,8 +242,11 @@ def test_narrowing_is_torchs(emulator: ctypes.CDLL, dtype: torch.dtype, bf16: bo
     assert same_floats(got.view(dtype), values.to(dtype))
 
 
+@ARCHITECTURES
 @TYPES
-def test_fma_pair_rounds_once(emulator: ctypes.CDLL, dtype: torch.dtype, bf16: bool) -> None:
+def test_fma_pair_rounds_once(
+    emulator: ctypes.CDLL, dtype: torch.dtype, bf16: bool, architecture: None
+) -> None:
     """No neighbour of the result is closer to the sum, which float64 knows to 2^-53."""
     generator = torch.Generator().manual_seed(2)
     n = 400_000
@@ -248,12 +277,17 @@ def test_fma_pair_of_tiny_numbers(emulator: ctypes.CDLL) -> None:
     b = torch.tensor([tiny, tiny], dtype=torch.bfloat16)
     got = torch.empty(2, dtype=torch.bfloat16)
     for c in (torch.zeros(2, dtype=torch.bfloat16), torch.ones(2, dtype=torch.bfloat16)):
-        emulator.fma_pairs(pointer(a), pointer(b), pointer(c), pointer(got), ctypes.c_int64(1), True)
+        emulator.fma_pairs(
+            pointer(a), pointer(b), pointer(c), pointer(got), ctypes.c_int64(1), True
+        )
         assert torch.equal(got, c)
 
 
+@ARCHITECTURES
 @TYPES
-def test_products_of_floats(emulator: ctypes.CDLL, dtype: torch.dtype, bf16: bool) -> None:
+def test_products_of_floats(
+    emulator: ctypes.CDLL, dtype: torch.dtype, bf16: bool, architecture: None
+) -> None:
     generator = torch.Generator().manual_seed(3)
     for scale in (1.0, 2.0**-10):
         a = torch.randn(16, 16, generator=generator).to(dtype)
@@ -284,8 +318,9 @@ def test_products_are_cut_off(emulator: ctypes.CDLL) -> None:
     assert torch.equal(d, torch.full((16, 8), 2.0**-24))  # 1 - 1 + 1.5 * 2^-24, one bit kept
 
 
+@ARCHITECTURES
 @pytest.mark.parametrize(("kind", "low"), [(2, 0), (3, -128)], ids=["u8", "s8"])
-def test_products_of_bytes(emulator: ctypes.CDLL, kind: int, low: int) -> None:
+def test_products_of_bytes(emulator: ctypes.CDLL, kind: int, low: int, architecture: None) -> None:
     generator = torch.Generator().manual_seed(4)
     a = torch.randint(low, low + 256, (16, 32), generator=generator)
     b = torch.randint(-128, 128, (8, 32), generator=generator)

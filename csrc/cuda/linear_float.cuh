@@ -48,15 +48,17 @@ inline bool plan_gemv(const LinearArgs& a, const DeviceLimits& limits, GemvPlan*
   p.vectors = x_in_vectors(a);
   const int units = gemv_units(a.w.bits);
   p.stage = stage_layout(a.w, units);
-  const int rings = kGemvWarps * kGemvStages * p.stage.bytes;
+  const int tiles = a.m <= 8 ? 1 : 2, stages = gemv_stages(tiles);
+  const int rings = kGemvWarps * stages * p.stage.bytes;
   const int parts = kGemvWarps * layout::kUnitRows * int(a.m) * 4;
   p.mbarriers = rings > parts ? rings : parts;
-  p.last = p.mbarriers + kGemvWarps * kGemvStages * 8;
-  p.activations = int(layout::round_up(p.last + 4, 128));
+  p.last = p.mbarriers + kGemvWarps * stages * 8;
+  p.scales = int(layout::round_up(p.last + 4, 128));
+  p.activations = p.scales + kGemvWarps * p.stage.floats * 4;
 
   const int round = int(a.m) * units * 32 * p.k_warps;  // bytes of x that every warp's stage needs
   const int half = limits.shared_per_multiprocessor / 2 - kSharedReserved - p.activations;
-  const bool two_blocks = half >= 2 * round;
+  const bool two_blocks = gemv_blocks(tiles) == 2 && half >= 2 * round;
   const int most = limits.shared_per_block - p.activations;
   const int budget = two_blocks ? half : most;
   if (budget < round) return false;
@@ -66,7 +68,7 @@ inline bool plan_gemv(const LinearArgs& a, const DeviceLimits& limits, GemvPlan*
   p.row_tiles = (blocks + p.row_blocks - 1) / p.row_blocks;
   p.split.splits =
       choose_splits(p.row_tiles, int64_t(limits.multiprocessors) * (two_blocks ? 2 : 1), all_stages,
-                    kGemvStages * p.k_warps);
+                    2 * p.k_warps);
   p.stages_per_split = int((all_stages + p.split.splits - 1) / p.split.splits);
   const int64_t rounds = (p.stages_per_split + p.k_warps - 1) / p.k_warps;
   const int64_t fitting = budget / round;
@@ -85,7 +87,8 @@ inline void plan_tile(const LinearArgs& a, const DeviceLimits& limits, TilePlan*
   p.stage_bytes = kTileRowBlocks * p.stage.bytes + tokens * kTileRowBytes;
   const int stages = kTileStages * p.stage_bytes;
   const int parts = 2 * kTileWarpTokens * kTileRows * 4;  // two halves, of tokens or of K
-  p.last = stages > parts ? stages : parts;
+  p.scales = stages > parts ? stages : parts;
+  p.last = p.scales + kTileThreads / 32 * p.stage.floats * 4;
   p.shared_bytes = p.last + 4;
   const int64_t all_stages = (a.w.kp / layout::kUnitCols + kTileUnits - 1) / kTileUnits;
   p.row_tiles = (a.w.n + kTileRows - 1) / kTileRows;

@@ -33,6 +33,27 @@ struct alignas(16) Words4 {
 #define QK_SM90 0
 #endif
 
+// Before sm_80 there are no asynchronous copies, and of matrix products only smaller ones.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+#define QK_SM80 0
+#else
+#define QK_SM80 1
+#endif
+
+namespace sm75 {  // ptx_75.cuh: what is not there before sm_80
+template <int kBytes>
+__device__ __forceinline__ void copy(void* to, const void* from, int valid);
+__device__ __forceinline__ int32_t warp_max(int32_t v);
+__device__ __forceinline__ void mma_half(float (&d)[4], const uint32_t (&a)[4], uint32_t b0,
+                                         uint32_t b1);
+__device__ __forceinline__ void mma_bf16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0,
+                                         uint32_t b1, int lane);
+template <bool kSigned>
+__device__ __forceinline__ void mma_bytes(int32_t (&d)[4], const uint32_t (&a)[4], uint32_t b0,
+                                          uint32_t b1);
+__device__ __forceinline__ uint32_t fma_pair_bf16(uint32_t a, uint32_t b, uint32_t c);
+}  // namespace sm75
+
 // ---- memory ----
 
 // The block's shared memory, 128-byte aligned. A kernel lays all of it out in one struct (or takes
@@ -78,6 +99,9 @@ __device__ __forceinline__ uint32_t shared_address(const void* p) {
 template <int kBytes>
 __device__ __forceinline__ void copy_async(void* to, const void* from, int valid = kBytes) {
   static_assert(kBytes == 4 || kBytes == 8 || kBytes == 16, "cp.async copies 4, 8 or 16 bytes");
+#if !QK_SM80
+  sm75::copy<kBytes>(to, from, valid);
+#else
   if constexpr (kBytes == 16)
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
                  :
@@ -88,14 +112,19 @@ __device__ __forceinline__ void copy_async(void* to, const void* from, int valid
                  :
                  : "r"(shared_address(to)), "l"(from), "n"(kBytes), "r"(valid)
                  : "memory");
+#endif
 }
 // Closes this thread's group of copies; copy_wait<N> waits for all groups but the latest N.
 __device__ __forceinline__ void copy_commit() {
+#if QK_SM80
   asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
 }
 template <int kGroups>
 __device__ __forceinline__ void copy_wait() {
+#if QK_SM80
   asm volatile("cp.async.wait_group %0;" : : "n"(kGroups) : "memory");
+#endif
 }
 
 // Whether the device has bulk copies and mbarriers.
@@ -170,7 +199,13 @@ __device__ __forceinline__ T shuffle(T v, int lane) {
 }
 // Bit l of the result: whether lane l says so.
 __device__ __forceinline__ uint32_t ballot(bool v) { return __ballot_sync(0xffffffffu, v); }
-__device__ __forceinline__ int32_t warp_max(int32_t v) { return __reduce_max_sync(0xffffffffu, v); }
+__device__ __forceinline__ int32_t warp_max(int32_t v) {
+#if QK_SM80
+  return __reduce_max_sync(0xffffffffu, v);
+#else
+  return sm75::warp_max(v);
+#endif
+}
 __device__ __forceinline__ void shared_max(int32_t* p, int32_t v) { atomicMax(p, v); }
 __device__ __forceinline__ int32_t shared_add(int32_t* p, int32_t v) { return atomicAdd(p, v); }
 __device__ __forceinline__ uint64_t shared_add(uint64_t* p, uint64_t v) {
@@ -199,12 +234,36 @@ __device__ __forceinline__ void dependency_launch() {
 
 // ---- matrix products ----
 
+// What sm_75 has: halves of k = 8 (a0: rows g, a1: rows g + 8; columns 2 t, + 1), bytes of 8 rows
+// and k = 16 (a: row g, columns 4 t, ... + 3; d0, d1: columns 2 t, + 1).
+__device__ __forceinline__ void mma_1688(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t b) {
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 "
+      "{%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a0), "r"(a1), "r"(b));
+}
+template <bool kSigned>
+__device__ __forceinline__ void mma_8816(int32_t& d0, int32_t& d1, uint32_t a, uint32_t b) {
+  if constexpr (kSigned)
+    asm("mma.sync.aligned.m8n8k16.row.col.s32.s8.s8.s32 {%0, %1}, {%2}, {%3}, {%0, %1};"
+        : "+r"(d0), "+r"(d1)
+        : "r"(a), "r"(b));
+  else
+    asm("mma.sync.aligned.m8n8k16.row.col.s32.u8.s8.s32 {%0, %1}, {%2}, {%3}, {%0, %1};"
+        : "+r"(d0), "+r"(d1)
+        : "r"(a), "r"(b));
+}
 // d [16, 8] += a [16, 16] b [16, 8], T half_t or bf16_t. With g = lane / 4, t = lane % 4:
 //   a[i]: row g + 8 (i % 2), columns 2 t + 8 (i / 2), + 1 (the first in the low half)
 //   b[i]: column g, rows 2 t + 8 i, + 1         d[i]: row g + 8 (i / 2), column 2 t + i % 2
 template <class T>
 __device__ __forceinline__ void mma_16816(float (&d)[4], const uint32_t (&a)[4], uint32_t b0,
                                           uint32_t b1) {
+#if !QK_SM80
+  const unsigned thread = threadIdx.x + blockDim.x * (threadIdx.y + blockDim.y * threadIdx.z);
+  if constexpr (__is_same(T, bf16_t)) sm75::mma_bf16(d, a, b0, b1, int(thread % 32));
+  else sm75::mma_half(d, a, b0, b1);
+#else
   if constexpr (sizeof(T) == 2 && !__is_same(T, bf16_t))
     asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
         "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
@@ -215,23 +274,32 @@ __device__ __forceinline__ void mma_16816(float (&d)[4], const uint32_t (&a)[4],
         "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+#endif
 }
 // d [16, 8] += a [16, 32] b [32, 8] of bytes, a unsigned (or signed), b signed:
 //   a[i]: row g + 8 (i % 2), columns 4 t + 16 (i / 2), ... + 3     b[i]: column g, rows 4 t + 16 i,
 //   ... + 3
 __device__ __forceinline__ void mma_16832_u8s8(int32_t (&d)[4], const uint32_t (&a)[4], uint32_t b0,
                                                uint32_t b1) {
+#if QK_SM80
   asm("mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 "
       "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
       : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+#else
+  sm75::mma_bytes<false>(d, a, b0, b1);
+#endif
 }
 __device__ __forceinline__ void mma_16832_s8s8(int32_t (&d)[4], const uint32_t (&a)[4], uint32_t b0,
                                                uint32_t b1) {
+#if QK_SM80
   asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 "
       "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
       : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+#else
+  sm75::mma_bytes<true>(d, a, b0, b1);
+#endif
 }
 // Four 8x8 matrices of 16-bit elements: lane 8 i + r gives the address (16-byte aligned, shared) of
 // row r of matrix i. r[i] of lane l: row l / 4, columns 2 (l % 4), + 1 of matrix i; with
@@ -282,6 +350,7 @@ __device__ __forceinline__ uint32_t select_bytes(uint32_t a, uint32_t b, uint32_
 __device__ __forceinline__ int32_t float_bits(float v) { return __float_as_int(v); }
 __device__ __forceinline__ float bits_float(int32_t v) { return __int_as_float(v); }
 __device__ __forceinline__ int round_int(float v) { return __float2int_rn(v); }  // halves to even
+__device__ __forceinline__ int64_t round_int64(float v) { return __float2ll_rn(v); }  // the same
 __device__ __forceinline__ float fma(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 // 1 / sqrt(v), correctly rounded twice; rsqrt.approx would differ from the CPU in the last bit or
 // two.
@@ -325,26 +394,49 @@ __device__ __forceinline__ uint16_t to_bits(T v) {
 // Two floats to two elements of T in a register, the first in the low half.
 template <class T>
 __device__ __forceinline__ uint32_t narrow_pair(float low, float high) {
+#if QK_SM80
   uint32_t r;
   if constexpr (__is_same(T, bf16_t))
     asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
   else asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
   return r;
+#else
+  return to_bits(narrow<T>(low)) | uint32_t(to_bits(narrow<T>(high))) << 16;
+#endif
+}
+// a * b + c, where the product is exact, rounded to odd: cut off, and the last bit set if that lost
+// anything.
+__device__ __forceinline__ float fma_to_odd(float a, float b, float c) {
+  const int32_t cut = float_bits(__fmaf_rz(a, b, c));
+  return bits_float(__fmaf_rd(a, b, c) == __fmaf_ru(a, b, c) ? cut : cut | 1);
 }
 // a * b + c of two elements of T, rounded once each.
 template <class T>
 __device__ __forceinline__ uint32_t fma_pair(uint32_t a, uint32_t b, uint32_t c) {
-  uint32_t r;
-  if constexpr (__is_same(T, bf16_t))
+  if constexpr (__is_same(T, bf16_t)) {
+#if QK_SM80
+    uint32_t r;
     asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(r) : "r"(a), "r"(b), "r"(c));
-  else asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(r) : "r"(a), "r"(b), "r"(c));
-  return r;
+    return r;
+#else
+    return sm75::fma_pair_bf16(a, b, c);
+#endif
+  } else {
+    uint32_t r;
+    asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(r) : "r"(a), "r"(b), "r"(c));
+    return r;
+  }
 }
+
+}  // namespace qk
+#include "ptx_75.cuh"
+
+namespace qk {
 
 // ---- launches ----
 
 struct DeviceLimits {
-  int architecture;  // 80, 90, ...
+  int architecture;  // 75, 80, 90, ...
   int multiprocessors;
   int shared_per_block;  // bytes that a block may have
   int shared_per_multiprocessor;

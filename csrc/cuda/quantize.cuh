@@ -107,11 +107,13 @@ __device__ __forceinline__ void quantize_group(const QuantActOut& out, int64_t r
                                                const F& value) {
   const int lane = threadIdx.x % 32;
   int32_t most = 0;
+#pragma unroll 1
   for (int i = lane; i < out.group; i += 32) {
     const int32_t m = magnitude(value(g * out.group + i));
     most = m > most ? m : most;
   }
   const ActScale scale = act_scale_of(warp_max(most));
+#pragma unroll 1
   for (int first = 0; first < out.group; first += 32) {
     const bool inside = first + lane < out.group;  // the last 16 lanes may be outside
     const int64_t i = g * out.group + first + lane;

@@ -250,6 +250,7 @@ bool launch(Dim3 grid, Dim3 block, size_t shared_bytes, void (*body)(const void*
   const auto first = reinterpret_cast<uintptr_t>(argument);
   machine.argument = {first, first + argument_bytes};
   machine.dependent = dependent;
+  now.sm75 = limits().architecture < 80;
   start_grid(blocks);
   machine.threads.assign(threads, Thread{});
   machine.warps.assign((threads + 31) / 32, Warp{});

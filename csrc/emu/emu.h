@@ -15,6 +15,7 @@ struct Dim3 {
 // Of the fiber that runs: what threadIdx and its kin read.
 struct Indices {
   Dim3 thread, block, block_dim, grid_dim;
+  bool sm75 = false;  // the launch plays an architecture before 80
 };
 extern Indices now;
 

@@ -154,6 +154,20 @@ struct Fragments {
 };
 }  // namespace emu
 
+namespace sm75 {  // ptx_75.cuh: what is not there before sm_80
+template <int kBytes>
+__device__ __forceinline__ void copy(void* to, const void* from, int valid);
+__device__ __forceinline__ int32_t warp_max(int32_t v);
+__device__ __forceinline__ void mma_half(float (&d)[4], const uint32_t (&a)[4], uint32_t b0,
+                                         uint32_t b1);
+__device__ __forceinline__ void mma_bf16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0,
+                                         uint32_t b1, int lane);
+template <bool kSigned>
+__device__ __forceinline__ void mma_bytes(int32_t (&d)[4], const uint32_t (&a)[4], uint32_t b0,
+                                          uint32_t b1);
+__device__ __forceinline__ uint32_t fma_pair_bf16(uint32_t a, uint32_t b, uint32_t c);
+}  // namespace sm75
+
 template <class T>
 T shuffle_xor(T v, int mask) {
   return emu::shuffle("shuffle_xor", v, emu::lane() ^ mask);
@@ -168,6 +182,7 @@ inline uint32_t ballot(bool v) {
   return out;
 }
 inline int32_t warp_max(int32_t v) {
+  if (emu::now.sm75) return sm75::warp_max(v);
   int32_t out;
   emu::collective("warp_max", &v, &out, emu::max_lanes);
   return out;
@@ -202,16 +217,32 @@ inline void dependency_launch() {}
 
 // ---- matrix products ----
 
+inline void mma_1688(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t b) {
+  const emu::Fragments in{{a0, a1, 0, 0}, {b, 0}};
+  emu::collective("mma_1688", &in, d, emu::mma_half);
+}
+template <bool kSigned>
+void mma_8816(int32_t& d0, int32_t& d1, uint32_t a, uint32_t b) {
+  const emu::Fragments in{{a, 0, 0, 0}, {b, 0}};
+  int32_t d[4] = {d0, d1, 0, 0};
+  emu::collective("mma_8816", &in, d, kSigned ? emu::mma_s8s8 : emu::mma_u8s8);
+  d0 = d[0], d1 = d[1];
+}
 template <class T>
 void mma_16816(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  if (emu::now.sm75)
+    return std::is_same_v<T, bf16_t> ? sm75::mma_bf16(d, a, b0, b1, emu::lane())
+                                     : sm75::mma_half(d, a, b0, b1);
   const emu::Fragments in{{a[0], a[1], a[2], a[3]}, {b0, b1}};
   emu::collective("mma_16816", &in, d, std::is_same_v<T, bf16_t> ? emu::mma_bf16 : emu::mma_half);
 }
 inline void mma_16832_u8s8(int32_t (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  if (emu::now.sm75) return sm75::mma_bytes<false>(d, a, b0, b1);
   const emu::Fragments in{{a[0], a[1], a[2], a[3]}, {b0, b1}};
   emu::collective("mma_16832_u8s8", &in, d, emu::mma_u8s8);
 }
 inline void mma_16832_s8s8(int32_t (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  if (emu::now.sm75) return sm75::mma_bytes<true>(d, a, b0, b1);
   const emu::Fragments in{{a[0], a[1], a[2], a[3]}, {b0, b1}};
   emu::collective("mma_16832_s8s8", &in, d, emu::mma_s8s8);
 }
@@ -271,6 +302,12 @@ inline int round_int(float v) {
   if (v < -2147483648.f) return INT32_MIN;
   return int(std::nearbyint(v));
 }
+inline int64_t round_int64(float v) {
+  if (v != v) return INT64_MIN;
+  if (v >= 9223372036854775808.f) return INT64_MAX;
+  if (v < -9223372036854775808.f) return INT64_MIN;
+  return int64_t(std::nearbyint(v));
+}
 inline float fma(float a, float b, float c) { return std::fma(a, b, c); }
 inline float inverse_sqrt(float v) { return 1.f / std::sqrt(v); }
 inline float exp2_approx(float v) { return std::exp2(v); }
@@ -298,7 +335,6 @@ template <class T>
 uint32_t narrow_pair(float low, float high) {
   return to_bits(narrow<T>(low)) | uint32_t(to_bits(narrow<T>(high))) << 16;
 }
-namespace emu {
 // a * b + c rounded to odd in float32, from which a second rounding to T finds what one alone
 // would.
 inline float fma_to_odd(double a, double b, double c) {
@@ -312,17 +348,22 @@ inline float fma_to_odd(double a, double b, double c) {
   if (v > 0 ? beyond > 0 : v < 0 && beyond < 0) bits--;  // towards zero
   return bits_float(bits | 1);
 }
-}  // namespace emu
 template <class T>
 uint32_t fma_pair(uint32_t a, uint32_t b, uint32_t c) {
+  if (std::is_same_v<T, bf16_t> && emu::now.sm75) return sm75::fma_pair_bf16(a, b, c);
   uint32_t r = 0;
   for (int i = 0; i < 32; i += 16) {
     const auto value = [i](uint32_t w) { return double(widen(from_bits<T>(uint16_t(w >> i)))); };
-    const float v = emu::fma_to_odd(value(a), value(b), value(c));
+    const float v = fma_to_odd(value(a), value(b), value(c));
     r |= uint32_t(to_bits(narrow<T>(v))) << i;
   }
   return r;
 }
+
+}  // namespace qk
+#include "../cuda/ptx_75.cuh"
+
+namespace qk {
 
 // ---- launches ----
 

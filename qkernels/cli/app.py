@@ -96,7 +96,7 @@ ActOption = Annotated[
     Act,
     typer.Option(
         "--act",
-        help="Activations of the linear layers; auto is int8 on the CPU.",
+        help="Activations of the linear layers; auto is int8 on the CPU, float on a GPU.",
         rich_help_panel=LOADING,
     ),
 ]
@@ -104,6 +104,14 @@ KvOption = Annotated[
     KvDtype,
     typer.Option(
         "--kv-dtype", help="Type of the KV cache; auto is a 16-bit float.", rich_help_panel=LOADING
+    ),
+]
+DeviceOption = Annotated[
+    str,
+    typer.Option(
+        "--device",
+        help="cpu, cuda, cuda:1; auto is a GPU that can be used, else the CPU.",
+        rich_help_panel=LOADING,
     ),
 ]
 Threads = Annotated[
@@ -218,6 +226,7 @@ def generate(
     min_p: MinP = None,
     repetition_penalty: Penalty = None,
     seed: Seed = None,
+    device: DeviceOption = "auto",
     act: ActOption = Act.auto,
     kv_dtype: KvOption = KvDtype.auto,
     threads: Threads = None,
@@ -231,7 +240,7 @@ def generate(
     from .loading import LoadOptions
 
     run(
-        LoadOptions(model, act.value, kv_dtype.value, threads, context, spec, group_size),
+        LoadOptions(model, act.value, kv_dtype.value, threads, context, spec, group_size, device),
         prompt,
         chat,
         sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed, stop, max_new_tokens),
@@ -250,6 +259,7 @@ def chat(
     min_p: MinP = None,
     repetition_penalty: Penalty = None,
     seed: Seed = None,
+    device: DeviceOption = "auto",
     act: ActOption = Act.auto,
     kv_dtype: KvOption = KvDtype.auto,
     threads: Threads = None,
@@ -263,7 +273,7 @@ def chat(
     from .loading import LoadOptions
 
     run(
-        LoadOptions(model, act.value, kv_dtype.value, threads, context, spec, group_size),
+        LoadOptions(model, act.value, kv_dtype.value, threads, context, spec, group_size, device),
         system,
         sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed, stop, max_new_tokens),
     )
@@ -274,6 +284,7 @@ def info(
     model: Annotated[
         str | None, typer.Argument(metavar="[MODEL]", help="As for generate; optional.")
     ] = None,
+    device: DeviceOption = "auto",
     act: ActOption = Act.auto,
     kv_dtype: KvOption = KvDtype.auto,
     threads: Threads = None,
@@ -290,7 +301,8 @@ def info(
 
     options = None
     if model is not None:
-        options = LoadOptions(model, act.value, kv_dtype.value, threads, context, spec, group_size)
+        kv = kv_dtype.value
+        options = LoadOptions(model, act.value, kv, threads, context, spec, group_size, device)
     run(options)
 
 
@@ -330,6 +342,7 @@ def evaluate(
         ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="JSON instead of a table.")] = False,
+    device: DeviceOption = "auto",
     act: ActOption = Act.auto,
     kv_dtype: KvOption = KvDtype.auto,
     threads: Threads = None,
@@ -343,7 +356,7 @@ def evaluate(
     from .loading import LoadOptions
 
     run(
-        LoadOptions(model, act.value, kv_dtype.value, threads, None, None, group_size),
+        LoadOptions(model, act.value, kv_dtype.value, threads, None, None, group_size, device),
         EvalOptions(
             tuple(spec or ()), against, textfile, windows, window, skip_fraction, bos, as_json
         ),

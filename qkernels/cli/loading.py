@@ -22,6 +22,8 @@ class LoadOptions:
     context: int | None = None
     spec: str | None = None
     group_size: int | None = None
+    device: str = "auto"
+    dtype: str = "auto"
 
 
 @dataclass
@@ -59,7 +61,9 @@ def load(options: LoadOptions) -> Loaded:
             decoder = qk.QuantDecoder.from_pretrained(
                 path,
                 spec=spec,
+                device=options.device,
                 act=act,
+                dtype=options.dtype,
                 kv_dtype=options.kv_dtype,
                 max_seq_len=options.context,
                 progress=progress,

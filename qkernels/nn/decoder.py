@@ -188,10 +188,10 @@ class QuantDecoder(nn.Module):
         at most 32768. tokenizer: a transformers tokenizer, where the model does not come with one.
         progress: called as progress(done, total, name of the tensor).
 
-        Raises RuntimeError for a GPU that cannot be used, with the reason; CheckpointError (a ValueError) for a damaged or incomplete checkpoint,
-        UnsupportedModelError (a
-        ValueError) for a model that there is no code for, ValueError for other arguments,
-        FileNotFoundError for a path.
+        Raises RuntimeError for a GPU that cannot be used, with the reason; CheckpointError (a
+        ValueError) for a damaged or incomplete checkpoint, UnsupportedModelError (a ValueError) for
+        a model that there is no code for, ValueError for other arguments, FileNotFoundError for a
+        path.
         """
         started = time.perf_counter()
         where = devices.resolve(device)
@@ -374,13 +374,14 @@ class QuantDecoder(nn.Module):
 
     def uncaptured_because(self) -> str | None:
         """Why a decode step on a GPU is not captured as a CUDA graph; None if it is."""
-        device = self.device.type
+        device, facts = self.device.type, backends.facts_of(self.device)
         cases: list[tuple[str, dict[str, Any]]] = [(op, {}) for op in (*_STEP_OPS, "sample")]
         cases += [(u.op, u.case) for u in self.uses() if isinstance(u.weight, PackedWeight)]
         for op, case in cases:
-            row = backends.choose(op, device, case).row
-            if row.namespace == REFERENCE:  # it looks at what tensors hold
-                return f"the row {row.name!r} computes {op}"
+            choice = backends.choose(op, device, {**case, **facts})
+            if choice.row.namespace == REFERENCE:  # it looks at what tensors hold
+                why = "; ".join(f"{name}: {reason}" for name, reason in choice.reasons)
+                return f"the row {choice.row.name!r} computes {op}{f' ({why})' if why else ''}"
         return None
 
     @property

@@ -526,6 +526,13 @@ extern "C" {
   launch(order_of_blocks, dim3(8), dim3(32), 0, nullptr, out);
   emu::end();
 }
+[[gnu::visibility("default")]] int most_shared_memory() {
+  const auto fits = [](size_t bytes) {
+    return launch(nothing<false>, dim3(1), dim3(32), bytes, nullptr, Arrays{}) == cudaSuccess;
+  };
+  const int most = emu::limits().shared_per_block;
+  return fits(size_t(most)) && !fits(size_t(most) + 1) ? most : -1;
+}
 [[gnu::visibility("default")]] void multiply(const void* a, const void* b, void* d, int kind) {
   emu::allow(a, 16 * 8 * 4, emu::Use::read);
   emu::allow(b, 8 * 8 * 4, emu::Use::read);

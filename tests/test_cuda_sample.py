@@ -1,0 +1,147 @@
+"""sample on CUDA: the token of the CPU's kernels and of the reference, bit for bit."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from gpus import Gpu
+from test_sample import REFERENCE, settings
+from torch import Tensor
+
+NAN, EMPTY = -1, -2
+
+
+def assert_same_tokens(gpu: Gpu, logits: Tensor, args: tuple[Tensor, ...]) -> None:
+    got = gpu.ops.sample(gpu.to(logits), *gpu.to(args)).cpu()
+    assert got.dtype == torch.int64
+    assert torch.equal(got, torch.ops.qkernels.sample(logits, *args))
+
+
+# More columns than threads, and many more; 50,257 is a vocabulary.
+@pytest.mark.parametrize("vocab", [1, 2, 5, 31, 100, 1000, 1031, 8192, 50257])
+@pytest.mark.parametrize("spread", [0.1, 3.0, 30.0])
+def test_the_token_of_the_cpu(
+    gpu: Gpu, vocab: int, spread: float, generator: torch.Generator
+) -> None:
+    batch = 3 if vocab > 10000 else 9
+    logits = torch.randn(batch, vocab, generator=generator) * spread
+    logits[1::3] = (logits[1::3] * 2).round() / 2  # ties
+    logits[2::3, ::3] = -torch.inf
+    logits[2::3, -1] = 0.0
+    args = settings(batch, generator)
+    assert_same_tokens(gpu, logits, args)
+    if vocab < 2000:
+        got = gpu.ops.sample(gpu.to(logits), *gpu.to(args)).cpu()
+        assert torch.equal(got, REFERENCE.sample(logits, *args))
+
+
+@pytest.mark.parametrize("filters", ["none", "k", "p", "both"])
+@pytest.mark.parametrize("kind", ["equal", "two values", "outlier", "steep"])
+def test_more_logits_in_a_bin_than_are_listed(
+    gpu: Gpu, kind: str, filters: str, generator: torch.Generator
+) -> None:
+    """Rows whose logits do not spread over the bins."""
+    vocab, batch = 9000, 3
+    logits = torch.zeros(batch, vocab)
+    if kind == "two values":
+        logits[:, ::2] = 1.0
+    elif kind == "outlier":  # all but one lie in two of the bins
+        logits = torch.randn(batch, vocab, generator=generator) * 0.01
+        logits[:, 1234] = -20.0
+    elif kind == "steep":
+        logits = torch.randn(batch, vocab, generator=generator) * 1e4
+    top_k = 0 if filters in ("none", "p") else 5000
+    top_p = 1.0 if filters in ("none", "k") else 0.6
+    args = settings(batch, generator, temperature=1.0, top_k=top_k, top_p=top_p, min_p=0.0)
+    assert_same_tokens(gpu, logits, args)
+
+
+def test_extremes(gpu: Gpu, generator: torch.Generator) -> None:
+    logits = torch.randn(10, 300, generator=generator)
+    logits[0] = 0.0
+    logits[1] = 3e38
+    logits[1, ::2] = -3e38  # max - min is infinite
+    logits[2, 17] = torch.inf
+    logits[3] = torch.where(torch.arange(300) == 150, 0.0, -torch.inf)
+    logits[4] = torch.where(torch.arange(300) % 2 == 0, 0.0, -0.0)
+    logits[9] = -3e38
+    logits[9, 7:9] = 3e38
+    temperature, top_k, top_p, min_p, seed, offset = settings(10, generator, temperature=1.0)
+    temperature[5], temperature[6], temperature[7] = 1e-40, 3e38, 1e-3
+    top_p[9] = 1e-30
+    for k in (0, 1, 5, 299, 2**31 - 1):
+        args = (temperature, torch.full_like(top_k, k), top_p, min_p, seed, offset)
+        assert_same_tokens(gpu, logits, args)
+
+
+@pytest.mark.parametrize("temperature", [0.05, 0.3, 1.0, 100.0])
+@pytest.mark.parametrize("top_p", [0.0, 1e-6, 0.5, 0.999999, 1.0])
+def test_temperatures_and_shares(
+    gpu: Gpu, temperature: float, top_p: float, generator: torch.Generator
+) -> None:
+    logits = torch.randn(3, 700, generator=generator) * 4
+    for top_k in (0, 1, 50):
+        args = settings(3, generator, temperature=temperature, top_k=top_k, top_p=top_p)
+        assert_same_tokens(gpu, logits, args)
+
+
+def test_neighbours_in_float32_are_told_apart(gpu: Gpu, generator: torch.Generator) -> None:
+    """All in one bin until the last bits of the key."""
+    order = torch.randperm(12, generator=generator)
+    row = torch.tensor([1.0 + i * 2.0**-23 for i in range(12)])[order]
+    for k, p in ((1, 1.0), (2, 1.0), (11, 1.0), (0, 0.08), (0, 0.1), (0, 0.95), (2, 0.4)):
+        args = settings(6, generator, temperature=1.0, top_k=k, top_p=p, min_p=0.0)
+        logits = row.expand(6, 12)
+        assert_same_tokens(gpu, logits, args)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_nan_and_empty_rows_have_numbers(gpu: Gpu, temperature: float) -> None:
+    for place in (0, 33, 1023, 1024, 2999):
+        logits = torch.zeros(3, 3000)
+        logits[1] = -torch.inf
+        logits[2, place] = torch.nan
+        args = settings(3, torch.Generator().manual_seed(0), temperature=temperature)
+        got = gpu.ops.sample(gpu.to(logits), *gpu.to(args)).tolist()
+        assert got[1:] == [EMPTY, NAN] and got[0] >= 0
+        logits[2] = torch.nan
+        assert gpu.ops.sample(gpu.to(logits), *gpu.to(args)).tolist()[2] == NAN
+
+
+def test_greedy_takes_the_first_of_equal_logits(gpu: Gpu) -> None:
+    logits = torch.zeros(5, 3000)
+    logits[0, [30, 60, 2999]] = 1.0
+    logits[1, 2999] = 1e-30
+    logits[2] = -5.0
+    logits[3, 0], logits[3, 50] = -0.0, 0.0
+    logits[4, [1027, 2050]] = torch.inf
+    args = settings(5, torch.Generator().manual_seed(0), temperature=0.0)
+    assert gpu.ops.sample(gpu.to(logits), *gpu.to(args)).tolist() == [30, 2999, 0, 0, 1027]
+
+
+def test_settings_out_of_range_draw_some_token(gpu: Gpu, generator: torch.Generator) -> None:
+    """Nobody looks at them: that would wait for the GPU. Nothing beyond the row is touched."""
+    logits = torch.randn(1, 500, generator=generator)
+    nan, inf = torch.nan, torch.inf
+    for changes in (
+        {"temperature": nan}, {"temperature": -1.0}, {"temperature": inf}, {"top_k": -3},
+        {"top_p": nan}, {"top_p": -1.0}, {"top_p": 2.0}, {"min_p": nan}, {"min_p": 2.0},
+        {"temperature": nan, "top_k": 7, "top_p": 0.5}, {"temperature": -1.0, "top_p": 0.5},
+        {"temperature": inf, "top_k": 7, "top_p": 0.5},
+    ):  # fmt: skip
+        off = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
+        args = settings(1, generator, **{**off, **changes})
+        token = gpu.ops.sample(gpu.to(logits), *gpu.to(args)).item()
+        assert 0 <= token < 500
+
+
+def test_rows_any_stride_apart(gpu: Gpu, generator: torch.Generator) -> None:
+    logits = torch.randn(6, 3, 1000, generator=generator)
+    args = settings(6, generator)
+    got = gpu.ops.sample(gpu.to(logits)[:, -1], *gpu.to(args)).cpu()
+    assert torch.equal(got, torch.ops.qkernels.sample(logits[:, -1], *args))
+
+
+def test_no_rows(gpu: Gpu, generator: torch.Generator) -> None:
+    tokens = gpu.ops.sample(gpu.to(torch.empty(0, 10)), *gpu.to(settings(0, generator)))
+    assert tokens.shape == (0,) and tokens.dtype == torch.int64
