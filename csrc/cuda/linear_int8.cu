@@ -29,7 +29,7 @@ void lay_out_block(const Weight& w, int chunk, bool scales, Int8Plan* p) {
 
 // Blocks that the device runs at a time.
 int64_t resident_blocks(const Int8Launch& l, const DeviceLimits& limits) {
-  constexpr int64_t reserved = 1024;     // bytes of shared memory per block
+  constexpr int64_t reserved = 1024;        // bytes of shared memory per block
   constexpr int64_t threads = 65536 / 128;  // of at most 128 registers
   const int64_t by_memory = limits.shared_per_multiprocessor / (l.shared_bytes + reserved);
   const int64_t by_registers = threads / l.threads;
@@ -44,8 +44,7 @@ int choose_splits(int64_t tiles, int64_t resident, int64_t most) {
   int best = 1;
   double best_busy = 0;
   for (int s = 1; s <= most && best_busy < 0.95; s++) {
-    const double busy =
-        double(tiles * s) / double(divide_up(tiles * s, resident) * resident);
+    const double busy = double(tiles * s) / double(divide_up(tiles * s, resident) * resident);
     if (busy > best_busy) best = s, best_busy = busy;
   }
   return best;
@@ -103,9 +102,9 @@ Int8Launch plan_tile(const LinearArgs& a, Int8Plan plan, const DeviceLimits& lim
   plan.row_tiles = int(divide_up(a.w.n, 64 * row_blocks));
   plan.token_tiles = int(divide_up(a.m, tokens));
   const int64_t chunks_of_block = 4;
-  plan.splits = choose_splits(int64_t(plan.row_tiles) * plan.token_tiles,
-                              resident_blocks(l, limits),
-                              divide_up(plan.units, kTileChunk) / chunks_of_block);
+  plan.splits =
+      choose_splits(int64_t(plan.row_tiles) * plan.token_tiles, resident_blocks(l, limits),
+                    divide_up(plan.units, kTileChunk) / chunks_of_block);
   deal_chunks(kTileChunk, plan.splits, &plan);
   l.grid = dim3(unsigned(plan.token_tiles), unsigned(plan.row_tiles), unsigned(plan.splits));
   l.plan = plan;

@@ -31,6 +31,9 @@ struct Int8Codes {
   static constexpr bool table = kTable, offset = kOffset;
   static constexpr int shift = kTable ? 0 : 8 - kBits;  // of a code in its byte
   static constexpr int wide_bytes = kBits == 8 ? 1024 : kBits >= 4 ? 512 : 0;  // of 16-byte lanes
+  // Bytes of two units are 16 registers, which with a code's sums are too many: row tiles 0 and 1
+  // are loaded before 2 and 3.
+  static constexpr bool in_halves = kBits == 8 && kOffset;
   // Whether there is a kernel for scales per row.
   static constexpr bool rows = !kTable && !kOffset && (kBits == 4 || kBits == 8);
   static_assert(!kTable || (kBits == 4 && !kOffset), "tables have 16 values and no zero");
@@ -70,8 +73,8 @@ struct Int8Plan {
 // The pieces of shared memory, all multiples of 16 bytes, that hold units u0 .. u0 + n of a block
 // of 64 rows: copy(place in the block's part of the stage, source, bytes, are these codes).
 template <class C, bool kScales, class Copy>
-__device__ __forceinline__ void weight_pieces(const Weight& w, const Int8Plan& p, int block,
-                                              int u0, int n, const Copy& copy) {
+__device__ __forceinline__ void weight_pieces(const Weight& w, const Int8Plan& p, int block, int u0,
+                                              int n, const Copy& copy) {
   copy(0, w.codes + (block * (w.kp / 16) + u0) * C::unit_bytes, n * C::unit_bytes, true);
   if (!kScales) return;
   const int first = u0 / p.group_units, groups = (u0 + n - 1) / p.group_units - first + 1;
@@ -100,7 +103,8 @@ struct RawUnit {
   uint32_t bits;
 
   // swizzled: the 16-byte pieces of the wide planes have been moved, see swizzled_piece.
-  template <bool kSwizzled>
+  // Of all row tiles, or, in halves, of 2 kHalf and 2 kHalf + 1.
+  template <bool kSwizzled, int kHalf>
   __device__ __forceinline__ void load(const uint8_t* unit, int lane) {
     const int q = lane / 16, c = lane / 4 % 4, t = lane % 4;
     constexpr layout::Planes planes = layout::planes(C::bits);
@@ -111,8 +115,15 @@ struct RawUnit {
       if (width >= 4) {
         const int piece = 16 * q + 4 * t + (kSwizzled ? c ^ (t & 2) : c);
 #pragma unroll
-        for (int h = 0; h < (width == 8 ? 2 : 1); h++)
-          wide[h] = *reinterpret_cast<const Words4*>(plane + 512 * h + 16 * piece);
+        for (int h = 0; h < (width == 8 ? 2 : 1); h++) {
+          const uint8_t* from = plane + 512 * h + 16 * piece;
+          if constexpr (C::in_halves) {
+            const Words2 two = *reinterpret_cast<const Words2*>(from + 8 * kHalf);
+            wide[h].word[2 * kHalf] = two.word[0], wide[h].word[2 * kHalf + 1] = two.word[1];
+          } else {
+            wide[h] = *reinterpret_cast<const Words4*>(from);
+          }
+        }
       } else if (width == 2) {
         pairs = *reinterpret_cast<const Words2*>(plane + 128 * q + 32 * t + 8 * c);
       } else {
@@ -133,11 +144,11 @@ __device__ __forceinline__ uint32_t shift_left(uint32_t v) {
 }
 
 // The 16 values of a table, four in a word.
-struct Table {
+struct Int8Table {
   uint32_t word[4];
 };
 // Of eight nibbles, those of the low halves of the bytes first.
-__device__ __forceinline__ void look_up(const Table& table, uint32_t nibbles, uint32_t& low,
+__device__ __forceinline__ void look_up(const Int8Table& table, uint32_t nibbles, uint32_t& low,
                                         uint32_t& high) {
   // Three bits of a nibble select among eight values, the fourth between two such results.
   uint32_t index = nibbles & 0x77777777u, upper = and_or(nibbles >> 1, 0x44444444u, 0x32103210u);
@@ -152,7 +163,7 @@ __device__ __forceinline__ void look_up(const Table& table, uint32_t nibbles, ui
 
 // The codes of row tile kE, rows h = 0 and 1: four columns each.
 template <class C, int kE>
-__device__ __forceinline__ void decode(const RawUnit<C>& raw, const Table& table, uint32_t& low,
+__device__ __forceinline__ void decode(const RawUnit<C>& raw, const Int8Table& table, uint32_t& low,
                                        uint32_t& high) {
   if constexpr (C::table) return look_up(table, raw.wide[0].word[kE], low, high);
   constexpr uint32_t turn = C::offset ? 0 : 0x80808080u;
@@ -191,10 +202,10 @@ __device__ __forceinline__ void mma(int32_t (&d)[4], const uint32_t (&a)[4], uin
 template <class C, int kTiles>
 struct Int8Sums {
   int32_t dot[kTiles][4][4];  // of this span
-  // Of the activations in it: elements 0 (and 1) belong to token lane / 4 of the first of two tiles,
-  // 2 (and 3) of the second.
+  // Of the activations in it: elements 0 (and 1) belong to token lane / 4 of the first of two
+  // tiles, 2 (and 3) of the second.
   int32_t sum[(kTiles + 1) / 2][4];
-  float y[kTiles][4][4];      // of the spans before it
+  float y[kTiles][4][4];  // of the spans before it
 
   __device__ __forceinline__ void start_span() {
 #pragma unroll
@@ -218,8 +229,7 @@ struct Int8Sums {
   }
 
   template <int kE>
-  __device__ __forceinline__ void add_row_tile(const RawUnit<C> (&raw)[2], bool two,
-                                               const Table& table,
+  __device__ __forceinline__ void add_row_tile(const RawUnit<C> (&raw)[2], const Int8Table& table,
                                                const uint32_t (&b)[kTiles][2]) {
     uint32_t a[4];
     decode<C, kE>(raw[0], table, a[0], a[1]);
@@ -231,7 +241,7 @@ struct Int8Sums {
   // One unit or two. x: this lane's row of the matrices that load_matrices reads, see x_row.
   template <bool kSwizzled>
   __device__ __forceinline__ void add_units(const uint8_t* unit, const uint8_t* x, int x_pitch,
-                                            bool two, const Table& table, int lane) {
+                                            bool two, const Int8Table& table, int lane) {
     uint32_t b[kTiles][2];
     const uint8_t* from = x + (two && lane / 8 % 2 ? 16 : 0);
 #pragma unroll
@@ -241,9 +251,6 @@ struct Int8Sums {
       b[n][0] = r[0], b[n][1] = two ? r[1] : 0;
       if constexpr (kTiles > 1) b[n + 1][0] = r[2], b[n + 1][1] = two ? r[3] : 0;
     }
-    RawUnit<C> raw[2];
-    raw[0].template load<kSwizzled>(unit, lane);
-    raw[1].template load<kSwizzled>(two ? unit + C::unit_bytes : unit, lane);
     if constexpr (C::offset) {
       // Activations as A: its rows are 16 tokens. Any column of the product has the sums.
 #pragma unroll
@@ -253,10 +260,18 @@ struct Int8Sums {
         mma_16832_s8s8(sum[n / 2], a, 0x01010101u, 0x01010101u);
       }
     }
-    add_row_tile<0>(raw, two, table, b);
-    add_row_tile<1>(raw, two, table, b);
-    add_row_tile<2>(raw, two, table, b);
-    add_row_tile<3>(raw, two, table, b);
+    const uint8_t* next = two ? unit + C::unit_bytes : unit;
+    RawUnit<C> raw[2];
+    raw[0].template load<kSwizzled, 0>(unit, lane);
+    raw[1].template load<kSwizzled, 0>(next, lane);
+    add_row_tile<0>(raw, table, b);
+    add_row_tile<1>(raw, table, b);
+    if constexpr (C::in_halves) {
+      raw[0].template load<kSwizzled, 1>(unit, lane);
+      raw[1].template load<kSwizzled, 1>(next, lane);
+    }
+    add_row_tile<2>(raw, table, b);
+    add_row_tile<3>(raw, table, b);
   }
 };
 
@@ -351,8 +366,7 @@ struct Cursor {
 template <class C, int kTiles>
 __device__ __forceinline__ void end_span(const LinearArgs& args, const Int8Plan& p,
                                          const uint8_t* block, int group, int act_group,
-                                         int first_token, int lane,
-                                         Int8Sums<C, kTiles>& sums) {
+                                         int first_token, int lane, Int8Sums<C, kTiles>& sums) {
   float x_scale[kTiles][2], sum[kTiles][2];
 #pragma unroll
   for (int n = 0; n < kTiles; n++)
@@ -392,7 +406,7 @@ template <class C, int kTiles, bool kSwizzled>
 __device__ __forceinline__ void add_chunk(const LinearArgs& args, const Int8Plan& p,
                                           const uint8_t* block, const uint8_t* x, int x_pitch,
                                           int n, bool last, int first_token, int lane,
-                                          const Table& table, Cursor& at,
+                                          const Int8Table& table, Cursor& at,
                                           Int8Sums<C, kTiles>& sums) {
   const int first_group = at.group;
 #pragma unroll 1
@@ -418,15 +432,14 @@ __device__ __forceinline__ void add_chunk(const LinearArgs& args, const Int8Plan
 
 // What the sums of a token, below M, are multiplied by in the end.
 template <class C>
-__device__ __forceinline__ float last_factor(const LinearArgs& args, const Int8Plan& p,
-                                             int token) {
+__device__ __forceinline__ float last_factor(const LinearArgs& args, const Int8Plan& p, int token) {
   constexpr float unshift = 1.f / (1 << C::shift);
   if (!p.act_per_token) return unshift;
   return unshift * args.act.scale[token];
 }
 
-__device__ __forceinline__ Table load_table(const int8_t* table) {
-  Table out{};
+__device__ __forceinline__ Int8Table load_int8_table(const int8_t* table) {
+  Int8Table out{};
   if (table) {
 #pragma unroll
     for (int i = 0; i < 16; i++) out.word[i / 4] |= uint32_t(uint8_t(table[i])) << 8 * (i % 4);

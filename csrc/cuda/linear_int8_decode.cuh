@@ -86,7 +86,7 @@ __global__ void __launch_bounds__(kInt8Threads, 2)
   dependency_wait();  // the weights were there before the kernel that makes x
   for (int i = 0; i < kDecodeStages; i++) copy_x(i);
 
-  const Table table = load_table(C::table ? args.w.table : nullptr);
+  const Int8Table table = load_int8_table(C::table ? args.w.table : nullptr);
   Int8Sums<C, kTiles> sums;
   sums.start();
   Cursor at(p, begin * kChunk);

@@ -65,7 +65,7 @@ __global__ void __launch_bounds__(kInt8Threads, 2)
 
 #pragma unroll
   for (int i = 0; i < kTileStages - 1; i++) copy_stage(i);
-  const Table table = load_table(C::table ? args.w.table : nullptr);
+  const Int8Table table = load_int8_table(C::table ? args.w.table : nullptr);
   Int8Sums<C, kTiles> sums;
   sums.start();
   Cursor at(p, begin * kTileChunk);
@@ -100,7 +100,8 @@ __global__ void __launch_bounds__(kInt8Threads, 2)
       for (int j = 0; j < 2; j++)
 #pragma unroll
         for (int h = 0; h < 2; h++)
-          if (active && m0 + 8 * n + j < args.m) f((4 * n + 2 * j + h) * kInt8Threads + thread, n, j, h);
+          if (active && m0 + 8 * n + j < args.m)
+            f((4 * n + 2 * j + h) * kInt8Threads + thread, n, j, h);
   };
   for_each_four([&](int i, int n, int j, int h) {
     const int m = m0 + 8 * n + j;
@@ -110,7 +111,8 @@ __global__ void __launch_bounds__(kInt8Threads, 2)
 #pragma unroll
     for (int e = 0; e < 4; e++) {
       if constexpr (kRows)
-        v[e] = float(sums.dot[n][e][2 * h + j]) * (flat_scale(args.w.scale_kind, args.w.scale, row + e) * factor);
+        v[e] = float(sums.dot[n][e][2 * h + j]) *
+               (flat_scale(args.w.scale_kind, args.w.scale, row + e) * factor);
       else v[e] = sums.y[n][e][2 * h + j] * factor;
     }
     if (p.splits == 1) write_four(args, p, m, row, v);
