@@ -240,6 +240,17 @@ def test_residual(gpu: Gpu, dtype: torch.dtype, generator: torch.Generator) -> N
                 assert torch.equal(got, (before + residual.float()).to(dtype))
 
 
+@pytest.mark.parametrize("m", [0, 1, 20])
+def test_linear_quantizes_first(gpu: Gpu, m: int, generator: torch.Generator) -> None:
+    packed = random_plain(MIN, 70, 100, generator).pack()
+    x = random_x(m, 100, torch.bfloat16, generator)
+    for act_group in (32, 128):
+        args = gpu.to([x, *packed.op_args(), None])
+        got = gpu.ops.linear(*args, "int8", act_group, None).cpu()
+        act = reference.quantize_act(x, act_group)
+        assert torch.equal(got, run(gpu, act, packed, None, torch.bfloat16))
+
+
 @pytest.mark.parametrize("scale", ["e8m0", "e4m3"])
 def test_minima_of_8_bit_floats(gpu: Gpu, scale: str, generator: torch.Generator) -> None:
     """No QuantSpec has them, but the ops take them."""

@@ -1,4 +1,5 @@
-// Codes of a unit as the A fragments of int8 products; see linear_int8.cuh for which lane has which.
+// Codes of a unit as the A fragments of int8 products; see linear_int8.cuh for which lane has
+// which.
 #pragma once
 #include "../layout.h"
 #include "ptx.cuh"
