@@ -130,7 +130,9 @@ def test_groups_of_activations_and_weights_may_differ(
                 check(gpu, plain, m, act_group, generator)
 
 
-@pytest.mark.parametrize("name", [str(MIN), "W8 row bfloat16", "W4 row float32", "W6 g16 int8"])
+@pytest.mark.parametrize(
+    "name", [str(MIN), "W8 row bfloat16", "W4 row float32", "W6 g16 int8", "W8 g32 float16 zero"]
+)
 @pytest.mark.parametrize("m", [2, 16, 20, 70])
 def test_blocks_that_split_the_columns(
     gpu: Gpu, name: str, m: int, generator: torch.Generator
