@@ -130,7 +130,9 @@ def test_groups_of_activations_and_weights_may_differ(
                 check(gpu, plain, m, act_group, generator)
 
 
-@pytest.mark.parametrize("name", [str(MIN), "W8 row bfloat16", "W4 row float32", "W6 g16 int8"])
+@pytest.mark.parametrize(
+    "name", [str(MIN), "W8 row bfloat16", "W4 row float32", "W6 g16 int8", "W8 g32 float16 zero"]
+)
 @pytest.mark.parametrize("m", [2, 16, 20, 70])
 def test_blocks_that_split_the_columns(
     gpu: Gpu, name: str, m: int, generator: torch.Generator
@@ -238,6 +240,17 @@ def test_residual(gpu: Gpu, dtype: torch.dtype, generator: torch.Generator) -> N
             ):
                 got = run(gpu, act, packed, bias, dtype, residual)
                 assert torch.equal(got, (before + residual.float()).to(dtype))
+
+
+@pytest.mark.parametrize("m", [0, 1, 20])
+def test_linear_quantizes_first(gpu: Gpu, m: int, generator: torch.Generator) -> None:
+    packed = random_plain(MIN, 70, 100, generator).pack()
+    x = random_x(m, 100, torch.bfloat16, generator)
+    for act_group in (32, 128):
+        args = gpu.to([x, *packed.op_args(), None])
+        got = gpu.ops.linear(*args, "int8", act_group, None).cpu()
+        act = reference.quantize_act(x, act_group)
+        assert torch.equal(got, run(gpu, act, packed, None, torch.bfloat16))
 
 
 @pytest.mark.parametrize("scale", ["e8m0", "e4m3"])

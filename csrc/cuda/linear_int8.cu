@@ -82,14 +82,20 @@ Int8Launch plan_decode(const LinearArgs& a, Int8Plan plan, const DeviceLimits& l
   return l;
 }
 
+// Tiles of 8 tokens of a warp; Int8Codes::token_tiles, where its reason stands.
+int warp_tiles(const LinearArgs& a, Int8Kernel kernel) {
+  if (kernel == Int8Kernel::tile_rows) return 4;
+  return a.w.bits == 8 && a.w.zero_kind != Zero::symmetric ? 1 : 2;
+}
+
 // row_blocks: the most that a thread block takes; fewer where shared memory is short.
 Int8Launch plan_tile(const LinearArgs& a, Int8Plan plan, const DeviceLimits& limits, bool rows,
                      int row_blocks) {
-  const int tiles = rows ? 4 : 2;  // of 8 tokens, of a warp
   lay_out_block(a.w, kTileChunk, !rows, &plan);
   Int8Launch l{};
   l.kernel = rows ? Int8Kernel::tile_rows : Int8Kernel::tile;
   l.threads = kInt8Threads;
+  const int tiles = warp_tiles(a, l.kernel);
   int64_t tokens = 0;
   for (;; row_blocks /= 2) {
     tokens = kInt8Warps / row_blocks * 8 * tiles;
@@ -143,8 +149,7 @@ Int8Launch plan_int8(const LinearArgs& a, const DeviceLimits& limits) {
 int64_t partial_bytes(const LinearArgs& a, const Int8Launch& l) {
   if (l.plan.splits == 1) return 0;
   const bool decode = l.kernel == Int8Kernel::decode_8 || l.kernel == Int8Kernel::decode_16;
-  const int64_t fours =
-      decode ? a.m * 16 : kInt8Threads * 4 * (l.kernel == Int8Kernel::tile ? 2 : 4);
+  const int64_t fours = decode ? a.m * 16 : kInt8Threads * 4 * warp_tiles(a, l.kernel);
   return l.plan.splits * int64_t(l.plan.row_tiles) * l.plan.token_tiles * fours * 16;
 }
 

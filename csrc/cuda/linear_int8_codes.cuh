@@ -1,4 +1,5 @@
-// Codes of a unit as the A fragments of int8 products; see linear_int8.cuh for which lane has which.
+// Codes of a unit as the A fragments of int8 products; see linear_int8.cuh for which lane has
+// which.
 #pragma once
 #include "../layout.h"
 #include "ptx.cuh"
@@ -12,9 +13,12 @@ struct Int8Codes {
   static constexpr bool table = kTable, offset = kOffset;
   static constexpr int shift = kTable ? 0 : 8 - kBits;  // of a code in its byte
   static constexpr int wide_bytes = kBits == 8 ? 1024 : kBits >= 4 ? 512 : 0;  // of 16-byte lanes
-  // Bytes of two units are 16 registers, which with a code's sums are too many: row tiles 0 and 1
-  // are loaded before 2 and 3.
-  static constexpr bool in_halves = kBits == 8 && kOffset;
+  // Two units of wide codes are 12 and 16 registers, too many beside the sums of activations: row
+  // tiles 0 and 1 are loaded before 2 and 3.
+  static constexpr bool in_halves = kBits >= 6 && kOffset;
+  // Tiles of 8 tokens of a warp where there are many: two, but for bytes with zeros, which would
+  // take more than 128 registers.
+  static constexpr int token_tiles = kBits == 8 && kOffset ? 1 : 2;
   // Whether there is a kernel for scales per row.
   static constexpr bool rows = !kTable && !kOffset && (kBits == 4 || kBits == 8);
   static_assert(!kTable || (kBits == 4 && !kOffset), "tables have 16 values and no zero");

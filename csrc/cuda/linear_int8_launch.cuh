@@ -16,8 +16,8 @@ cudaError_t launch_int8_codes(const Int8Launch& l, const LinearArgs& args, cudaS
       return launch_dependent(linear_int8_decode_kernel<C, 2>, l.grid, threads, l.shared_bytes,
                               stream, args, l.plan);
     case Int8Kernel::tile:
-      return launch(linear_int8_tile_kernel<C, 2, false>, l.grid, threads, l.shared_bytes, stream,
-                    args, l.plan);
+      return launch(linear_int8_tile_kernel<C, C::token_tiles, false>, l.grid, threads,
+                    l.shared_bytes, stream, args, l.plan);
     case Int8Kernel::tile_rows:
       if constexpr (C::rows)
         return launch(linear_int8_tile_kernel<C, 4, true>, l.grid, threads, l.shared_bytes, stream,

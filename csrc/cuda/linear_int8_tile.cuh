@@ -21,17 +21,18 @@ __global__ void __launch_bounds__(kInt8Threads, 2)
   const int tile_tokens = side * 8 * kTiles, own_token = warp % side * 8 * kTiles;
   const int first_token = blockIdx.x * tile_tokens;
   const int split = blockIdx.z;
-  const int begin = p.first_chunk(split), count = p.count_chunks(split);
+  const int begin = p.first_chunk(split);
   const bool active = first_block + own < blocks;  // else it helps to copy
 
-  const auto units_of = [&](int i) {
-    const int left = p.units - (begin + i) * kTileChunk;
+  const int end = p.first_chunk(split + 1);  // of the chunks
+  const auto units_of = [&](int chunk) {
+    const int left = p.units - chunk * kTileChunk;
     return left < kTileChunk ? left : kTileChunk;
   };
-  const auto copy_stage = [&](int i) {
-    if (i < count) {
-      const int n = units_of(i), u0 = (begin + i) * kTileChunk;
-      uint8_t* stage = shared + i % kTileStages * p.stage_bytes;
+  const auto copy_stage = [&](int chunk) {
+    if (chunk < end) {
+      const int n = units_of(chunk), u0 = chunk * kTileChunk;
+      uint8_t* stage = shared + chunk % kTileStages * p.stage_bytes;
 #pragma unroll 1
       for (int r = 0; r < p.row_blocks && first_block + r < blocks; r++) {
         uint8_t* block = stage + r * p.block_bytes;
@@ -64,27 +65,27 @@ __global__ void __launch_bounds__(kInt8Threads, 2)
   };
 
 #pragma unroll
-  for (int i = 0; i < kTileStages - 1; i++) copy_stage(i);
+  for (int i = 0; i < kTileStages - 1; i++) copy_stage(begin + i);
   const Int8Table table = load_int8_table(C::table ? args.w.table : nullptr);
   Int8Sums<C, kTiles> sums;
   sums.start();
   Cursor at(p, begin * kTileChunk);
   const int x_at = p.x_at + (own_token + x_row<kTiles>(lane)) * kTilePitch;
-  for (int i = 0; i < count; i++) {
+  for (int chunk = begin; chunk < end; chunk++) {
     copy_wait<kTileStages - 2>();
     block_sync();
-    copy_stage(i + kTileStages - 1);
+    copy_stage(chunk + kTileStages - 1);
     if (!active) continue;
-    const uint8_t* stage = shared + i % kTileStages * p.stage_bytes;
+    const uint8_t* stage = shared + chunk % kTileStages * p.stage_bytes;
     const uint8_t* block = stage + own * p.block_bytes;
-    const int n = units_of(i);
+    const int n = units_of(chunk);
     if constexpr (kRows) {
 #pragma unroll 1
       for (int u = 0; u < n; u += 2)
         sums.template add_units<true>(block + u * C::unit_bytes, stage + x_at + 16 * u, kTilePitch,
                                       u + 1 < n, table, lane);
     } else {
-      add_chunk<C, kTiles, true>(args, p, block, stage + x_at, kTilePitch, n, i + 1 == count,
+      add_chunk<C, kTiles, true>(args, p, block, stage + x_at, kTilePitch, n, chunk + 1 == end,
                                  first_token + own_token, lane, table, at, sums);
     }
   }
