@@ -37,7 +37,7 @@ from qkernels._format import columns
 from qkernels.bench import gpu
 from qkernels.bench.cases import Q4_K, AttentionCase, Case, LinearCase, NormCase
 from qkernels.bench.check import CheckError
-from qkernels.bench.gpu import BFLOAT16, READ, SDPA, GateCase, Place, Reads
+from qkernels.bench.gpu import BFLOAT16, READ, GateCase, Place, Reads
 from qkernels.bench.suite import OURS
 from qkernels.quant.spec import QuantSpec
 

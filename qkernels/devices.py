@@ -41,9 +41,7 @@ def covered(targets: list[str], found: tuple[int, int]) -> bool:
         built = int(match[2]), int(match[3])
         exact = match[4] == "a"
         family = match[1] == "sm"
-        if found == built or (
-            not exact and found > built and (not family or found[0] == built[0])
-        ):
+        if found == built or (not exact and found > built and (not family or found[0] == built[0])):
             return True
     return False
 

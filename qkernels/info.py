@@ -26,8 +26,9 @@ class BuildInfo:
     """The installation. `str()` is a few lines of text and a table.
 
     isa: the CPU instruction set in use; isas: those that build and CPU have, best first; cuda:
-    "loaded", or why not. auto: the device that device="auto" is, and why. libraries: (name, how it was built, or why it was not). ops: per op, the
-    rows of its table on this machine, in order; those without a kernel say so.
+    "loaded", or why not. auto: the device that device="auto" is, and why. libraries: (name, how it
+    was built, or why it was not). ops: per op, the rows of its table on this machine, in order;
+    those without a kernel say so.
     """
 
     version: str
@@ -248,7 +249,8 @@ def _facts(decoder: QuantDecoder) -> tuple[tuple[str, str], ...]:
             f"{decoder.kv_dtype}, {amount(token)} per token, "
             f"{amount(token * decoder.max_seq_len)} for a full context",
         ),
-        ("activations", f"{decoder.act}, between the matrices {dtype}"),
+        ("activations", decoder.act),
+        ("dtype", f"{dtype} between the matrices"),
         ("runs as", _runs_as(decoder)),
     )
 

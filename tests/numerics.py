@@ -75,10 +75,9 @@ def linear_exact(
     adds a few roundings of its own (scales, the product, the zero's part), bias and residual one
     each, the store half a unit.
 
-    Tensor cores of a GPU take code + `added`, and its part of a group's sum away afterwards. They
-    add 8 products at a time and cut the sum off, which errs by 2 u of it at most; so the sums of a
-    group of G columns, of the codes and of x, err by 2 u G / 8 of added * scale * sum |x| each, and
-    the subtraction by u.
+    Tensor cores of a GPU take code + `added`, and sums of 32 columns start from -added * sum x,
+    which they compute in the same way. They add 8 products at a time and cut the sum off, which
+    errs by 2 u of it at most: 4 times for each of the two, so by 16 u of added * scale * sum |x|.
     """
     x = x.double()
     weight, magnitude = exact_weight(plain)
@@ -90,9 +89,8 @@ def linear_exact(
         y, size = y + residual.double(), size + residual.double().abs()
     error = (x.shape[1] + 8) * U32 * size
     if added:
-        columns = min(plain.spec.group(plain.k), plain.k)
         shift = added * exact_scale(plain).abs()[:, groups_of_columns(plain)]
-        error += (columns / 2 + 2) * U32 * (x.abs() @ shift.T)
+        error += 16 * U32 * (x.abs() @ shift.T)
     return y, error + UNIT[dtype] * (y.abs() + error) + SMALLEST[dtype]
 
 

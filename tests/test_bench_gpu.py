@@ -107,7 +107,7 @@ def test_peers_that_are_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.syspath_prepend(tmp_path)
     found, absent = gpu_peers.find()
     assert "humming" in found and absent["gemlite"] == "RuntimeError: no GPU to ask"
-    with pytest.raises(gpu_peers.Misfit, match="takes W4 .*not W8 g32 .*int8"):
+    with pytest.raises(gpu_peers.Misfit, match=r"takes W4 .*not W8 g32 .*int8"):
         gpu_peers._needs(TINY[1], "W4 g128 float", False)
     check = gpu_peers._checker(torch.ones(2, 4), lambda: torch.ones(3, 4))
     check("right", torch.full((2, 8), 4.0))
@@ -275,7 +275,8 @@ def shell(folder: Path, *parts: str, **environment: str) -> subprocess.Completed
     bin = folder / "bin"
     bin.mkdir(exist_ok=True)
     for name, text in {
-        "python": 'echo "$@"; case "$*" in *bench_gpu*) echo "gate  least"; touch "$OUT/gpu.json";; '
+        "python": 'echo "$@"; case "$*" in '
+        '*bench_gpu*) echo "gate  least"; touch "$OUT/gpu.json";; '
         "*pytest\\ -m*) sleep ${NAP:-0};; esac",
         "nvidia-smi": "echo H200",
         "compute-sanitizer": 'echo "sanitizer $*"; exit ${SANITIZED:-0}',

@@ -87,10 +87,13 @@ def test_generate_writes_only_the_text_to_stdout(run: Run, model: Path) -> None:
     assert not CONTROL.search(result.output)
 
 
+AUTO = {"spec": None, "device": "auto", "act": "auto", "dtype": "auto", "kv_dtype": "auto"}
+
+
 def test_generate_passes_on_what_was_given_and_nothing_else(run: Run, model: Path) -> None:
     run("generate", model, "x")
     assert FakeDecoder.calls == [
-        ("load", model, {"spec": None, "act": "auto", "kv_dtype": "auto", "max_seq_len": None}),
+        ("load", model, {**AUTO, "max_seq_len": None}),
         ("stream", "x", {"max_new_tokens": 256}),
     ]
     FakeDecoder.calls.clear()
@@ -98,7 +101,7 @@ def test_generate_passes_on_what_was_given_and_nothing_else(run: Run, model: Pat
     words += " --repetition-penalty 1.2 --seed 7"
     result = run(
         *("generate", model, "x", *words.split(), "--stop", "a", "--stop", "b"),
-        *("--act", "float", "--kv-dtype", "int4", "--context", "64"),
+        *("--act", "float", "--kv-dtype", "int4", "--context", "64", "--device", "cuda:1"),
     )
     assert result.stdout == "Paris is\n"
     assert "ended by a length limit" in result.stderr
@@ -110,8 +113,9 @@ def test_generate_passes_on_what_was_given_and_nothing_else(run: Run, model: Pat
         "repetition_penalty": 1.2,
         "seed": 7,
     }
+    loading = {"act": "float", "kv_dtype": "int4", "device": "cuda:1"}
     assert FakeDecoder.calls == [
-        ("load", model, {"spec": None, "act": "float", "kv_dtype": "int4", "max_seq_len": 64}),
+        ("load", model, {**AUTO, **loading, "max_seq_len": 64}),
         ("stream", "x", {"max_new_tokens": 2, "stop": ["a", "b"], **sampling}),
     ]
 
@@ -287,8 +291,7 @@ def test_eval_prints_the_perplexity(run: Run, model: Path, text: Path) -> None:
     assert table(result) == [["model", "perplexity"], ["tiny.gguf", "100.0000"]]
     assert "2 windows of 16 tokens, 30 predictions" in result.stderr
     assert "--against float compares" in result.stderr
-    options = {"spec": None, "act": "auto", "kv_dtype": "auto", "max_seq_len": None}
-    assert FakeDecoder.calls == [("load", model, options)]
+    assert FakeDecoder.calls == [("load", model, {**AUTO, "max_seq_len": None})]
 
 
 def test_eval_against_float_is_the_same_file(run: Run, model: Path, text: Path) -> None:
@@ -297,9 +300,9 @@ def test_eval_against_float_is_the_same_file(run: Run, model: Path, text: Path) 
     assert head == ["model", "perplexity", "ratio", "+-", "kl_mean", "kl_p99", "kl_max", "top1_%"]
     assert reference == ["reference", "100.0000", *"------"]
     assert row == ["tiny.gguf", "100.0000", "1.00000", "0.00000", "0", "0", "0", "100.00"]
-    assert [(path, o["act"], o["kv_dtype"]) for _, path, o in FakeDecoder.calls] == [
-        (model, "float", "float32"),
-        (model, "auto", "int8"),
+    assert [(path, o["act"], o["dtype"], o["kv_dtype"]) for _, path, o in FakeDecoder.calls] == [
+        (model, "float", "float32", "float32"),
+        (model, "auto", "auto", "int8"),
     ]
     assert "reference: the weights of MODEL as they are stored" in result.stderr
 

@@ -57,7 +57,16 @@ def entries(library: Path) -> list[Entry]:
 @pytest.mark.parametrize("arch", ARCHS)
 def test_kernels_are_compiled(entries: list[Entry], arch: str) -> None:
     names = [entry.name for entry in entries if entry.arch == arch]
-    for kernel, types in (("norm_registers_kernel", 3), ("norm_loop_kernel", 3)):
+    # linear: 7 kinds of codes, 2 types, for few tokens 2 sizes.
+    linear = (("linear_gemv_kernel", 28), ("linear_tile_kernel", 14))
+    # attention: 4 types of pages by 4 head dims, of which 2 for 8 and 16 rows; 6, 6 and 4 dims.
+    attention = (("attention_decode_kernel", 24), ("attention_prefill_kernel", 16))
+    for kernel, types in (
+        ("norm_registers_kernel", 3),
+        ("norm_loop_kernel", 3),
+        *linear,
+        *attention,
+    ):
         assert sum(kernel in name for name in names) >= types
 
 
@@ -65,9 +74,25 @@ def test_no_spills_and_no_local_memory(entries: list[Entry]) -> None:
     assert [entry for entry in entries if entry.spills or entry.stack] == []
 
 
+def has_a_multiprocessor_to_itself(name: str) -> bool:
+    """Kernels of which one block of 256 threads is on a multiprocessor, with longer rings of copies
+    instead of more warps: they keep 64 rows by 16 or 32 tokens of sums in registers
+    (linear_gemv.cuh, linear_tile.cuh)."""
+    return "linear_tile_kernel" in name or bool(re.search(r"linear_gemv_kernel.*Li2EEEv", name))
+
+
+def hides_latency_in_shared_memory(name: str) -> bool:
+    """Attention keeps its sums in registers and what is on its way in shared memory: decode runs in
+    blocks of 64 or 128 threads, three of which fit, prefill in one of 256 (attention_*.cuh)."""
+    return "attention_decode_kernel" in name or "attention_prefill_kernel" in name
+
+
 def test_registers_leave_room_for_two_blocks(entries: list[Entry]) -> None:
     """Two blocks of 256 threads share the 65,536 registers of a multiprocessor."""
-    assert max(entry.registers for entry in entries) <= 65536 // 512
+    alone = (has_a_multiprocessor_to_itself, hides_latency_in_shared_memory)
+    shared = [e.registers for e in entries if not any(rule(e.name) for rule in alone)]
+    assert max(shared) <= 65536 // 512
+    assert max(entry.registers for entry in entries) <= 255
 
 
 def test_symbols_exist_in_torch_2_11(library: Path) -> None:

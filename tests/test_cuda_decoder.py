@@ -1,5 +1,5 @@
-"""QuantDecoder on a GPU: captured steps against uncaptured ones, streams, a second GPU, memory. What
-needs no GPU, the buffers and the turns, is in test_device_steps.py."""
+"""QuantDecoder on a GPU: captured steps against uncaptured ones, streams, a second GPU, memory.
+What needs no GPU, the buffers and the turns, is in test_device_steps.py."""
 
 from __future__ import annotations
 

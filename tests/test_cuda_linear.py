@@ -84,7 +84,7 @@ def exact_result(x: Tensor, plain: PlainWeight) -> Tensor:
 def test_every_weight_exactly(
     gpu: Gpu, name: str, dtype: torch.dtype, generator: torch.Generator
 ) -> None:
-    for n, k, tokens in ((77, 100, [2, 6, 11, 20, 40]), (130, 576, [4, 17])):
+    for n, k, tokens in ((77, 100, [2, 6, 11, 20, 40]), (70, 576, [4]), (130, 304, [17])):
         plain = exact_plain(LINEAR_SPECS[name], n, k, generator)
         packed = plain.pack()
         seen = sorted_plain(plain, packed)
@@ -123,9 +123,9 @@ def test_within_the_bound_of_rounding(
     gpu: Gpu, name: str, dtype: torch.dtype, generator: torch.Generator
 ) -> None:
     spec = LINEAR_SPECS[name]
-    for n, k in ((130, 576), (40, 1023)):
+    for n, k, tokens in ((130, 288, (7, 33)), (40, 1023, (1, 16))):
         plain = random_plain(spec, n, k, generator)
-        for m in (1, 7, 16, 33):
+        for m in tokens:
             x = random_x(m, k, dtype, generator)
             bias, residual = torch.randn(n, generator=generator), x[:, :n].contiguous()
             got = run(gpu, x, plain.pack(), bias, residual)
@@ -157,7 +157,7 @@ def test_no_tokens(gpu: Gpu, generator: torch.Generator) -> None:
         (16, 260, 2304),  # with one multiprocessor: whole rows, in segments
         (20, 70, 1100),  # a tile whose warps halve K
         (35, 70, 700),
-        (70, 260, 640),
+        (70, 260, 512),
     ],
 )
 def test_every_way_to_cut(
@@ -178,8 +178,10 @@ def test_every_way_to_cut(
             assert torch.equal(run(gpu, x, packed), want)
 
 
-@pytest.mark.parametrize("m", [1, 12, 40])
-def test_the_same_bits_in_any_order_of_blocks(gpu: Gpu, m: int, generator: torch.Generator) -> None:
+@pytest.mark.parametrize("m, k", [(1, 4160), (12, 1600), (40, 1000)])
+def test_the_same_bits_in_any_order_of_blocks(
+    gpu: Gpu, m: int, k: int, generator: torch.Generator
+) -> None:
     packed = random_plain(QuantSpec(4, 32), 60, k, generator).pack()
     x = random_x(m, k, torch.bfloat16, generator)
     first = run(gpu, x, packed)

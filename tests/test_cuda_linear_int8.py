@@ -105,8 +105,12 @@ def test_every_number_of_tokens(
         dtype = DTYPES[m % 3]
         with gpu.playing(*device):
             check(gpu, plain, m, 304 if name != str(MIN) else 32, generator, dtype, bias=m % 2 == 0)
-    empty = run(gpu, reference.quantize_act(torch.zeros(0, 304), 304), plain.pack(), None, DTYPES[1])
-    assert empty.shape == (0, 150) and empty.dtype == DTYPES[1]
+
+
+def test_no_tokens(gpu: Gpu, generator: torch.Generator) -> None:
+    packed = random_plain(MIN, 150, 304, generator).pack()
+    empty = run(gpu, reference.quantize_act(torch.zeros(0, 304), 32), packed, None, torch.float16)
+    assert empty.shape == (0, 150) and empty.dtype == torch.float16
 
 
 @pytest.mark.parametrize("group", [16, 32, 48, 64, 128, 144, 256, -1])
@@ -133,7 +137,7 @@ def test_blocks_that_split_the_columns(
 ) -> None:
     """Long rows, of which a device with many multiprocessors gives parts to several blocks; the
     same bits whatever the order in which they come to an end."""
-    k = 4112 if m == 2 else 4400
+    k = 4400 if m <= 16 else 1072  # of which every part has at least 2 x 8 or 4 stages
     plain = random_plain(LINEAR_SPECS[name], 70, k, generator)
     act_group = whole_row(k) if "row" in name else 16 if "g16" in name else 32
     act = reference.quantize_act(random_x(m, k, torch.float32, generator), act_group)
@@ -187,8 +191,9 @@ def test_one_hot_activations_read_single_weights(
 
 @pytest.mark.parametrize("bits", BITS)
 def test_largest_codes_do_not_overflow(gpu: Gpu, bits: int) -> None:
-    """All codes and activations at their ends, over the longest span that there is."""
-    k = 32768
+    """All codes and activations at their ends, over the longest span that there is
+    (8 bits)."""
+    k = 32768 if bits == 8 else 4096
     specs = [QuantSpec(bits, -1), QuantSpec(bits, -1, zero="integer")]
     if bits == 4:
         specs.append(QuantSpec(4, -1, table=STEEP))
@@ -226,7 +231,11 @@ def test_residual(gpu: Gpu, dtype: torch.dtype, generator: torch.Generator) -> N
             bias = torch.randn(n, generator=generator)
             before = run(gpu, act, packed, bias, torch.float32)
             wide = torch.randn(m, n + 3, generator=generator).to(dtype)
-            for residual in (wide[:, 1 : n + 1], wide[:, :n].contiguous(), wide[:1, :n].expand(m, n)):
+            for residual in (
+                wide[:, 1 : n + 1],
+                wide[:, :n].contiguous(),
+                wide[:1, :n].expand(m, n),
+            ):
                 got = run(gpu, act, packed, bias, dtype, residual)
                 assert torch.equal(got, (before + residual.float()).to(dtype))
 
@@ -248,9 +257,9 @@ def test_minima_of_8_bit_floats(gpu: Gpu, scale: str, generator: torch.Generator
 
 def test_misaligned_codes_are_refused(gpu: Gpu, generator: torch.Generator) -> None:
     packed = random_plain(MIN, 64, 32, generator).pack()
-    codes, scale, sums = reference.quantize_act(torch.ones(1, 32), 32)
+    _, scale, sums = reference.quantize_act(torch.ones(1, 32), 32)
     odd = torch.zeros(33, dtype=torch.int8)[1:].view(1, 32)
-    with pytest.raises(RuntimeError, match="linear_quant: .* multiples of 16 bytes"):
+    with pytest.raises(RuntimeError, match=r"linear_quant: the tensors .* multiples of 16 bytes"):
         run(gpu, (odd, scale, sums), packed, None, torch.float32)
 
 

@@ -58,7 +58,8 @@ def test_codes_beyond_the_bits_are_refused(gpu: Gpu, bits: int) -> None:
         for row, column in ((0, 0), (n - 1, k - 1), (n // 2, k // 2)):
             codes = torch.zeros(n, k, dtype=torch.uint8)
             codes[row, column] = 1 << bits
-            with pytest.raises(RuntimeError, match=rf"pack: codes must be below 2\^bits = {1 << bits},"):
+            message = rf"pack: codes must be below 2\^bits = {1 << bits},"
+            with pytest.raises(RuntimeError, match=message):
                 gpu.ops.pack(gpu.to(codes), bits, 16, False)
 
 

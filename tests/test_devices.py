@@ -63,9 +63,11 @@ def test_what_is_missing_is_said(cuda: Any, of: Any, name: str, value: Any, word
 
 
 def test_a_gpu_that_is_not_there(cuda: Any) -> None:
-    with pytest.raises(RuntimeError, match="'cuda:2' cannot be used: .*no GPU number 2; .* sees 2"):
+    with pytest.raises(
+        RuntimeError, match=r"'cuda:2' cannot be used: .*no GPU number 2; .* sees 2"
+    ):
         devices.resolve("cuda:2")
-    with pytest.raises(RuntimeError, match="'cuda:0' cannot be used: .* 7.5"):
+    with pytest.raises(RuntimeError, match=r"'cuda:0' cannot be used: .* 7\.5"):
         devices.resolve("cuda:0")
 
 
@@ -127,7 +129,6 @@ def test_weights_go_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each as soon as it is packed, so that no two are in the memory of the CPU."""
     alive: list[int] = []
 
-
     real = PackedWeight.empty.__func__  # type: ignore[attr-defined]
 
     def empty(cls: Any, spec: Any, n: int, k: int, device: Any = "cpu") -> PackedWeight:
@@ -168,7 +169,8 @@ def test_types_follow_the_device() -> None:
 
 
 @pytest.mark.parametrize(
-    ("said", "dtype"), [("float16", torch.float16), ("float32", torch.bfloat16), (None, torch.bfloat16)]
+    ("said", "dtype"),
+    [("float16", torch.float16), ("float32", torch.bfloat16), (None, torch.bfloat16)],
 )
 def test_activations_on_a_gpu_have_16_bits(said: str | None, dtype: torch.dtype) -> None:
     checkpoint = load_hf({**RAW, "torch_dtype": said}, Random(), SPEC, qk.QuantSpec(8, 32))
@@ -182,7 +184,7 @@ def test_activations_on_a_gpu_have_16_bits(said: str | None, dtype: torch.dtype)
 def test_info_of_a_decoder(monkeypatch: pytest.MonkeyPatch) -> None:
     decoder = make()
     facts = dict(qk.info(decoder).facts)  # type: ignore[union-attr]
-    assert facts["device"] == "cpu" and facts["activations"] == "int8, between the matrices float32"
+    assert facts["device"] == "cpu" and facts["dtype"] == "float32 between the matrices"
     assert facts["runs as"] == "one native call per step"
     monkeypatch.setattr(QuantDecoder, "decodes_on_device", True)
     facts = dict(qk.info(decoder).facts)  # type: ignore[union-attr]

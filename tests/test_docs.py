@@ -20,10 +20,20 @@ def test_the_schemas_of_the_design_are_those_of_the_ops() -> None:
     documented = {}
     for line in f"pack({block}".strip().splitlines():
         name, rest = re.fullmatch(r"(\w+)(\(.*)", line.split("#")[0].strip()).groups()
-        for short, long in (("W", registry.WEIGHT), ("R", registry.RAGGED)):
+        for short, long in (
+            ("W", registry.WEIGHT),
+            ("R", registry.RAGGED),
+            ("S", registry.SCORE_BIAS),
+        ):
             rest = re.sub(rf"(?<=[( ]){short}(?=[,)])", long, rest)
         documented[name] = rest
-    state = {"set_cpu_isa", "cpu_isa", "cpu_isas", "cpu_peak"}  # of qkernels/_library.py
+    state = {
+        "set_cpu_isa",
+        "cpu_isa",
+        "cpu_isas",
+        "cpu_peak",
+        "peak_read",
+    }  # of qkernels/_library.py
     assert documented == {
         name: op.schema for name, op in registry._defs.items() if name not in state
     }

@@ -34,7 +34,8 @@ DecodePlan plan_decode(const AttentionTask& task, const DeviceLimits& limits) {
   plan.row_tiles = int((rows + 8 * plan.rows_of_8 - 1) / (8 * plan.rows_of_8));
   // As many splits as fill the multiprocessors once, of no less than 4 steps of 64 keys.
   const int64_t blocks = int64_t(plan.row_tiles) * task.kv_heads * task.batch;
-  const int64_t at_once = int64_t(limits.multiprocessors) * (plan.dim <= 128 ? 3 : 1);
+  const int at_once_each = plan.dim * plan.rows_of_8 <= 128 ? 3 : plan.dim <= 128 ? 2 : 1;
+  const int64_t at_once = int64_t(limits.multiprocessors) * at_once_each;
   const int64_t most = std::max<int64_t>(1, task.most_keys / 256);
   plan.splits = int(std::clamp<int64_t>(at_once / blocks, 1, std::min<int64_t>(most, 128)));
   if (plan.splits > 1)

@@ -40,15 +40,17 @@ struct DecodeShape {
   static constexpr int value_bytes = kDim * bits / 8 / 8;  // of a lane
   static constexpr int value_piece = value_bytes < piece ? value_bytes : piece;
   static constexpr int value_pieces = value_bytes / value_piece;
-  static constexpr int scales = codes ? 4 * 16 * 2 : 0;
-  static constexpr int stage = 2 * 16 * kDim * bits / 8 + scales;  // bytes of a warp
+  // Of a stage of one warp, in bytes: K, V, [k_scale, k_zero, v_scale, v_zero][16] fp16.
+  static constexpr int values = 16 * kDim * bits / 8, scales = 2 * values;
+  static constexpr int stage = scales + (codes ? 4 * 16 * 2 : 0);
   // A multiprocessor needs about 40 KB on their way; 16 KB per warp with three blocks of four
   // warps are more, and fit 227 KB.
   static constexpr int wanted = (16 << 10) / stage;
   static constexpr int stages = wanted < 2 ? 2 : wanted > 6 ? 6 : wanted;
   static constexpr int warps = stage > 16 << 10 ? 2 : 4;
-  // Registers for three blocks (168 of a thread): what hides latency is on its way to the ring.
-  static constexpr int blocks = kDim <= 128 ? 3 : 1;
+  // On a multiprocessor; what hides latency is on its way to the ring, so registers (168 of a
+  // thread for three blocks) go to the sums.
+  static constexpr int blocks = kDim * kN <= 128 ? 3 : kDim <= 128 ? 2 : 1;
   static constexpr int ring = stages * stage * warps;
   static constexpr int merge = warps * rows * (kDim + 2) * 4;
   struct Shared {
@@ -180,10 +182,98 @@ __global__ void __launch_bounds__(DecodeShape<kKv, kDim, kN>::warps * 32,
   if (s.count == 0 || !takes(task, s)) return;
   const int64_t row_count = int64_t(s.count) * task.group;
   const int row_bytes = task.dim * Shape::bits / 8;
+  // Of this lane's first pieces in page 0, slot 0; its plane of scales: lane / 8, of whose 16 keys
+  // it copies 2 (lane % 8) and the next.
+  const uint8_t* const my_k =
+      task.k + kv_head * task.head_stride + g * task.k_row + t * Shape::piece;
+  const uint8_t* const my_v =
+      task.v + kv_head * task.head_stride + 2 * t * task.v_row + g * Shape::value_piece;
+  const uint16_t* const my_plane =
+      (lane < 16 ? task.k_scale : task.v_scale) + (int64_t(kv_head) * 2 + lane / 8 % 2) * task.page;
   unsigned char* const ring = shared.bytes + warp * Shape::stages * Shape::stage;
 
   for (int64_t tile = first_tile; tile * kRows < row_count; tile += row_tiles) {
-    block_sync();  // the tile before has been read
+    if (tile != first_tile) block_sync();  // the sums of the tile before have been read
+
+    // This split's share of the keys that any row sees, in whole steps of all warps.
+    const int64_t position0 = s.length - s.count;
+    const Seen low = seen_keys(task, s, position0 + tile * kRows / task.group);
+    const int64_t last_row = smaller(tile * kRows + kRows, row_count) - 1;
+    const Seen high = seen_keys(task, s, position0 + last_row / task.group);
+    const int seen_first = low.first / 16 * 16, seen_last = high.last;
+    const int steps_seen = seen_last > seen_first ? (seen_last - seen_first + 15) / 16 : 0;
+    const int share = (steps_seen + splits * kWarps - 1) / (splits * kWarps) * kWarps;
+    const int begin = seen_first + 16 * smaller(split * share, steps_seen);
+    const int steps_left = smaller(share, steps_seen - smaller(split * share, steps_seen)) - warp;
+    const int steps = (steps_left + kWarps - 1) / kWarps;  // of this warp; <= 0: none
+    auto key_of = [&](int step) { return begin + 16 * (warp + step * kWarps); };
+
+    // Lane l looks up the page of step i + l, for 32 steps at once and 32 steps ahead.
+    KeyRun mine{-1, 0}, ahead{-1, 0};
+    if (lane < steps) ahead = key_run(task, s, b, key_of(lane));
+    uint32_t absent = 0;  // by slot of the ring: the page is out of range
+    int fetched = 0, fetch_slot = 0;
+    auto fetch = [&] {
+      if (fetched < steps) {
+        if (fetched % 32 == 0) {
+          mine = ahead;
+          if (fetched + 32 + lane < steps) ahead = key_run(task, s, b, key_of(fetched + 32 + lane));
+        }
+        const KeyRun run{shuffle(mine.page, fetched % 32), shuffle(mine.slot, fetched % 32)};
+        absent = run.page < 0 ? absent | 1u << fetch_slot : absent & ~(1u << fetch_slot);
+        if (run.page >= 0) {
+          const int there = seen_last - key_of(fetched);  // rows of this step
+          unsigned char* const to = ring + fetch_slot * Shape::stage;
+          const uint8_t* const k =
+              my_k + run.page * task.page_stride + run.slot * int64_t(task.k_row);
+          const uint8_t* const v =
+              my_v + run.page * task.page_stride + run.slot * int64_t(task.v_row);
+          auto copy = [&](auto valid_bytes) {  // (row, byte in the row, of how many)
+#pragma unroll
+            for (int i = 0; i < 2; i++)
+#pragma unroll
+              for (int p = 0; p < Shape::pieces; p++)
+                copy_async<Shape::piece>(
+                    to + ((i * Shape::pieces + p) * 32 + lane) * Shape::piece,
+                    k + i * 8 * task.k_row + p * 4 * Shape::piece,
+                    valid_bytes(g + 8 * i, (p * 4 + t) * Shape::piece, Shape::piece));
+#pragma unroll
+            for (int i = 0; i < 4; i++)
+#pragma unroll
+              for (int p = 0; p < Shape::value_pieces; p++)
+                copy_async<Shape::value_piece>(
+                    to + Shape::values +
+                        ((i * Shape::value_pieces + p) * 32 + lane) * Shape::value_piece,
+                    v + (i % 2 + i / 2 * 8) * task.v_row + p * 8 * Shape::value_piece,
+                    valid_bytes(2 * t + i % 2 + i / 2 * 8, (p * 8 + g) * Shape::value_piece,
+                                Shape::value_piece));
+          };
+          // Nearly every step is whole; predicates would be a third of the loop's instructions.
+          const bool whole = there >= 16 && row_bytes == kDim * Shape::bits / 8;
+          if (whole) {
+            copy([](int, int, int bytes) { return bytes; });
+          } else {
+            copy([&](int row, int at, int bytes) {
+              return row < there && at < row_bytes ? bytes : 0;
+            });
+          }
+          if constexpr (Shape::codes) {
+            const uint16_t* plane = my_plane + run.page * task.scale_page_stride + run.slot;
+            const int row = 2 * (lane % 8), valid = there - row;
+            copy_async<4>(to + Shape::scales + lane * 4, plane + row,
+                          valid >= 2   ? 4
+                          : valid == 1 ? 2
+                                       : 0);
+          }
+        }
+      }
+      copy_commit();
+      fetched++;
+      fetch_slot = fetch_slot + 1 == Shape::stages ? 0 : fetch_slot + 1;
+    };
+    // Keys are on their way before the queries are looked at.
+    for (int i = 0; i < Shape::stages - 1; i++) fetch();
+
     for (int r = warp; r < kRows; r += kWarps)
       stage_row<C, kDim>(
           task, s, kv_head, tile * kRows + r, shared.query, r, [&](int dim, C element) {
@@ -192,74 +282,19 @@ __global__ void __launch_bounds__(DecodeShape<kKv, kDim, kN>::warps * 32,
           });
     block_sync();
 
-    // This split's share of the keys that any row sees, in whole steps of all warps.
-    const int seen_first = shared.query.first[0] / 16 * 16;
-    const int seen_last = shared.query.last[kRows - 1];
-    const int steps_seen = seen_last > seen_first ? (seen_last - seen_first + 15) / 16 : 0;
-    const int share = (steps_seen + splits * kWarps - 1) / (splits * kWarps) * kWarps;
-    const int begin = seen_first + 16 * smaller(split * share, steps_seen);
-    const int steps = smaller(share, steps_seen - smaller(split * share, steps_seen));
-    const int all_see_from = shared.query.first[kRows - 1], all_see_to = shared.query.last[0];
-
-    // Steps whose page is out of range, by stage.
-    uint32_t absent = 0;
-    KeyRun next = warp < steps ? key_run(task, s, b, begin + 16 * warp) : KeyRun{-1, 0};
-    auto fetch = [&](int step) {  // steps warp, warp + kWarps, ..., in this order
-      if (step < steps) {
-        const int key = begin + 16 * step, slot = (step / kWarps) % Shape::stages;
-        const KeyRun run = next;
-        if (step + kWarps < steps) next = key_run(task, s, b, key + 16 * kWarps);
-        absent = run.page < 0 ? absent | 1u << slot : absent & ~(1u << slot);
-        if (run.page >= 0) {
-          unsigned char* to = ring + slot * Shape::stage;
-          const uint8_t* from = k_rows(task, kv_head, run);
-          const int there = seen_last - key;  // rows of this step
-#pragma unroll
-          for (int i = 0; i < 2; i++)
-#pragma unroll
-            for (int p = 0; p < Shape::pieces; p++) {
-              const int row = g + 8 * i, at = (p * 4 + t) * Shape::piece;
-              const bool valid = row < there && (at < row_bytes);
-              copy_async<Shape::piece>(to + ((i * Shape::pieces + p) * 32 + lane) * Shape::piece,
-                                       from + row * task.k_row + at, valid ? Shape::piece : 0);
-            }
-          to += 2 * 32 * Shape::pieces * Shape::piece;
-          from = v_rows(task, kv_head, run);
-#pragma unroll
-          for (int i = 0; i < 4; i++)
-#pragma unroll
-            for (int p = 0; p < Shape::value_pieces; p++) {
-              const int row = 2 * t + i % 2 + i / 2 * 8, at = (p * 8 + g) * Shape::value_piece;
-              const bool valid = row < there && (at < row_bytes);
-              copy_async<Shape::value_piece>(
-                  to + ((i * Shape::value_pieces + p) * 32 + lane) * Shape::value_piece,
-                  from + row * task.v_row + at, valid ? Shape::value_piece : 0);
-            }
-          to += 4 * 32 * Shape::value_bytes;
-          if constexpr (Shape::codes) {  // lane: plane lane / 8, keys 2 (lane % 8), + 1
-            const uint16_t* plane = (lane < 16 ? task.k_scale : task.v_scale) +
-                                    run.page * task.scale_page_stride +
-                                    (int64_t(kv_head) * 2 + lane / 8 % 2) * task.page + run.slot;
-            const int row = 2 * (lane % 8), valid = there - row;
-            copy_async<4>(to + lane * 4, plane + row, valid >= 2 ? 4 : valid == 1 ? 2 : 0);
-          }
-        }
-      }
-      copy_commit();
-    };
-
     const Factors<kN> factors(shared.query, 0);
     Softmax<kN> softmax;
     float acc[kTiles][kN][4] = {};
 
-    for (int i = 0; i < Shape::stages - 1; i++) fetch(warp + i * kWarps);
-    for (int step = warp; step < steps; step += kWarps) {
+    int slot = 0;
+    for (int step = 0; step < steps; step++, slot = slot + 1 == Shape::stages ? 0 : slot + 1) {
       copy_wait<Shape::stages - 2>();
       if constexpr (Shape::codes) warp_sync();  // scales come from other lanes' copies
-      fetch(step + (Shape::stages - 1) * kWarps);
-      const int key = begin + 16 * step, slot = (step / kWarps) % Shape::stages;
-      if (absent >> slot & 1) continue;
-      const unsigned char* from = ring + slot * Shape::stage;
+      const bool there = !(absent >> slot & 1);
+      fetch();
+      if (!there) continue;
+      const int key = key_of(step);
+      const unsigned char* from = ring + slot * Shape::stage + lane * Shape::piece;
 
       float score[1][kN][4] = {};
 #pragma unroll
@@ -267,8 +302,7 @@ __global__ void __launch_bounds__(DecodeShape<kKv, kDim, kN>::warps * 32,
         Piece<Shape::piece> k[2];
 #pragma unroll
         for (int i = 0; i < 2; i++)
-          k[i] =
-              load_piece<Shape::piece>(from + ((i * Shape::pieces + p) * 32 + lane) * Shape::piece);
+          k[i] = load_piece<Shape::piece>(from + (i * Shape::pieces + p) * 32 * Shape::piece);
         constexpr int kSteps = kTiles / Shape::pieces;
 #pragma unroll
         for (int u = 0; u < kSteps; u++) {
@@ -282,22 +316,22 @@ __global__ void __launch_bounds__(DecodeShape<kKv, kDim, kN>::warps * 32,
           }
         }
       }
-      from += 2 * 32 * Shape::pieces * Shape::piece;
 
       KeyScales<1> scales;
       if constexpr (Shape::codes)
-        load_scales(reinterpret_cast<const uint16_t*>(from + 4 * 32 * Shape::value_bytes), 16,
-                    kOffset, scales);
+        load_scales(reinterpret_cast<const uint16_t*>(ring + slot * Shape::stage + Shape::scales),
+                    16, kOffset, scales);
       uint32_t weights[1][kN][2];
-      const bool masked = key < all_see_from || key + 16 > all_see_to;
-      weigh<C, 1, kN, Shape::codes>(task, shared.query, 0, s.length - s.count, key, masked, 0,
-                                    score, factors, scales, softmax, acc, weights);
+      const bool masked = key < high.first || key + 16 > low.last;
+      weigh<C, 1, kN, Shape::codes>(task, shared.query, 0, position0, key, masked, 0, score,
+                                    factors, scales, softmax, acc, weights);
+      from = ring + slot * Shape::stage + Shape::values + lane * Shape::value_piece;
 #pragma unroll
       for (int p = 0; p < Shape::value_pieces; p++) {
         Piece<Shape::value_piece> v[4];
 #pragma unroll
         for (int i = 0; i < 4; i++)
-          v[i] = load_piece<Shape::value_piece>(from + ((i * Shape::value_pieces + p) * 32 + lane) *
+          v[i] = load_piece<Shape::value_piece>(from + (i * Shape::value_pieces + p) * 32 *
                                                            Shape::value_piece);
         constexpr int kPer = kTiles / Shape::value_pieces;
 #pragma unroll

@@ -90,20 +90,20 @@ __device__ __forceinline__ bool takes(const AttentionTask& task, const Sequence&
 
 // Keys of one sequence and KV head: where 16 of them, from a multiple of 16 on, lie.
 struct KeyRun {
-  int64_t page, slot;  // page < 0: not there
+  int page, slot;  // page < 0: not there
 };
 __device__ __forceinline__ KeyRun key_run(const AttentionTask& task, const Sequence& s, int b,
                                           int key) {
-  if (!task.page_table) return {0, s.first_key + key};
+  if (!task.page_table) return {0, int(s.first_key) + key};
   const int32_t page = task.page_table[b * task.table_stride + key / task.page];
   return {page >= 0 && page < task.pages ? page : -1, key % task.page};
 }
 __device__ __forceinline__ const uint8_t* k_rows(const AttentionTask& task, int head, KeyRun run) {
-  return task.k + run.page * task.page_stride + head * task.head_stride +
+  return task.k + int64_t(run.page) * task.page_stride + head * task.head_stride +
          run.slot * int64_t(task.k_row);
 }
 __device__ __forceinline__ const uint8_t* v_rows(const AttentionTask& task, int head, KeyRun run) {
-  return task.v + run.page * task.page_stride + head * task.head_stride +
+  return task.v + int64_t(run.page) * task.page_stride + head * task.head_stride +
          run.slot * int64_t(task.v_row);
 }
 

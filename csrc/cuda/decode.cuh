@@ -97,12 +97,12 @@ __device__ __forceinline__ uint32_t load_word(const uint8_t* unit, int row, int 
 }
 
 // table [16] int8, each value + 128, or nothing where there is no table.
-struct Table {
+struct ByteTable {
   Words4 values;
   bool used;
 };
-__device__ __forceinline__ Table load_table(const int8_t* table) {
-  Table out{{}, table != nullptr};
+__device__ __forceinline__ ByteTable load_byte_table(const int8_t* table) {
+  ByteTable out{{}, table != nullptr};
   if (table) {
 #pragma unroll
     for (int i = 0; i < 16; i++)
@@ -111,7 +111,7 @@ __device__ __forceinline__ Table load_table(const int8_t* table) {
   return out;
 }
 // A word of codes below 16 as a word of their values + 128.
-__device__ __forceinline__ uint32_t look_up(const Table& table, uint32_t codes) {
+__device__ __forceinline__ uint32_t table_bytes(const ByteTable& table, uint32_t codes) {
   uint32_t selector = (codes | codes >> 4) & 0x00ff00ff;  // 0x0d0c0b0a -> 0x00dc00ba
   selector = (selector | selector >> 8) & 0xffff;         // -> 0xdcba
   const uint32_t* v = table.values.word;
@@ -132,7 +132,7 @@ __device__ __forceinline__ Decoding decoding_of(const Weight& w, int64_t n, int6
   const float zero = minimum ? 0.f : w.table ? 128.f : group.zero;
   return {group.scale, 8388608.f + zero, minimum ? group.zero : 0.f};
 }
-// Four values of a word of codes (with a table: of what look_up makes of it).
+// Four values of a word of codes (with a table: of what table_bytes makes of it).
 __device__ __forceinline__ void decode_word(uint32_t word, const Decoding& d, float* out) {
 #pragma unroll
   for (int j = 0; j < 4; j++) {

@@ -1,5 +1,6 @@
 // Rows of a packed table as floats, times a multiplier: a thread per eight columns of a row. A row
-// lies scattered over its units (4 of the 16 sectors of a unit of nibbles), so each is read by words.
+// lies scattered over its units (4 of the 16 sectors of a unit of nibbles), so each is read by
+// words.
 #pragma once
 #include "../args.h"
 #include "decode.cuh"
@@ -30,9 +31,9 @@ __global__ void __launch_bounds__(kEmbeddingThreads)
         words[i] = load_word<decltype(bits)::value>(unit, int(row % layout::kUnitRows), t + i);
     });
     if (w.table) {
-      const Table table = load_table(w.table);
+      const ByteTable table = load_byte_table(w.table);
 #pragma unroll
-      for (int i = 0; i < 2; i++) words[i] = look_up(table, words[i]);
+      for (int i = 0; i < 2; i++) words[i] = table_bytes(table, words[i]);
     }
     const Decoding decoding = decoding_of(w, row, col / w.group);
 #pragma unroll

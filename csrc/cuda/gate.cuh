@@ -137,8 +137,12 @@ template <class T>
 cudaError_t launch_gate_typed(const GateArgs& args, cudaStream_t stream) {
   using Source = GateSource<T>;
   constexpr int kPer = Source::kPer;
-  const Source source{static_cast<const T*>(args.gate), static_cast<const T*>(args.up), args.k,
-                      args.gate_stride, args.up_stride, args.activation};
+  const Source source{static_cast<const T*>(args.gate),
+                      static_cast<const T*>(args.up),
+                      args.k,
+                      args.gate_stride,
+                      args.up_stride,
+                      args.activation};
   const bool pointers_aligned = on_16_bytes(args.gate) && on_16_bytes(args.up) &&
                                 on_16_bytes(args.y) && on_16_bytes(args.act.codes);
   const bool aligned = pointers_aligned && args.k % kPer == 0 && args.gate_stride % kPer == 0 &&

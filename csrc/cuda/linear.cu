@@ -68,6 +68,9 @@ cudaError_t run_dense(const Tensor& x, const Tensor& y, const LinearArgs& args,
       matmul_into(x, torch::stable::narrow(dense_rows, 0, 0, unpack.w.n),
                   torch::stable::narrow(all, 1, row, unpack.w.n));
   }
+#ifdef QK_EMULATE_CUDA
+  emu::written(args.y);
+#endif
   return args.bias || args.residual ? launch_addends(args, stream) : cudaSuccess;
 }
 

@@ -14,9 +14,10 @@ struct LinearFloatPlan {
 };
 
 // Into how many parts K is cut: the fewest that keep 95% of the multiprocessors' time in use, or
-// else those that come nearest. All blocks of a wave end together, and a part is whole stages.
-//   tiles: of y; slots: blocks that run at once; stages: of K; least: stages that a part must have
-inline int choose_splits(int64_t tiles, int64_t slots, int64_t stages, int64_t least) {
+// else those that come nearest. A multiprocessor takes as long as its blocks have stages, whether
+// they run at once or one after another: one is enough to keep its share of the memory busy.
+//   tiles: of y; stages: of K; least: stages that a part must have
+inline int choose_splits(int64_t tiles, int64_t multiprocessors, int64_t stages, int64_t least) {
   const bool counters_suffice = tiles <= kLinearCounters;
   const int64_t most = counters_suffice ? stages / least : 1;
   int best = 1;
@@ -24,8 +25,8 @@ inline int choose_splits(int64_t tiles, int64_t slots, int64_t stages, int64_t l
   for (int64_t s = 1; s <= most && s <= 128; s++) {
     const int64_t part = (stages + s - 1) / s;
     if ((stages + part - 1) / part != s) continue;  // the last part would be empty
-    const int64_t waves = (tiles * s + slots - 1) / slots;
-    const double use = double(tiles * stages) / double(slots * waves * part);
+    const int64_t blocks_of_one = (tiles * s + multiprocessors - 1) / multiprocessors;
+    const double use = double(tiles * stages) / double(multiprocessors * blocks_of_one * part);
     if (use > best_use) best = int(s), best_use = use;
     if (use >= 0.95) break;
   }
@@ -48,15 +49,17 @@ inline bool plan_gemv(const LinearArgs& a, const DeviceLimits& limits, GemvPlan*
   p.vectors = x_in_vectors(a);
   const int units = gemv_units(a.w.bits);
   p.stage = stage_layout(a.w, units);
-  const int rings = kGemvWarps * kGemvStages * p.stage.bytes;
+  const int tiles = a.m <= 8 ? 1 : 2, stages = gemv_stages(tiles);
+  const int rings = kGemvWarps * stages * p.stage.bytes;
   const int parts = kGemvWarps * layout::kUnitRows * int(a.m) * 4;
   p.mbarriers = rings > parts ? rings : parts;
-  p.last = p.mbarriers + kGemvWarps * kGemvStages * 8;
-  p.activations = int(layout::round_up(p.last + 4, 128));
+  p.last = p.mbarriers + kGemvWarps * stages * 8;
+  p.scales = int(layout::round_up(p.last + 4, 128));
+  p.activations = p.scales + kGemvWarps * p.stage.floats * 4;
 
   const int round = int(a.m) * units * 32 * p.k_warps;  // bytes of x that every warp's stage needs
   const int half = limits.shared_per_multiprocessor / 2 - kSharedReserved - p.activations;
-  const bool two_blocks = half >= 2 * round;
+  const bool two_blocks = gemv_blocks(tiles) == 2 && half >= 2 * round;
   const int most = limits.shared_per_block - p.activations;
   const int budget = two_blocks ? half : most;
   if (budget < round) return false;
@@ -64,9 +67,7 @@ inline bool plan_gemv(const LinearArgs& a, const DeviceLimits& limits, GemvPlan*
   const int64_t all_stages = (a.w.kp / layout::kUnitCols + units - 1) / units;
   const int64_t blocks = (a.w.n + layout::kUnitRows - 1) / layout::kUnitRows;
   p.row_tiles = (blocks + p.row_blocks - 1) / p.row_blocks;
-  p.split.splits =
-      choose_splits(p.row_tiles, int64_t(limits.multiprocessors) * (two_blocks ? 2 : 1), all_stages,
-                    kGemvStages * p.k_warps);
+  p.split.splits = choose_splits(p.row_tiles, limits.multiprocessors, all_stages, 2 * p.k_warps);
   p.stages_per_split = int((all_stages + p.split.splits - 1) / p.split.splits);
   const int64_t rounds = (p.stages_per_split + p.k_warps - 1) / p.k_warps;
   const int64_t fitting = budget / round;
@@ -85,7 +86,8 @@ inline void plan_tile(const LinearArgs& a, const DeviceLimits& limits, TilePlan*
   p.stage_bytes = kTileRowBlocks * p.stage.bytes + tokens * kTileRowBytes;
   const int stages = kTileStages * p.stage_bytes;
   const int parts = 2 * kTileWarpTokens * kTileRows * 4;  // two halves, of tokens or of K
-  p.last = stages > parts ? stages : parts;
+  p.scales = stages > parts ? stages : parts;
+  p.last = p.scales + kTileThreads / 32 * p.stage.floats * 4;
   p.shared_bytes = p.last + 4;
   const int64_t all_stages = (a.w.kp / layout::kUnitCols + kTileUnits - 1) / kTileUnits;
   p.row_tiles = (a.w.n + kTileRows - 1) / kTileRows;

@@ -1,7 +1,7 @@
 // linear for up to 16 tokens, where reading the weights is all that should take time.
 //
 // A block of 8 warps computes 64 row_blocks rows for all tokens over a part of K: warp (rb, wk) has
-// 64 rows and every k_warps-th stage of that part. Each warp has a ring of kStages stages of its
+// 64 rows and every k_warps-th stage of that part. Each warp has a ring of a few stages of its
 // own, so that no warp waits for another while weights arrive:
 //
 //   sm_90   one lane asks for a stage with a few bulk copies, which an mbarrier counts
@@ -20,7 +20,12 @@
 namespace qk {
 
 constexpr int kGemvWarps = 8, kGemvThreads = 32 * kGemvWarps, kGemvTokens = 16;
-constexpr int kGemvStages = 2;
+// With one tile of 8 tokens there are two blocks on a multiprocessor. Two tiles need more than the
+// 128 registers which that allows (16 to 24 bytes would spill), so there is one block, and its
+// rings are longer: 8 warps with 2 stages on their way, for 16 warps with one. That is 64 KB, of
+// which 4.3 TB/s and 0.8 us need 26 KB.
+constexpr int gemv_blocks(int tiles) { return tiles == 1 ? 2 : 1; }
+constexpr int gemv_stages(int tiles) { return tiles == 1 ? 2 : 3; }
 // Units of a stage: 2 to 4 KB of codes. Both divide the 16 units of a block of two-level scales.
 constexpr int gemv_units(int bits) { return bits <= 4 ? 8 : 4; }
 
@@ -30,45 +35,45 @@ struct GemvPlan {
   int stages_per_segment;   // of x in shared memory at a time; a multiple of k_warps
   bool vectors;             // x is read 16 bytes at a time
   StageLayout stage;
-  // Byte offsets in shared memory: rings at 0, then mbarriers, flag and activations.
-  int mbarriers, last, activations, shared_bytes;
+  // Byte offsets in shared memory: rings at 0, then mbarriers, flag, scales and activations.
+  int mbarriers, last, scales, activations, shared_bytes;
   TileSplit split;
   int64_t row_tiles;
 };
 
 // How a warp's stages come into its ring; all lanes call everything together.
+template <int kStages>
 struct StageRing {
-  uint8_t* stages;      // [kGemvStages, bytes]
-  uint64_t* mbarriers;  // [kGemvStages]
+  uint8_t* stages;      // [kStages, bytes]
+  uint64_t* mbarriers;  // [kStages]
   bool bulk;
 
   __device__ __forceinline__ void start(int lane) {
     if (bulk && lane == 0) {
-      for (int i = 0; i < kGemvStages; i++) mbarrier_init(mbarriers + i);
+      for (int i = 0; i < kStages; i++) mbarrier_init(mbarriers + i);
       mbarrier_init_fence();
     }
     if (bulk) warp_sync();
   }
-  // Stage i of the warp goes to slot i % kGemvStages, whose last contents all lanes have read.
+  // Stage i of the warp goes to slot i % kStages, whose last contents all lanes have read.
   template <class C>
-  __device__ __forceinline__ void issue(const Weight& w, const StageLayout& s, int zero_bytes,
-                                        int64_t block, int first, int units, int i, int lane) {
-    uint8_t* to = stages + i % kGemvStages * s.bytes;
+  __device__ __forceinline__ void issue(const Weight& w, const StageLayout& s, int64_t block,
+                                        int first, int units, int group, int i, int lane) {
+    uint8_t* to = stages + i % kStages * s.bytes;
     if (bulk) {
       if (lane == 0) {
-        uint64_t* mbarrier = mbarriers + i % kGemvStages;
+        uint64_t* mbarrier = mbarriers + i % kStages;
         uint32_t bytes = 0;
-        for_pieces<C>(w, s, zero_bytes, block, first, units,
+        for_pieces<C>(w, s, block, first, units, group,
                       [&](int, const void*, int size) { bytes += uint32_t(size); });
         mbarrier_expect(mbarrier, bytes);
-        for_pieces<C>(w, s, zero_bytes, block, first, units,
-                      [&](int at, const void* from, int size) {
-                        bulk_load(to + at, from, uint32_t(size), mbarrier);
-                      });
+        for_pieces<C>(w, s, block, first, units, group, [&](int at, const void* from, int size) {
+          bulk_load(to + at, from, uint32_t(size), mbarrier);
+        });
       }
       return;
     }
-    for_pieces<C>(w, s, zero_bytes, block, first, units, [&](int at, const void* from, int size) {
+    for_pieces<C>(w, s, block, first, units, group, [&](int at, const void* from, int size) {
       for (int b = 16 * lane; b < size; b += 16 * 32)
         copy_async<16>(to + at + b, static_cast<const uint8_t*>(from) + b);
     });
@@ -79,19 +84,19 @@ struct StageRing {
   }
   __device__ __forceinline__ const uint8_t* wait(int i, const StageLayout& s) {
     if (bulk) {
-      mbarrier_wait(mbarriers + i % kGemvStages, i / kGemvStages & 1);
+      mbarrier_wait(mbarriers + i % kStages, i / kStages & 1);
     } else {
-      copy_wait<kGemvStages - 1>();
+      copy_wait<kStages - 1>();
       warp_sync();
     }
-    return stages + i % kGemvStages * s.bytes;
+    return stages + i % kStages * s.bytes;
   }
 };
 
 template <class T, class C, int kTiles>
-__global__ void __launch_bounds__(kGemvThreads, 2)
+__global__ void __launch_bounds__(kGemvThreads, gemv_blocks(kTiles))
     linear_gemv_kernel(const LinearArgs args, const GemvPlan plan) {
-  constexpr int kUnits = gemv_units(C::bits);
+  constexpr int kUnits = gemv_units(C::bits), kStages = gemv_stages(kTiles);
   uint8_t* shared = shared_memory<uint8_t>();
   auto* activations = reinterpret_cast<Words2*>(shared + plan.activations);
   const Weight& w = args.w;
@@ -105,28 +110,33 @@ __global__ void __launch_bounds__(kGemvThreads, 2)
   end_stage = end_stage < all_stages ? end_stage : all_stages;
   const bool has_rows = block * layout::kUnitRows < w.n;
   const int tokens = int(args.m);
-  const int zero_bytes = w.zero_kind == Zero::integer ? 1 : scale_size(w.scale_kind);
 
-  StageRing ring{shared + warp * kGemvStages * plan.stage.bytes,
-                 reinterpret_cast<uint64_t*>(shared + plan.mbarriers) + warp * kGemvStages,
-                 bulk_copies()};
+  StageRing<kStages> ring{shared + warp * kStages * plan.stage.bytes,
+                          reinterpret_cast<uint64_t*>(shared + plan.mbarriers) + warp * kStages,
+                          bulk_copies()};
   const auto units_of = [&](int stage) {
     const int left = all_units - stage * kUnits;
     return left < kUnits ? left : kUnits;
   };
-  const auto issue = [&](int i) {
+  GroupCursor at((first_stage + k_warp) * kUnits, plan.k_warps * kUnits,
+                 w.group / layout::kUnitCols);
+  const auto issue = [&](int i, const GroupCursor& from) {
     const int stage = first_stage + k_warp + i * plan.k_warps;
     if (has_rows && stage < end_stage)
-      ring.issue<C>(w, plan.stage, zero_bytes, block, stage * kUnits, units_of(stage), i, lane);
+      ring.template issue<C>(w, plan.stage, block, stage * kUnits, units_of(stage), from.group, i,
+                             lane);
     ring.close_issue();
   };
   ring.start(lane);
-  for (int i = 0; i < kGemvStages; i++) issue(i);
+  GroupCursor ahead = at;
+#pragma unroll 1
+  for (int i = 0; i < kStages; i++, ahead.advance()) issue(i, ahead);
   TableWords table{};
   if constexpr (C::table) table = load_table<true>(w.table);
   dependency_wait();
 
-  UnitSums<T, C, kTiles> sums;
+  UnitSums<T, C, kTiles> sums(w);
+  auto* scales = reinterpret_cast<float*>(shared + plan.scales) + warp * plan.stage.floats;
   const int g = lane / 4, t = lane % 4;
   int row_of[kTiles];  // tokens that are not there read the last one, and are not stored
 #pragma unroll
@@ -156,13 +166,17 @@ __global__ void __launch_bounds__(kGemvThreads, 2)
     for (int stage; has_rows && (stage = first_stage + k_warp + i * plan.k_warps) < segment_end;
          i++) {
       const uint8_t* codes = ring.wait(i, plan.stage);
-      const int first = stage * kUnits;
-      sums.add_units(w, plan.stage, codes, first, first, first + units_of(stage), 0, lane, table,
-                     [&](int unit, int tile) {
-                       return activations[(unit - first_unit) * tokens * 4 + row_of[tile]];
-                     });
+      convert_scales<T, C>(w, plan.stage, codes, at.group, lane, scales);
       warp_sync();
-      issue(i + kGemvStages);
+      const Words2* x = activations + (stage * kUnits - first_unit) * tokens * 4;
+      sums.add_units(w, codes, at, scales, 0, units_of(stage), lane, table,
+                     [&](int unit, int tile) { return x[unit * tokens * 4 + row_of[tile]]; });
+      warp_sync();
+      at.advance();
+      ahead = at;
+#pragma unroll
+      for (int j = 1; j < kStages; j++) ahead.advance();
+      issue(i + kStages, ahead);
     }
   }
   dependency_launch();

@@ -29,7 +29,7 @@ void lay_out_block(const Weight& w, int chunk, bool scales, Int8Plan* p) {
 
 // Blocks that the device runs at a time.
 int64_t resident_blocks(const Int8Launch& l, const DeviceLimits& limits) {
-  constexpr int64_t reserved = 1024;     // bytes of shared memory per block
+  constexpr int64_t reserved = 1024;        // bytes of shared memory per block
   constexpr int64_t threads = 65536 / 128;  // of at most 128 registers
   const int64_t by_memory = limits.shared_per_multiprocessor / (l.shared_bytes + reserved);
   const int64_t by_registers = threads / l.threads;
@@ -44,17 +44,21 @@ int choose_splits(int64_t tiles, int64_t resident, int64_t most) {
   int best = 1;
   double best_busy = 0;
   for (int s = 1; s <= most && best_busy < 0.95; s++) {
-    const double busy =
-        double(tiles * s) / double(divide_up(tiles * s, resident) * resident);
+    const double busy = double(tiles * s) / double(divide_up(tiles * s, resident) * resident);
     if (busy > best_busy) best = s, best_busy = busy;
   }
   return best;
 }
 
+// The columns in `parts`.
+void deal_chunks(int chunk, int parts, Int8Plan* p) {
+  const int chunks = int(divide_up(p->units, chunk));
+  p->part_chunks = chunks / parts, p->long_parts = chunks % parts;
+}
+
 Int8Launch plan_decode(const LinearArgs& a, Int8Plan plan, const DeviceLimits& limits) {
   const int chunk = decode_chunk(a.w.bits), pitch = 16 * (chunk + 1);
   lay_out_block(a.w, chunk, true, &plan);
-  plan.chunks = int(divide_up(plan.units, chunk));
   plan.x_at = plan.block_bytes;
   plan.stage_bytes = plan.block_bytes + int(a.m) * pitch;
   plan.row_blocks = 1;
@@ -71,7 +75,8 @@ Int8Launch plan_decode(const LinearArgs& a, Int8Plan plan, const DeviceLimits& l
   l.threads = 32 * warps;
   const int64_t chunks_of_warp = 2;  // so that a ring is worth filling
   plan.splits = choose_splits(plan.row_tiles, resident_blocks(l, limits),
-                              plan.chunks / (warps * chunks_of_warp));
+                              divide_up(plan.units, chunk) / (warps * chunks_of_warp));
+  deal_chunks(chunk, plan.splits * warps, &plan);
   l.grid = dim3(unsigned(plan.row_tiles), unsigned(plan.splits));
   l.plan = plan;
   return l;
@@ -82,7 +87,6 @@ Int8Launch plan_tile(const LinearArgs& a, Int8Plan plan, const DeviceLimits& lim
                      int row_blocks) {
   const int tiles = rows ? 4 : 2;  // of 8 tokens, of a warp
   lay_out_block(a.w, kTileChunk, !rows, &plan);
-  plan.chunks = int(divide_up(plan.units, kTileChunk));
   Int8Launch l{};
   l.kernel = rows ? Int8Kernel::tile_rows : Int8Kernel::tile;
   l.threads = kInt8Threads;
@@ -98,8 +102,10 @@ Int8Launch plan_tile(const LinearArgs& a, Int8Plan plan, const DeviceLimits& lim
   plan.row_tiles = int(divide_up(a.w.n, 64 * row_blocks));
   plan.token_tiles = int(divide_up(a.m, tokens));
   const int64_t chunks_of_block = 4;
-  plan.splits = choose_splits(int64_t(plan.row_tiles) * plan.token_tiles,
-                              resident_blocks(l, limits), plan.chunks / chunks_of_block);
+  plan.splits =
+      choose_splits(int64_t(plan.row_tiles) * plan.token_tiles, resident_blocks(l, limits),
+                    divide_up(plan.units, kTileChunk) / chunks_of_block);
+  deal_chunks(kTileChunk, plan.splits, &plan);
   l.grid = dim3(unsigned(plan.token_tiles), unsigned(plan.row_tiles), unsigned(plan.splits));
   l.plan = plan;
   return l;
@@ -110,6 +116,15 @@ Int8Launch plan_int8(const LinearArgs& a, const DeviceLimits& limits) {
   plan.units = int(divide_up(a.w.k, 16));
   plan.group_units = a.w.group / 16;
   plan.act_units = a.act.group / 16;
+  plan.groups = int(a.w.kp / a.w.group);
+  plan.act_groups = int(a.act.kx / a.act.group);
+  const int64_t four = a.y_type == Dtype::f32 ? 16 : 8;
+  const auto in_fours = [four](const void* p, int64_t stride) {
+    return reinterpret_cast<uintptr_t>(p) % uintptr_t(four) == 0 && stride % 4 == 0;
+  };
+  plan.aligned_fours = a.w.n % 4 == 0 && in_fours(a.y, a.y_stride) &&
+                       in_fours(a.residual, a.residual_stride) &&
+                       reinterpret_cast<uintptr_t>(a.bias) % 16 == 0;
   plan.act_per_token = a.act.kx == a.act.group;
   if (a.m <= 16) return plan_decode(a, plan, limits);
 
@@ -142,6 +157,7 @@ int64_t linear_int8_scratch(const LinearArgs& args, const DeviceLimits& limits) 
 cudaError_t launch_linear_int8(const LinearArgs& args, void* scratch, uint32_t* counters,
                                cudaStream_t stream) {
   if (args.m == 0) return cudaSuccess;
+  if (args.m > INT32_MAX - 1024) return cudaErrorInvalidValue;  // kernels count tokens in 32 bits
   DeviceLimits limits{};
   if (cudaError_t error = device_limits(&limits); error != cudaSuccess) return error;
   Int8Launch l = plan_int8(args, limits);

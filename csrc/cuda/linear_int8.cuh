@@ -17,23 +17,13 @@
 // the sums of a span are integers.
 #pragma once
 #include "launchers.h"
+#include "linear_int8_codes.cuh"
 #include "scale.cuh"
+#include "words.cuh"
 
 namespace qk {
 
 constexpr int kInt8Threads = 256, kInt8Warps = kInt8Threads / 32;
-
-// What a byte of W is. offset: with zero points or minima.
-template <int kBits, bool kTable, bool kOffset>
-struct Int8Codes {
-  static constexpr int bits = kBits, unit_bytes = 128 * kBits;
-  static constexpr bool table = kTable, offset = kOffset;
-  static constexpr int shift = kTable ? 0 : 8 - kBits;  // of a code in its byte
-  static constexpr int wide_bytes = kBits == 8 ? 1024 : kBits >= 4 ? 512 : 0;  // of 16-byte lanes
-  // Whether there is a kernel for scales per row.
-  static constexpr bool rows = !kTable && !kOffset && (kBits == 4 || kBits == 8);
-  static_assert(!kTable || (kBits == 4 && !kOffset), "tables have 16 values and no zero");
-};
 
 // What the launch tells the kernels beside LinearArgs. A stage of shared memory holds, per block of
 // 64 rows, the codes of up to `chunk` units and the scales of their groups, then the activations:
@@ -42,29 +32,39 @@ struct Int8Codes {
 //   tokens' pieces of a unit lie in different banks
 struct Int8Plan {
   int units;  // of columns up to K: there is no more in x, and beyond it nothing but zeros
-  int chunks;
-  int group_units, act_units;       // units that share a scale
-  bool act_per_token;               // one scale per row of x: applied at the end
-  int scale_bytes, zero_bytes;      // of a row in a group
+  int part_chunks, long_parts;  // columns go to parts of this many chunks; the first have one more
+  int group_units, act_units;   // units that share a scale
+  int groups, act_groups;       // scales of a row of W, of x
+  bool act_per_token;           // one scale per row of x: applied at the end
+  bool aligned_fours;           // four rows of y, and of residual, can be accessed at once
+  int scale_bytes, zero_bytes;  // of a row in a group
   int scale_at, zero_at, block_at;  // in the part of a row block
   int block_bytes;                  // that part
   int x_at, stage_bytes;
-  int row_blocks;                    // of a thread block
-  int row_tiles, token_tiles;        // thread blocks
-  int splits;                        // thread blocks that share the columns of a tile
-  float* partial;                    // [splits, tiles, ...] if there are several
-  uint32_t* counters;                // [tiles]
+  int row_blocks;              // of a thread block
+  int row_tiles, token_tiles;  // thread blocks
+  int splits;                  // thread blocks that share the columns of a tile
+  float* partial;              // [splits, tiles, ...] if there are several
+  uint32_t* counters;          // [tiles]
+
+  // The chunks of a part: the first, and how many.
+  __device__ __forceinline__ int first_chunk(int part) const {
+    return part * part_chunks + (part < long_parts ? part : long_parts);
+  }
+  __device__ __forceinline__ int count_chunks(int part) const {
+    return part_chunks + (part < long_parts ? 1 : 0);
+  }
 };
 
 // The pieces of shared memory, all multiples of 16 bytes, that hold units u0 .. u0 + n of a block
 // of 64 rows: copy(place in the block's part of the stage, source, bytes, are these codes).
 template <class C, bool kScales, class Copy>
-__device__ __forceinline__ void weight_pieces(const Weight& w, const Int8Plan& p, int64_t block,
-                                              int u0, int n, const Copy& copy) {
+__device__ __forceinline__ void weight_pieces(const Weight& w, const Int8Plan& p, int block, int u0,
+                                              int n, const Copy& copy) {
   copy(0, w.codes + (block * (w.kp / 16) + u0) * C::unit_bytes, n * C::unit_bytes, true);
   if (!kScales) return;
   const int first = u0 / p.group_units, groups = (u0 + n - 1) / p.group_units - first + 1;
-  const int64_t at = (block * (w.kp / w.group) + first) * 64;
+  const int64_t at = (int64_t(block) * p.groups + first) * 64;
   const auto* scale = static_cast<const uint8_t*>(w.scale);
   copy(p.scale_at, scale + at * p.scale_bytes, groups * 64 * p.scale_bytes, false);
   if (C::offset && p.zero_bytes) {
@@ -76,93 +76,6 @@ __device__ __forceinline__ void weight_pieces(const Weight& w, const Int8Plan& p
     copy(p.block_at, reinterpret_cast<const uint8_t*>(w.block_scale + of_block), 128, false);
     if (C::offset)
       copy(p.block_at + 128, reinterpret_cast<const uint8_t*>(w.block_zero + of_block), 128, false);
-  }
-}
-
-// ---- decoding ----
-
-// What a lane needs of a unit, by plane.
-template <class C>
-struct RawUnit {
-  Words4 wide[C::wide_bytes ? C::wide_bytes / 512 : 1];  // bytes: h = 0, 1; nibbles: both
-  Words2 pairs;
-  uint32_t bits;
-
-  // swizzled: the 16-byte pieces of the wide planes have been moved, see swizzled_piece.
-  template <bool kSwizzled>
-  __device__ __forceinline__ void load(const uint8_t* unit, int lane) {
-    const int q = lane / 16, c = lane / 4 % 4, t = lane % 4;
-    constexpr layout::Planes planes = layout::planes(C::bits);
-#pragma unroll
-    for (int i = 0; i < planes.count; i++) {
-      const uint8_t* plane = unit + planes.plane[i].offset;
-      const int width = planes.plane[i].width;
-      if (width >= 4) {
-        const int piece = 16 * q + 4 * t + (kSwizzled ? c ^ (t & 2) : c);
-#pragma unroll
-        for (int h = 0; h < (width == 8 ? 2 : 1); h++)
-          wide[h] = *reinterpret_cast<const Words4*>(plane + 512 * h + 16 * piece);
-      } else if (width == 2) {
-        pairs = *reinterpret_cast<const Words2*>(plane + 128 * q + 32 * t + 8 * c);
-      } else {
-        bits = *reinterpret_cast<const uint32_t*>(plane + 64 * q + 16 * t + 4 * c);
-      }
-    }
-  }
-};
-
-// Eight lanes that read 16 bytes each have pieces 4 t + c with t < 4 and two neighbouring c: banks
-// repeat with every second t. Moving pieces with t >= 2 by two lets them all differ.
-__device__ __forceinline__ int swizzled_piece(int piece) { return piece ^ (piece >> 2 & 2); }
-
-template <int kBy>
-__device__ __forceinline__ uint32_t shift_left(uint32_t v) {
-  if constexpr (kBy >= 0) return v << kBy;
-  else return v >> -kBy;
-}
-
-// The 16 values of a table, four in a word.
-struct Table {
-  uint32_t word[4];
-};
-// Of eight nibbles, those of the low halves of the bytes first.
-__device__ __forceinline__ void look_up(const Table& table, uint32_t nibbles, uint32_t& low,
-                                        uint32_t& high) {
-  // Three bits of a nibble select among eight values, the fourth between two such results.
-  uint32_t index = nibbles & 0x77777777u, upper = and_or(nibbles >> 1, 0x44444444u, 0x32103210u);
-  uint32_t found[2];
-#pragma unroll
-  for (int i = 0; i < 2; i++, index >>= 16, upper >>= 16)
-    found[i] = select_bytes(select_bytes(table.word[0], table.word[1], index),
-                            select_bytes(table.word[2], table.word[3], index), upper & 0xffffu);
-  low = select_bytes(found[0], found[1], 0x6420);
-  high = select_bytes(found[0], found[1], 0x7531);
-}
-
-// The codes of row tile kE, rows h = 0 and 1: four columns each.
-template <class C, int kE>
-__device__ __forceinline__ void decode(const RawUnit<C>& raw, const Table& table, uint32_t& low,
-                                       uint32_t& high) {
-  if constexpr (C::table) return look_up(table, raw.wide[0].word[kE], low, high);
-  constexpr uint32_t turn = C::offset ? 0 : 0x80808080u;
-  low = high = turn;
-  if constexpr (C::bits == 8) {
-    low ^= raw.wide[0].word[kE], high ^= raw.wide[1].word[kE];
-  } else if constexpr (C::bits >= 4) {
-    constexpr uint32_t mask = (0x0fu << C::shift & 0xffu) * 0x01010101u;
-    low = and_xor(shift_left<C::shift>(raw.wide[0].word[kE]), mask, low);
-    high = and_xor(shift_left<C::shift - 4>(raw.wide[0].word[kE]), mask, high);
-  }
-  if constexpr (C::bits == 6 || C::bits < 4) {
-    // Bits 4 (e % 2) + 2 h on; the highest of the code, or those below the single one.
-    constexpr int to = C::bits == 3 ? 5 : 6, from = 4 * (kE % 2);
-    constexpr uint32_t mask = (3u << to) * 0x01010101u;
-    low = and_xor(shift_left<to - from>(raw.pairs.word[kE / 2]), mask, low);
-    high = and_xor(shift_left<to - from - 2>(raw.pairs.word[kE / 2]), mask, high);
-  }
-  if constexpr (C::bits == 5 || C::bits == 3) {
-    low = and_xor(shift_left<7 - 2 * kE>(raw.bits), 0x80808080u, low);
-    high = and_xor(shift_left<6 - 2 * kE>(raw.bits), 0x80808080u, high);
   }
 }
 
@@ -180,18 +93,21 @@ __device__ __forceinline__ void mma(int32_t (&d)[4], const uint32_t (&a)[4], uin
 template <class C, int kTiles>
 struct Int8Sums {
   int32_t dot[kTiles][4][4];  // of this span
-  int32_t sum[kTiles][4];     // of the activations in it, the same for both h
-  float y[kTiles][4][4];      // of the spans before it
+  // Of the activations in it: elements 0 (and 1) belong to token lane / 4 of the first of two
+  // tiles, 2 (and 3) of the second.
+  int32_t sum[(kTiles + 1) / 2][4];
+  float y[kTiles][4][4];  // of the spans before it
 
   __device__ __forceinline__ void start_span() {
 #pragma unroll
-    for (int n = 0; n < kTiles; n++)
+    for (int i = 0; i < 4; i++) {
 #pragma unroll
-      for (int i = 0; i < 4; i++) {
-        sum[n][i] = 0;
+      for (int n = 0; n < kTiles; n += 2) sum[n / 2][i] = 0;
+#pragma unroll
+      for (int n = 0; n < kTiles; n++)
 #pragma unroll
         for (int e = 0; e < 4; e++) dot[n][e][i] = 0;
-      }
+    }
   }
   __device__ __forceinline__ void start() {
     start_span();
@@ -204,8 +120,7 @@ struct Int8Sums {
   }
 
   template <int kE>
-  __device__ __forceinline__ void add_row_tile(const RawUnit<C> (&raw)[2], bool two,
-                                               const Table& table,
+  __device__ __forceinline__ void add_row_tile(const RawUnit<C> (&raw)[2], const Int8Table& table,
                                                const uint32_t (&b)[kTiles][2]) {
     uint32_t a[4];
     decode<C, kE>(raw[0], table, a[0], a[1]);
@@ -217,7 +132,7 @@ struct Int8Sums {
   // One unit or two. x: this lane's row of the matrices that load_matrices reads, see x_row.
   template <bool kSwizzled>
   __device__ __forceinline__ void add_units(const uint8_t* unit, const uint8_t* x, int x_pitch,
-                                            bool two, const Table& table, int lane) {
+                                            bool two, const Int8Table& table, int lane) {
     uint32_t b[kTiles][2];
     const uint8_t* from = x + (two && lane / 8 % 2 ? 16 : 0);
 #pragma unroll
@@ -227,18 +142,27 @@ struct Int8Sums {
       b[n][0] = r[0], b[n][1] = two ? r[1] : 0;
       if constexpr (kTiles > 1) b[n + 1][0] = r[2], b[n + 1][1] = two ? r[3] : 0;
     }
-    RawUnit<C> raw[2];
-    raw[0].template load<kSwizzled>(unit, lane);
-    raw[1].template load<kSwizzled>(two ? unit + C::unit_bytes : unit, lane);
     if constexpr (C::offset) {
-      const uint32_t ones[4] = {0x01010101u, 0x01010101u, 0x01010101u, 0x01010101u};
+      // Activations as A: its rows are 16 tokens. Any column of the product has the sums.
 #pragma unroll
-      for (int n = 0; n < kTiles; n++) mma_16832_u8s8(sum[n], ones, b[n][0], b[n][1]);
+      for (int n = 0; n < kTiles; n += 2) {
+        const int other = n + 1 < kTiles ? n + 1 : n;  // a tile alone fills both halves
+        const uint32_t a[4] = {b[n][0], b[other][0], b[n][1], b[other][1]};
+        mma_16832_s8s8(sum[n / 2], a, 0x01010101u, 0x01010101u);
+      }
     }
-    add_row_tile<0>(raw, two, table, b);
-    add_row_tile<1>(raw, two, table, b);
-    add_row_tile<2>(raw, two, table, b);
-    add_row_tile<3>(raw, two, table, b);
+    const uint8_t* next = two ? unit + C::unit_bytes : unit;
+    RawUnit<C> raw[2];
+    raw[0].template load<kSwizzled, 0>(unit, lane);
+    raw[1].template load<kSwizzled, 0>(next, lane);
+    add_row_tile<0>(raw, table, b);
+    add_row_tile<1>(raw, table, b);
+    if constexpr (C::in_halves) {
+      raw[0].template load<kSwizzled, 1>(unit, lane);
+      raw[1].template load<kSwizzled, 1>(next, lane);
+    }
+    add_row_tile<2>(raw, table, b);
+    add_row_tile<3>(raw, table, b);
   }
 };
 
@@ -333,8 +257,7 @@ struct Cursor {
 template <class C, int kTiles>
 __device__ __forceinline__ void end_span(const LinearArgs& args, const Int8Plan& p,
                                          const uint8_t* block, int group, int act_group,
-                                         int64_t first_token, int lane,
-                                         Int8Sums<C, kTiles>& sums) {
+                                         int first_token, int lane, Int8Sums<C, kTiles>& sums) {
   float x_scale[kTiles][2], sum[kTiles][2];
 #pragma unroll
   for (int n = 0; n < kTiles; n++)
@@ -342,11 +265,14 @@ __device__ __forceinline__ void end_span(const LinearArgs& args, const Int8Plan&
     for (int j = 0; j < 2; j++) {
       x_scale[n][j] = 1;
       if (!p.act_per_token) {
-        int64_t token = first_token + 8 * n + 2 * (lane % 4) + j;
-        if (token >= args.m) token = args.m - 1;
-        x_scale[n][j] = args.act.scale[token * (args.act.kx / args.act.group) + act_group];
+        int token = first_token + 8 * n + 2 * (lane % 4) + j;
+        if (token >= args.m) token = int(args.m) - 1;
+        x_scale[n][j] = args.act.scale[int64_t(token) * p.act_groups + act_group];
       }
-      if (C::offset) sum[n][j] = float(sums.sum[n][j] << C::shift) * x_scale[n][j];
+      if constexpr (C::offset) {
+        const int32_t of_token = shuffle(sums.sum[n / 2][n % 2 * 2], 8 * (lane % 4) + 4 * j);
+        sum[n][j] = float(of_token << C::shift) * x_scale[n][j];
+      }
     }
 #pragma unroll
   for (int h = 0; h < 2; h++) {
@@ -370,8 +296,8 @@ __device__ __forceinline__ void end_span(const LinearArgs& args, const Int8Plan&
 template <class C, int kTiles, bool kSwizzled>
 __device__ __forceinline__ void add_chunk(const LinearArgs& args, const Int8Plan& p,
                                           const uint8_t* block, const uint8_t* x, int x_pitch,
-                                          int n, bool last, int64_t first_token, int lane,
-                                          const Table& table, Cursor& at,
+                                          int n, bool last, int first_token, int lane,
+                                          const Int8Table& table, Cursor& at,
                                           Int8Sums<C, kTiles>& sums) {
   const int first_group = at.group;
 #pragma unroll 1
@@ -395,17 +321,16 @@ __device__ __forceinline__ void add_chunk(const LinearArgs& args, const Int8Plan
   }
 }
 
-// What the sums of a token are multiplied by in the end.
+// What the sums of a token, below M, are multiplied by in the end.
 template <class C>
-__device__ __forceinline__ float last_factor(const LinearArgs& args, const Int8Plan& p,
-                                             int64_t token) {
+__device__ __forceinline__ float last_factor(const LinearArgs& args, const Int8Plan& p, int token) {
   constexpr float unshift = 1.f / (1 << C::shift);
   if (!p.act_per_token) return unshift;
-  return unshift * args.act.scale[token < args.m ? token : args.m - 1];
+  return unshift * args.act.scale[token];
 }
 
-__device__ __forceinline__ Table load_table(const int8_t* table) {
-  Table out{};
+__device__ __forceinline__ Int8Table load_int8_table(const int8_t* table) {
+  Int8Table out{};
   if (table) {
 #pragma unroll
     for (int i = 0; i < 16; i++) out.word[i / 4] |= uint32_t(uint8_t(table[i])) << 8 * (i % 4);
@@ -415,14 +340,48 @@ __device__ __forceinline__ Table load_table(const int8_t* table) {
 
 // ---- results ----
 
+// Four elements of T at p, which are aligned together.
+template <class T>
+__device__ __forceinline__ void load_four(const T* p, float (&out)[4]) {
+  if constexpr (sizeof(T) == 4) {
+    unpack<T>(*reinterpret_cast<const Words4*>(p), out);
+  } else {
+    const Words2 words = *reinterpret_cast<const Words2*>(p);
+#pragma unroll
+    for (int e = 0; e < 4; e++)
+      out[e] = widen(from_bits<T>(uint16_t(words.word[e / 2] >> 16 * (e % 2))));
+  }
+}
+template <class T>
+__device__ __forceinline__ void store_four(T* p, const float (&v)[4]) {
+  if constexpr (sizeof(T) == 4) *reinterpret_cast<Words4*>(p) = pack<T>(v);
+  else
+    *reinterpret_cast<Words2*>(p) =
+        Words2{{narrow_pair<T>(v[0], v[1]), narrow_pair<T>(v[2], v[3])}};
+}
 // y of token m and rows n .. n + 3, n a multiple of 4; v are the sums.
 template <class T>
-__device__ __forceinline__ void store_four(const LinearArgs& args, int64_t m, int64_t n,
-                                           float (&v)[4]) {
+__device__ __forceinline__ void write_four(const LinearArgs& args, const Int8Plan& p, int64_t m,
+                                           int64_t n, float (&v)[4]) {
   T* y = static_cast<T*>(args.y) + m * args.y_stride + n;
   const T* residual =
       args.residual ? static_cast<const T*>(args.residual) + m * args.residual_stride + n : nullptr;
   const auto* bias = args.bias ? static_cast<const float*>(args.bias) + n : nullptr;
+  if (p.aligned_fours) {  // N is a multiple of 4
+    if (n >= args.w.n) return;
+    float more[4];
+    if (bias) {
+      load_four(bias, more);
+#pragma unroll
+      for (int e = 0; e < 4; e++) v[e] += more[e];
+    }
+    if (residual) {
+      load_four(residual, more);
+#pragma unroll
+      for (int e = 0; e < 4; e++) v[e] += more[e];
+    }
+    return store_four(y, v);
+  }
 #pragma unroll
   for (int e = 0; e < 4; e++) {
     if (n + e >= args.w.n) return;
@@ -432,12 +391,12 @@ __device__ __forceinline__ void store_four(const LinearArgs& args, int64_t m, in
     y[e] = narrow<T>(sum);
   }
 }
-__device__ __forceinline__ void store_four(const LinearArgs& args, int64_t m, int64_t n,
-                                           float (&v)[4]) {
+__device__ __forceinline__ void write_four(const LinearArgs& args, const Int8Plan& p, int64_t m,
+                                           int64_t n, float (&v)[4]) {
   switch (args.y_type) {
-    case Dtype::f32: return store_four<float>(args, m, n, v);
-    case Dtype::f16: return store_four<half_t>(args, m, n, v);
-    case Dtype::bf16: return store_four<bf16_t>(args, m, n, v);
+    case Dtype::f32: return write_four<float>(args, p, m, n, v);
+    case Dtype::f16: return write_four<half_t>(args, p, m, n, v);
+    case Dtype::bf16: return write_four<bf16_t>(args, p, m, n, v);
   }
 }
 

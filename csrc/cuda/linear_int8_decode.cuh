@@ -13,16 +13,15 @@ constexpr int kDecodeStages = 2;
 constexpr int decode_chunk(int bits) { return bits > 4 ? 4 : 8; }
 
 template <class C, int kTiles>
-__global__ void __launch_bounds__(kInt8Threads)
+__global__ void __launch_bounds__(kInt8Threads, 2)
     linear_int8_decode_kernel(const LinearArgs args, const Int8Plan p) {
   constexpr int kChunk = decode_chunk(C::bits), kPitch = 16 * (kChunk + 1);
   auto* shared = shared_memory<uint8_t>();
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, warps = blockDim.x / 32;
   const int tokens = int(args.m);
-  const int64_t row_block = blockIdx.x;
-  const int part = blockIdx.y * warps + warp, parts = gridDim.y * warps;
-  const int begin = int(int64_t(p.chunks) * part / parts);
-  const int count = int(int64_t(p.chunks) * (part + 1) / parts) - begin;
+  const int row_block = blockIdx.x;
+  const int part = blockIdx.y * warps + warp, begin = p.first_chunk(part);
+  const int count = p.count_chunks(part);
 
   uint8_t* ring = shared + warp * kDecodeStages * p.stage_bytes;
   auto* arrived =  // [kDecodeStages] of each warp
@@ -87,7 +86,7 @@ __global__ void __launch_bounds__(kInt8Threads)
   dependency_wait();  // the weights were there before the kernel that makes x
   for (int i = 0; i < kDecodeStages; i++) copy_x(i);
 
-  const Table table = load_table(C::table ? args.w.table : nullptr);
+  const Int8Table table = load_int8_table(C::table ? args.w.table : nullptr);
   Int8Sums<C, kTiles> sums;
   sums.start();
   Cursor at(p, begin * kChunk);
@@ -137,7 +136,7 @@ __global__ void __launch_bounds__(kInt8Threads)
 #pragma unroll
       for (int e = 0; e < 4; e++) v[e] += bits_float(int32_t(four.word[e]));
     }
-    if (p.splits == 1) store_four(args, i / 16, row_block * 64 + i % 16 * 4, v);
+    if (p.splits == 1) write_four(args, p, i / 16, int64_t(row_block) * 64 + i % 16 * 4, v);
     else store_partial(p, blockIdx.y, tile, size, i, v);
   }
   if (p.splits == 1) return;
@@ -146,7 +145,7 @@ __global__ void __launch_bounds__(kInt8Threads)
   for (int i = threadIdx.x; i < size; i += blockDim.x) {
     float v[4];
     sum_partials(p, tile, size, i, v);
-    store_four(args, i / 16, row_block * 64 + i % 16 * 4, v);
+    write_four(args, p, i / 16, int64_t(row_block) * 64 + i % 16 * 4, v);
   }
 }
 

@@ -17,12 +17,11 @@ __global__ void __launch_bounds__(kInt8Threads, 2)
   const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
   const int side = kInt8Warps / p.row_blocks;  // warps of the same rows
   const int own = warp / side;
-  const int64_t first_block = int64_t(blockIdx.y) * p.row_blocks, blocks = (args.w.n + 63) / 64;
+  const int first_block = blockIdx.y * p.row_blocks, blocks = int((args.w.n + 63) / 64);
   const int tile_tokens = side * 8 * kTiles, own_token = warp % side * 8 * kTiles;
-  const int64_t first_token = int64_t(blockIdx.x) * tile_tokens;
+  const int first_token = blockIdx.x * tile_tokens;
   const int split = blockIdx.z;
-  const int begin = int(int64_t(p.chunks) * split / p.splits);
-  const int count = int(int64_t(p.chunks) * (split + 1) / p.splits) - begin;
+  const int begin = p.first_chunk(split), count = p.count_chunks(split);
   const bool active = first_block + own < blocks;  // else it helps to copy
 
   const auto units_of = [&](int i) {
@@ -57,7 +56,7 @@ __global__ void __launch_bounds__(kInt8Threads, 2)
         if (u >= n) continue;
         const bool there = first_token + token < args.m;
         const int8_t* from = args.act.codes;
-        if (there) from += (first_token + token) * args.act.kx + (u0 + u) * 16;
+        if (there) from += int64_t(first_token + token) * args.act.kx + (u0 + u) * 16;
         copy_async<16>(stage + p.x_at + token * kTilePitch + 16 * u, from, there ? 16 : 0);
       }
     }
@@ -66,7 +65,7 @@ __global__ void __launch_bounds__(kInt8Threads, 2)
 
 #pragma unroll
   for (int i = 0; i < kTileStages - 1; i++) copy_stage(i);
-  const Table table = load_table(C::table ? args.w.table : nullptr);
+  const Int8Table table = load_int8_table(C::table ? args.w.table : nullptr);
   Int8Sums<C, kTiles> sums;
   sums.start();
   Cursor at(p, begin * kTileChunk);
@@ -92,8 +91,8 @@ __global__ void __launch_bounds__(kInt8Threads, 2)
 
   const int tile = blockIdx.y * p.token_tiles + blockIdx.x;
   constexpr int kSize = kInt8Threads * 4 * kTiles;  // of a tile in `partial`, fours of rows
-  const int64_t n0 = (first_block + own) * 64 + lane / 16 * 32 + lane / 4 % 4 * 4;
-  const int64_t m0 = first_token + own_token + 2 * (lane % 4);
+  const int64_t n0 = int64_t(first_block + own) * 64 + lane / 16 * 32 + lane / 4 % 4 * 4;
+  const int m0 = first_token + own_token + 2 * (lane % 4);
   const auto for_each_four = [&](auto&& f) {  // f(index, token tile, j, h)
 #pragma unroll
     for (int n = 0; n < kTiles; n++)
@@ -101,19 +100,22 @@ __global__ void __launch_bounds__(kInt8Threads, 2)
       for (int j = 0; j < 2; j++)
 #pragma unroll
         for (int h = 0; h < 2; h++)
-          if (active && m0 + 8 * n + j < args.m) f((4 * n + 2 * j + h) * kInt8Threads + thread, n, j, h);
+          if (active && m0 + 8 * n + j < args.m)
+            f((4 * n + 2 * j + h) * kInt8Threads + thread, n, j, h);
   };
   for_each_four([&](int i, int n, int j, int h) {
-    const int64_t m = m0 + 8 * n + j, row = n0 + 16 * h;
+    const int m = m0 + 8 * n + j;
+    const int64_t row = n0 + 16 * h;
     const float factor = last_factor<C>(args, p, m);
     float v[4];
 #pragma unroll
     for (int e = 0; e < 4; e++) {
       if constexpr (kRows)
-        v[e] = float(sums.dot[n][e][2 * h + j]) * (group_scale(args.w, row + e, 0).scale * factor);
+        v[e] = float(sums.dot[n][e][2 * h + j]) *
+               (flat_scale(args.w.scale_kind, args.w.scale, row + e) * factor);
       else v[e] = sums.y[n][e][2 * h + j] * factor;
     }
-    if (p.splits == 1) store_four(args, m, row, v);
+    if (p.splits == 1) write_four(args, p, m, row, v);
     else store_partial(p, split, tile, kSize, i, v);
   });
   if (p.splits == 1) return;
@@ -122,7 +124,7 @@ __global__ void __launch_bounds__(kInt8Threads, 2)
   for_each_four([&](int i, int n, int j, int h) {
     float v[4];
     sum_partials(p, tile, kSize, i, v);
-    store_four(args, m0 + 8 * n + j, n0 + 16 * h, v);
+    write_four(args, p, m0 + 8 * n + j, n0 + 16 * h, v);
   });
 }
 

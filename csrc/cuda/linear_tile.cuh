@@ -28,8 +28,9 @@ struct TilePlan {
   bool vectors;          // x is copied 16 bytes at a time
   int stages_per_split;  // of K, a block's part
   StageLayout stage;     // of the weights of one row block
-  // Bytes of a stage of the block: 4 of the above, then x; offset of the flag.
-  int stage_bytes, last, shared_bytes;
+  int stage_bytes;       // of the block: 4 of the above, then x
+  // Byte offsets in shared memory: stages at 0, then scales and flag.
+  int scales, last, shared_bytes;
   TileSplit split;
   int64_t row_tiles, token_tiles;
 };
@@ -51,24 +52,24 @@ __global__ void __launch_bounds__(kTileThreads, 1)
   const int first_stage = int(blockIdx.y) * plan.stages_per_split;
   int end_stage = first_stage + plan.stages_per_split;
   end_stage = end_stage < all_stages ? end_stage : all_stages;
-  const int end_unit = end_stage * kTileUnits < all_units ? end_stage * kTileUnits : all_units;
   const int64_t all_blocks = (w.n + layout::kUnitRows - 1) / layout::kUnitRows;
   const int64_t first_block = row_tile * kTileRowBlocks;
   const bool has_rows = first_block + row_block < all_blocks;
-  const int zero_bytes = w.zero_kind == Zero::integer ? 1 : scale_size(w.scale_kind);
   const int x_at = kTileRowBlocks * plan.stage.bytes;
   const auto units_of = [&](int stage) {
     const int left = all_units - stage * kTileUnits;
     return left < kTileUnits ? left : kTileUnits;
   };
 
+  const int group_units = w.group / layout::kUnitCols;
+  GroupCursor issued(first_stage * kTileUnits, kTileUnits, group_units), read = issued;
   const auto issue = [&](int stage) {
     if (stage < end_stage) {
       uint8_t* to = shared + stage % kTileStages * plan.stage_bytes;
       const int first = stage * kTileUnits, units = units_of(stage);
       // The two warps of a row block copy its weights, every second 16 bytes each.
       if (has_rows)
-        for_pieces<C>(w, plan.stage, zero_bytes, first_block + row_block, first, units,
+        for_pieces<C>(w, plan.stage, first_block + row_block, first, units, issued.group,
                       [&](int at, const void* from, int size) {
                         uint8_t* piece = to + row_block * plan.stage.bytes + at;
                         for (int b = 16 * (2 * lane + half); b < size; b += 16 * 64)
@@ -92,6 +93,7 @@ __global__ void __launch_bounds__(kTileThreads, 1)
       }
     }
     copy_commit();
+    issued.advance();
   };
 
   TableWords table{};
@@ -99,7 +101,9 @@ __global__ void __launch_bounds__(kTileThreads, 1)
   dependency_wait();
   for (int i = 0; i < kTileStages - 1; i++) issue(first_stage + i);
 
-  UnitSums<T, C, kTileWarpTokens / 8> sums;
+  UnitSums<T, C, kTileWarpTokens / 8> sums(w);
+  // Each warp converts for itself: two may share their rows, but not their time.
+  auto* scales = reinterpret_cast<float*>(shared + plan.scales) + warp * plan.stage.floats;
   const int g = lane / 4, t = lane % 4;
   const int first_row = (plan.halve_k ? 0 : half * kTileWarpTokens) + g;
   for (int stage = first_stage; stage < end_stage; stage++) {
@@ -109,17 +113,18 @@ __global__ void __launch_bounds__(kTileThreads, 1)
     if (!has_rows) continue;
     const uint8_t* at = shared + stage % kTileStages * plan.stage_bytes;
     const uint8_t* x = at + x_at + first_row * kTileRowBytes;
-    const int first = stage * kTileUnits, end = first + units_of(stage);
-    const int middle = first + kTileUnits / 2 < end ? first + kTileUnits / 2 : end;
-    const int from = plan.halve_k && half == 1 ? middle : first;
-    const int to = plan.halve_k && half == 0 ? middle : end;
-    const int next = from + kTileUnits;
-    sums.add_units(w, plan.stage, at + row_block * plan.stage.bytes, first, from, to,
-                   next < end_unit ? next : 0, lane, table, [&](int unit, int tile) {
-                     const int chunk = (unit - first) * 2 + t / 2;
-                     return pair_columns(*reinterpret_cast<const Words2*>(
-                         x + tile * 8 * kTileRowBytes + 16 * (chunk ^ 2 * (g % 4)) + t % 2 * 8));
-                   });
+    const int units = units_of(stage), middle = units < kTileUnits / 2 ? units : kTileUnits / 2;
+    const int from = plan.halve_k && half == 1 ? middle : 0;
+    const int to = plan.halve_k && half == 0 ? middle : units;
+    const uint8_t* weights = at + row_block * plan.stage.bytes;
+    convert_scales<T, C>(w, plan.stage, weights, read.group, lane, scales);
+    warp_sync();
+    sums.add_units(w, weights, read, scales, from, to, lane, table, [&](int unit, int tile) {
+      const int chunk = unit * 2 + t / 2;
+      return pair_columns(*reinterpret_cast<const Words2*>(x + tile * 8 * kTileRowBytes +
+                                                           16 * (chunk ^ 2 * (g % 4)) + t % 2 * 8));
+    });
+    read.advance();
   }
   dependency_launch();
 

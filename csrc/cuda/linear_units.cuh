@@ -3,7 +3,7 @@
 //
 // Codes become 16-bit floats without a conversion: or-ed into the mantissa of a power of two whose
 // unit in the last place is 1, a code q is that number plus q. What is added is taken away from the
-// sums: in every group, the float32 sum of x is another matrix product, by ones.
+// sums, by another matrix product in which it is constant.
 //
 //                 4-bit codes                  8 bits, values of tables     2, 3, 5, 6 bits
 //   float16       0x6400 = 1024: 1024 + q;     1024 + q                     1024 + q
@@ -85,46 +85,68 @@ __device__ __forceinline__ Words2 pair_columns(const Words2& x) {
 
 // ---- stages ----
 
-// A stage of shared memory holds kUnits units of one 64-row block, that start at a multiple of
-// them, and all that their scales need; each piece is contiguous in global memory and here, and a
-// multiple of 64 bytes.
+// Groups of columns along the stages of a warp: the group in which one starts, and how many units
+// of that group lie before it. Steps have one length, so that nothing is divided on the way.
+struct GroupCursor {
+  int group, before;
+  int groups_per_step, units_per_step, group_units;
+
+  __device__ __forceinline__ GroupCursor(int unit, int step, int group_units)
+      : group(unit / group_units),
+        before(unit % group_units),
+        groups_per_step(step / group_units),
+        units_per_step(step % group_units),
+        group_units(group_units) {}
+  __device__ __forceinline__ void advance() {
+    group += groups_per_step, before += units_per_step;
+    if (before >= group_units) before -= group_units, group++;
+  }
+};
+
+// A stage of shared memory holds units of one 64-row block and all that their scales need, in
+// pieces that are contiguous in global memory and here and multiples of 64 bytes. Stages start at
+// multiples of their units.
 struct StageLayout {
+  int groups;                                // that a stage has room for: all it may touch
+  int all_groups;                            // of a row of the weight
+  int scale_bytes, zero_bytes;               // of one row in a group; zero_bytes 0: there are none
   int scale, zero, block_scale, block_zero;  // byte offsets; codes are at 0
   int bytes;                                 // a multiple of 128
+  int floats;                                // of the scales, once they are converted: scales_at
 };
-// Groups that `units` units at a multiple of `units` may touch.
-constexpr int groups_touched(int units, int group_units) {
-  if (units % group_units == 0) return units / group_units;
-  if (group_units % units == 0) return 1;
-  return (units + group_units - 2) / group_units + 1;
-}
-inline int zero_size(const Weight& w) {
-  return w.zero == nullptr ? 0 : w.zero_kind == Zero::integer ? 1 : scale_size(w.scale_kind);
-}
+// Floats that a pair of rows h = 0, 1 has in a group (convert_scales).
+constexpr int scale_entry(bool symmetric) { return symmetric ? 2 : 4; }
 inline StageLayout stage_layout(const Weight& w, int units) {
-  const int groups = groups_touched(units, w.group / layout::kUnitCols);
+  const int group_units = w.group / layout::kUnitCols;
   StageLayout s{};
+  s.groups = units % group_units == 0   ? units / group_units
+             : group_units % units == 0 ? 1
+                                        : (units + group_units - 2) / group_units + 1;
+  s.all_groups = int(w.kp / w.group);
+  s.scale_bytes = scale_size(w.scale_kind);
+  s.zero_bytes = w.zero == nullptr ? 0 : w.zero_kind == Zero::integer ? 1 : s.scale_bytes;
   s.scale = units * int(layout::unit_bytes(w.bits));
-  s.zero = s.scale + groups * 64 * scale_size(w.scale_kind);
-  s.block_scale = s.zero + groups * 64 * zero_size(w);
+  s.zero = s.scale + s.groups * 64 * s.scale_bytes;
+  s.block_scale = s.zero + s.groups * 64 * s.zero_bytes;
   s.block_zero = s.block_scale + (w.block_scale ? 128 : 0);
   s.bytes = int(layout::round_up(s.block_zero + (w.block_zero ? 128 : 0), 128));
+  s.floats = s.groups * 32 * scale_entry(w.zero_kind == Zero::symmetric);
   return s;
 }
 
-// Calls piece(offset in the stage, from, bytes) for what units [first, first + units) of row block
-// `block` need, of which all lie in one block of 256 columns where scales have two levels.
+// Calls piece(offset in the stage, from, bytes) for what `units` units from `first` on of row block
+// `block` need, which start in group `group`. With scales of two levels all lie in one block of 256
+// columns.
 template <class C, class F>
-__device__ __forceinline__ void for_pieces(const Weight& w, const StageLayout& s, int zero_bytes,
-                                           int64_t block, int first, int units, const F& piece) {
-  const int all = int(w.kp / layout::kUnitCols), group_units = w.group / layout::kUnitCols;
+__device__ __forceinline__ void for_pieces(const Weight& w, const StageLayout& s, int64_t block,
+                                           int first, int units, int group, const F& piece) {
+  const int all = int(w.kp / layout::kUnitCols);
   piece(0, w.codes + (block * all + first) * C::unit_bytes, units * C::unit_bytes);
-  const int group = first / group_units, last = (first + units - 1) / group_units;
-  const int64_t at = (block * (all / group_units) + group) * 64;
-  const int rows = (last - group + 1) * 64, size = scale_size(w.scale_kind);
-  piece(s.scale, static_cast<const uint8_t*>(w.scale) + at * size, rows * size);
+  const int left = s.all_groups - group, rows = (left < s.groups ? left : s.groups) * 64;
+  const int64_t at = (block * s.all_groups + group) * 64;
+  piece(s.scale, static_cast<const uint8_t*>(w.scale) + at * s.scale_bytes, rows * s.scale_bytes);
   if (w.zero)
-    piece(s.zero, static_cast<const uint8_t*>(w.zero) + at * zero_bytes, rows * zero_bytes);
+    piece(s.zero, static_cast<const uint8_t*>(w.zero) + at * s.zero_bytes, rows * s.zero_bytes);
   if (w.block_scale) {
     const int64_t i = (block * (all / 16) + first / 16) * 64;
     piece(s.block_scale, w.block_scale + i, 128);
@@ -134,171 +156,216 @@ __device__ __forceinline__ void for_pieces(const Weight& w, const StageLayout& s
 
 // ---- scales ----
 
-// Four stored flat scales or minima, of rows `row` .. `row` + 3.
-__device__ __forceinline__ void four_flat(Scale kind, const uint8_t* scales, int row,
-                                          float (&out)[4]) {
+// Stored flat scales or minima of two rows, the first even, at byte `at` of their group's.
+__device__ __forceinline__ void two_flat(Scale kind, const uint8_t* scales, int i,
+                                         float (&out)[2]) {
   if (kind == Scale::f16 || kind == Scale::bf16) {
-    const Words2 v = *reinterpret_cast<const Words2*>(scales + 2 * row);
+    const uint32_t v = *reinterpret_cast<const uint32_t*>(scales + 2 * i);
 #pragma unroll
-    for (int e = 0; e < 4; e++) {
-      const auto bits = uint16_t(v.word[e / 2] >> 16 * (e % 2));
-      out[e] = kind == Scale::f16 ? widen(from_bits<half_t>(bits)) : widen(from_bits<bf16_t>(bits));
+    for (int r = 0; r < 2; r++) {
+      const auto bits = uint16_t(v >> 16 * r);
+      out[r] = kind == Scale::f16 ? widen(from_bits<half_t>(bits)) : widen(from_bits<bf16_t>(bits));
     }
   } else if (kind == Scale::f32) {
-    const Words4 v = *reinterpret_cast<const Words4*>(scales + 4 * row);
+    const Words2 v = *reinterpret_cast<const Words2*>(scales + 4 * i);
 #pragma unroll
-    for (int e = 0; e < 4; e++) out[e] = bits_float(int32_t(v.word[e]));
+    for (int r = 0; r < 2; r++) out[r] = bits_float(int32_t(v.word[r]));
   } else {
-    const uint32_t v = *reinterpret_cast<const uint32_t*>(scales + row);
+    const uint16_t v = *reinterpret_cast<const uint16_t*>(scales + i);
 #pragma unroll
-    for (int e = 0; e < 4; e++) {
-      const auto byte = uint8_t(v >> 8 * e);
-      out[e] = kind == Scale::e8m0 ? e8m0_to_float(byte) : e4m3_to_float(byte);
+    for (int r = 0; r < 2; r++) {
+      const auto byte = uint8_t(v >> 8 * r);
+      out[r] = kind == Scale::e8m0 ? e8m0_to_float(byte) : e4m3_to_float(byte);
     }
   }
-}
-__device__ __forceinline__ void four_halves(const uint8_t* p, int row, float (&out)[4]) {
-  four_flat(Scale::f16, p, row, out);
 }
 
-// What rows `row` .. `row` + 3 (row a multiple of 4) of a group need: w = scale * (code - zero) -
-// minimum.
-struct FourScales {
-  float scale[4], zero[4], minimum[4];
-};
-template <class C>
-__device__ __forceinline__ FourScales four_scales(const Weight& w, const StageLayout& s,
-                                                  const uint8_t* stage, int group /* in it */,
-                                                  int row) {
-  const int at = group * 64 + row;
-  FourScales out;
-#pragma unroll
-  for (int e = 0; e < 4; e++) {
-    out.minimum[e] = 0;
-    // Values of a table are bytes value + 128.
-    out.zero[e] = w.zero_kind == Zero::minimum ? 0.f : C::table ? 128.f : float(1 << (C::bits - 1));
+// The scales of a stage as sums need them: for every group, floats [e][4 q + c][...] of rows
+// 32 q + 16 h + 4 c + e, with for both h what multiplies the products; and in weights that are not
+// symmetric then for both h what multiplies the sum of x, before the scale (zero points) or beside
+// it (minima). So a lane has all for a row tile e in one load, and a warp reads 8 neighbours.
+// Each lane converts two rows of every group; the warp reads them after a warp_sync.
+template <class T, class C>
+__device__ __forceinline__ void convert_scales(const Weight& w, const StageLayout& s,
+                                               const uint8_t* stage, int group, int lane,
+                                               float* out) {
+  const int left = s.all_groups - group, groups = left < s.groups ? left : s.groups;
+  const float upper = Magic<T, C>::upper_factor;
+  const int h = lane / 8 % 2, first_tile = 2 * lane % 4;  // of rows 2 lane, 2 lane + 1
+  const float factor = h ? upper : 1.f, inverse = h ? 1 / upper : 1.f;
+  const bool symmetric = w.zero_kind == Zero::symmetric;
+  const int entry = scale_entry(symmetric);
+  out += (lane / 16 * 4 + lane / 2 % 4) * entry + h;
+  const bool nibbles = w.scale_kind == Scale::two_nibble, minima = w.zero_kind == Zero::minimum;
+  float block[2] = {}, block_zero[2] = {};
+  if (w.block_scale) {
+    two_flat(Scale::f16, stage + s.block_scale, 2 * lane, block);
+    if (minima) two_flat(Scale::f16, stage + s.block_zero, 2 * lane, block_zero);
   }
-  if (w.zero_kind == Zero::integer) {
-    const uint32_t v = *reinterpret_cast<const uint32_t*>(stage + s.zero + at);
+#pragma unroll 1
+  for (int g = 0; g < groups; g++) {
+    const int i = g * 64 + 2 * lane;
+    float scale[2], zero[2];
+    if (w.block_scale) {
+      const uint16_t stored = *reinterpret_cast<const uint16_t*>(stage + s.scale + i);
+      const uint16_t minimum = nibbles  ? uint16_t(stored >> 4)
+                               : w.zero ? *reinterpret_cast<const uint16_t*>(stage + s.zero + i)
+                                        : uint16_t(0);
+      const auto integer = [nibbles](uint16_t v, int r) {
+        const auto byte = uint8_t(v >> 8 * r);
+        return float(nibbles ? byte & 15 : int(int8_t(byte)));
+      };
 #pragma unroll
-    for (int e = 0; e < 4; e++) out.zero[e] = float(v >> 8 * e & 255);
-  }
-  if (w.block_scale == nullptr) {
-    four_flat(w.scale_kind, stage + s.scale, at, out.scale);
-    if (w.zero_kind == Zero::minimum) four_flat(w.scale_kind, stage + s.zero, at, out.minimum);
-    return out;
-  }
-  const bool nibbles = w.scale_kind == Scale::two_nibble;
-  float block[4];
-  four_halves(stage + s.block_scale, row, block);
-  const uint32_t stored = *reinterpret_cast<const uint32_t*>(stage + s.scale + at);
+      for (int r = 0; r < 2; r++) {
+        scale[r] = block[r] * integer(stored, r);
+        zero[r] = block_zero[r] * integer(minimum, r);
+      }
+    } else {
+      two_flat(w.scale_kind, stage + s.scale, i, scale);
+      if (minima) two_flat(w.scale_kind, stage + s.zero, i, zero);
+    }
+    if (w.zero_kind == Zero::integer) {
+      const uint16_t v = *reinterpret_cast<const uint16_t*>(stage + s.zero + i);
 #pragma unroll
-  for (int e = 0; e < 4; e++) {
-    const auto byte = uint8_t(stored >> 8 * e);
-    out.scale[e] = block[e] * float(nibbles ? byte & 15 : int(int8_t(byte)));
-  }
-  if (w.zero_kind == Zero::minimum) {
-    four_halves(stage + s.block_zero, row, block);
-    const uint32_t minima =
-        nibbles ? stored >> 4 : *reinterpret_cast<const uint32_t*>(stage + s.zero + at);
+      for (int r = 0; r < 2; r++) zero[r] = factor * float(v >> 8 * r & 255);
+    }
 #pragma unroll
-    for (int e = 0; e < 4; e++) {
-      const auto byte = uint8_t(minima >> 8 * e);
-      out.minimum[e] = block[e] * float(nibbles ? byte & 15 : int(int8_t(byte)));
+    for (int r = 0; r < 2; r++) {
+      float* to = out + (g * 32 + (first_tile + r) * 8) * entry;
+      to[0] = scale[r] * inverse;
+      if (!symmetric) to[2] = -zero[r];
     }
   }
-  return out;
 }
 
 // ---- sums ----
 
-// A warp's sums of 64 rows by 8 kTiles tokens. total[i][e][2 h + j] is of row 32 q + 16 h + 4 c + e
-// and token 8 i + 2 t + j; group is of the codes of one group, as they stand in fragments, and
-// x[i][j] the sum of that group's activations (and x[i][j + 2], of other rows, the same).
+template <int kValue>
+struct Index {
+  static constexpr int value = kValue;
+};
+template <Zero kZero>
+struct ZeroKind {
+  static constexpr Zero value = kZero;
+};
+
+// A warp's sums of 64 rows by 8 kTiles tokens: total[i][e][2 h + j] is of row 32 q + 16 h + 4 c + e
+// and token 8 i + 2 t + j. Units go in spans, of two where groups are whole pairs of them: products
+// start from what takes the powers of two away that codes were added to, and leave with the scale.
 template <class T, class C, int kTiles>
 struct UnitSums {
+  using M = Magic<T, C>;
   float total[kTiles][4][4] = {};
-  float group[kTiles][4][4] = {};
-  float x[kTiles][4] = {};
 
-  // One unit; b[i]: the activations of token tile i.
-  __device__ __forceinline__ void add(const LaneUnit<C>& unit, const TableWords& table,
-                                      const Words2 (&b)[kTiles]) {
-    constexpr uint32_t one = is_bf16<T> ? 0x3f803f80u : 0x3c003c00u;
-    const uint32_t ones[4] = {one, one, one, one};
-#pragma unroll
-    for (int i = 0; i < kTiles; i++) mma_16816<T>(x[i], ones, b[i].word[0], b[i].word[1]);
-    row_tile<0>(unit, table, b);
-    row_tile<1>(unit, table, b);
-    row_tile<2>(unit, table, b);
-    row_tile<3>(unit, table, b);
+  // A operands whose product takes away what was added to the codes: in symmetric weights the zero
+  // point too. Otherwise the rows of h = 1 are ones, and give the sums of x.
+  uint32_t offset[2];
+  __device__ __forceinline__ explicit UnitSums(const Weight& w) {
+    const bool symmetric = w.zero_kind == Zero::symmetric;
+    constexpr float zero = C::table ? 128 : 1 << (C::bits - 1);  // of a table: bytes value + 128
+    offset[0] = twice(symmetric ? -(M::added + zero) : -M::added);
+    offset[1] = twice(symmetric ? -(M::added + M::upper_factor * zero) : 1.f);
   }
-  template <int kE>
-  __device__ __forceinline__ void row_tile(const LaneUnit<C>& unit, const TableWords& table,
-                                           const Words2 (&b)[kTiles]) {
-    constexpr int products = Magic<T, C>::products;
-    uint32_t a[products][4];
-    fragments<T, C, kE>(unit, table, a);
-#pragma unroll
-    for (int p = 0; p < products; p++)
-#pragma unroll
-      for (int i = 0; i < kTiles; i++) mma_16816<T>(group[i][kE], a[p], b[i].word[0], b[i].word[1]);
-  }
+  __device__ __forceinline__ static uint32_t twice(float v) { return narrow_pair<T>(v, v); }
 
-  // The group, or a part of it, is over. What was added to codes goes before the scale comes, so
-  // that single products are as exact as the reference's.
-  __device__ __forceinline__ void scale_group(const Weight& w, const StageLayout& s,
-                                              const uint8_t* stage, int at, int lane) {
-    using M = Magic<T, C>;
-    const int row = lane / 16 * 32 + lane / 4 % 4 * 4;
+  // A span of kUnits units. b(u, i): activations of its unit u and token tile i; scales: of its
+  // group, as convert_scales leaves them, from this lane's entries on.
+  template <int kUnits, Zero kZero, class F>
+  __device__ __forceinline__ void add_span(const uint8_t* codes, const float* scales, int lane,
+                                           const TableWords& table, const F& activations) {
+    constexpr bool symmetric = kZero == Zero::symmetric;
+    const uint32_t offsets[4] = {offset[0], offset[1], offset[0], offset[1]};
+    LaneUnit<C> units[kUnits];
+    Words2 b[kUnits][kTiles];
+    float start[kTiles][4] = {}, x[kTiles][2];
 #pragma unroll
-    for (int h = 0; h < 2; h++) {
-      const FourScales f = four_scales<C>(w, s, stage, at, row + 16 * h);
-      const float factor = h ? M::upper_factor : 1;
+    for (int u = 0; u < kUnits; u++) {
+      units[u] = load_unit<C>(codes + u * C::unit_bytes, lane);
 #pragma unroll
-      for (int e = 0; e < 4; e++) {
-        const float offset = -(M::added + factor * f.zero[e]), scale = f.scale[e] * (1 / factor);
-#pragma unroll
-        for (int i = 0; i < kTiles; i++)
-#pragma unroll
-          for (int j = 0; j < 2; j++) {
-            float& sum = total[i][e][2 * h + j];
-            sum = fma(fma(x[i][j], offset, group[i][e][2 * h + j]), scale, sum);
-            if (w.zero_kind == Zero::minimum) sum = fma(x[i][j], -f.minimum[e], sum);
-            group[i][e][2 * h + j] = 0;
-          }
+      for (int i = 0; i < kTiles; i++) {
+        b[u][i] = activations(u, i);
+        mma_16816<T>(start[i], offsets, b[u][i].word[0], b[u][i].word[1]);
       }
     }
 #pragma unroll
-    for (int i = 0; i < kTiles; i++)
+    for (int i = 0; i < kTiles; i++) {
+      x[i][0] = start[i][2], x[i][1] = start[i][3];
+      if (!symmetric) start[i][2] = start[i][0], start[i][3] = start[i][1];
+    }
+    const auto row_tile = [&](auto e_) {
+      constexpr int e = decltype(e_)::value;
+      float d[kTiles][4];
 #pragma unroll
-      for (int j = 0; j < 4; j++) x[i][j] = 0;
+      for (int i = 0; i < kTiles; i++)
+#pragma unroll
+        for (int j = 0; j < 4; j++) d[i][j] = start[i][j];
+#pragma unroll
+      for (int u = 0; u < kUnits; u++) {
+        uint32_t a[M::products][4];
+        fragments<T, C, e>(units[u], table, a);
+#pragma unroll
+        for (int p = 0; p < M::products; p++)
+#pragma unroll
+          for (int i = 0; i < kTiles; i++)
+            mma_16816<T>(d[i], a[p], b[u][i].word[0], b[u][i].word[1]);
+      }
+      float scale[2], zero[2] = {};
+      if constexpr (symmetric) {
+        const Words2 v = *reinterpret_cast<const Words2*>(scales + e * 16);
+        scale[0] = bits_float(int32_t(v.word[0])), scale[1] = bits_float(int32_t(v.word[1]));
+      } else {
+        const Words4 v = *reinterpret_cast<const Words4*>(scales + e * 32);
+        scale[0] = bits_float(int32_t(v.word[0])), scale[1] = bits_float(int32_t(v.word[1]));
+        zero[0] = bits_float(int32_t(v.word[2])), zero[1] = bits_float(int32_t(v.word[3]));
+      }
+#pragma unroll
+      for (int i = 0; i < kTiles; i++)
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+          float& sum = total[i][e][j];
+          if (kZero == Zero::integer) d[i][j] = fma(x[i][j % 2], zero[j / 2], d[i][j]);
+          sum = fma(d[i][j], scale[j / 2], sum);
+          if (kZero == Zero::minimum) sum = fma(x[i][j % 2], zero[j / 2], sum);
+        }
+    };
+    row_tile(Index<0>{}), row_tile(Index<1>{}), row_tile(Index<2>{}), row_tile(Index<3>{});
+  }
+  template <int kUnits, Zero kZero, class F>
+  __device__ __forceinline__ void add_spans(const uint8_t* stage, const float* scales, int left,
+                                            int group_units, int from, int to, int lane,
+                                            const TableWords& table, const F& b) {
+    constexpr int group_floats = 32 * scale_entry(kZero == Zero::symmetric);
+    while (left <= 0) left += group_units, scales += group_floats;
+    scales += lane / 4 * (group_floats / 32);  // lane / 4 is 4 q + c
+#pragma unroll 1
+    for (int unit = from; unit < to; unit += kUnits) {
+      add_span<kUnits, kZero>(stage + unit * C::unit_bytes, scales, lane, table,
+                              [&](int u, int i) { return b(unit + u, i); });
+      left -= kUnits;
+      if (left == 0) left = group_units, scales += group_floats;
+    }
   }
 
-  // Units [from, to) of a stage that starts at unit `first`; b(unit, i) gives activations. If the
-  // warp goes on at unit `next` (0: it does not), and that is of the same group as the last one,
-  // the group is left open.
+  // Units [from, to) of a stage, counted from its start; `at` is the stage's place among the groups
+  // and scales what convert_scales made of it. b(unit, i) gives activations.
   template <class F>
-  __device__ __forceinline__ void add_units(const Weight& w, const StageLayout& s,
-                                            const uint8_t* stage, int first, int from, int to,
-                                            int next, int lane, const TableWords& table,
-                                            const F& b) {
-    if (from >= to) return;
-    const int group_units = w.group / layout::kUnitCols;
-    const int first_group = first / group_units;
-    int group = from / group_units;
-    int group_end = (group + 1) * group_units;
-#pragma unroll 1
-    for (int unit = from; unit < to; unit++) {
-      Words2 activations[kTiles];
-#pragma unroll
-      for (int i = 0; i < kTiles; i++) activations[i] = b(unit, i);
-      add(load_unit<C>(stage + (unit - first) * C::unit_bytes, lane), table, activations);
-      const bool group_ends = unit + 1 == group_end;
-      const bool goes_on = next > 0 && next < group_end;
-      if (group_ends || (unit + 1 == to && !goes_on))
-        scale_group(w, s, stage, group - first_group, lane);
-      if (group_ends) group++, group_end += group_units;
+  __device__ __forceinline__ void add_units(const Weight& w, const uint8_t* stage,
+                                            const GroupCursor& at, const float* scales, int from,
+                                            int to, int lane, const TableWords& table, const F& b) {
+    const int left = at.group_units - at.before - from;  // units of the group from here on
+    const bool in_pairs = at.group_units % 2 == 0;
+    const auto spans = [&](auto units, auto zero) {
+      add_spans<decltype(units)::value, decltype(zero)::value>(stage, scales, left, at.group_units,
+                                                               from, to, lane, table, b);
+    };
+    const auto of_zero = [&](auto zero) {
+      if (in_pairs) spans(Index<2>{}, zero);
+      else spans(Index<1>{}, zero);
+    };
+    if (C::table || w.zero_kind == Zero::symmetric) return of_zero(ZeroKind<Zero::symmetric>{});
+    if constexpr (!C::table) {
+      if (w.zero_kind == Zero::integer) of_zero(ZeroKind<Zero::integer>{});
+      else of_zero(ZeroKind<Zero::minimum>{});
     }
   }
 };

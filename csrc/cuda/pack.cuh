@@ -63,14 +63,14 @@ __global__ void __launch_bounds__(kPackThreads)
   const Weight& w = args.w;
   const PackPlace place = pack_place<64>(w.k);
   if (place.first >= w.n || place.col >= w.k) return;
-  const Table table = load_table(w.table);
+  const ByteTable table = load_byte_table(w.table);
   const int64_t group = place.col / w.group;
   each_octet(w, place, [&](int64_t row, const uint32_t (&words)[2]) {
     const Decoding decoding = decoding_of(w, row, group);
     float v[8];
 #pragma unroll
     for (int i = 0; i < 2; i++)
-      decode_word(table.used ? look_up(table, words[i]) : words[i], decoding, v + 4 * i);
+      decode_word(table.used ? table_bytes(table, words[i]) : words[i], decoding, v + 4 * i);
     store_octet(static_cast<T*>(args.out) + row * w.k + place.col, v, wide, w.k - place.col);
   });
 }

@@ -28,9 +28,7 @@ Tensor peak_read(const Tensor& bytes) {
   return seen;
 }
 
-STABLE_TORCH_LIBRARY_IMPL(QK_OPS, QK_DEVICE_KEY, m) {
-  m.impl("peak_read", TORCH_BOX(&peak_read));
-}
+STABLE_TORCH_LIBRARY_IMPL(QK_OPS, QK_DEVICE_KEY, m) { m.impl("peak_read", TORCH_BOX(&peak_read)); }
 
 }  // namespace
 }  // namespace qk

@@ -9,8 +9,9 @@
 namespace qk {
 
 constexpr int kPeakThreads = 512;
-// Loads of 16 bytes on their way per thread. With four blocks on a multiprocessor that is 256 KB of
-// its share of memory in flight; 4.8 TB/s at a latency of 1 us ask 132 of them for 36 KB each.
+// Loads of 16 bytes per thread before it uses the first; ptxas keeps to 32 registers, so that fewer
+// are on their way at once. With 2048 threads on a multiprocessor one each is 32 KB, and 4.8 TB/s
+// at a latency of 1 us ask 132 multiprocessors for 36 KB each.
 constexpr int kPeakLoads = 8;
 
 struct PeakReadArgs {

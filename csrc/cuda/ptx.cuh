@@ -13,6 +13,9 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <map>
+#include <mutex>
+#include <utility>
 
 namespace qk {
 
@@ -491,15 +494,30 @@ cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t 
                    cudaStream_t stream, const Arguments&... arguments) {
   return launch_with(false, kernel, grid, block, shared_bytes, stream, arguments...);
 }
+// Whether this kernel, as it runs on the current device, has the instruction of dependency_wait:
+// what newer GPUs compile from PTX of sm_80 has not, and must not start early. Asked once.
+inline cudaError_t waits_for_dependency(const void* kernel, bool* out) {
+  static std::mutex mutex;
+  static std::map<std::pair<int, const void*>, bool> known;
+  int device = 0;
+  if (cudaError_t error = cudaGetDevice(&device); error != cudaSuccess) return error;
+  const std::lock_guard<std::mutex> guard(mutex);
+  const auto found = known.find({device, kernel});
+  if (found != known.end()) return *out = found->second, cudaSuccess;
+  cudaFuncAttributes attributes{};
+  if (cudaError_t error = cudaFuncGetAttributes(&attributes, kernel); error != cudaSuccess)
+    return error;
+  return *out = known[{device, kernel}] = attributes.ptxVersion >= 90, cudaSuccess;
+}
 // The kernel calls dependency_wait. Before sm_90 it is an ordinary launch.
 template <class... Parameters, class... Arguments>
 cudaError_t launch_dependent(void (*kernel)(Parameters...), dim3 grid, dim3 block,
                              size_t shared_bytes, cudaStream_t stream,
                              const Arguments&... arguments) {
-  DeviceLimits limits{};
-  if (cudaError_t error = device_limits(&limits); error != cudaSuccess) return error;
-  return launch_with(limits.architecture >= 90, kernel, grid, block, shared_bytes, stream,
-                     arguments...);
+  bool waits = false;
+  const auto* code = reinterpret_cast<const void*>(kernel);
+  if (cudaError_t error = waits_for_dependency(code, &waits); error != cudaSuccess) return error;
+  return launch_with(waits, kernel, grid, block, shared_bytes, stream, arguments...);
 }
 
 }  // namespace qk

@@ -5,8 +5,8 @@
 //
 // A filter keeps a logit while the mass above it stays below a limit. The smallest logit kept is
 // found from a histogram of the mass over 2,048 equal steps of (max - logit), in which neighbours
-// rarely meet, then by 11 bits of the key at a time among the logits of one step, which are listed in
-// shared memory. All masses are integers, so that no sum depends on its order.
+// rarely meet, then by 11 bits of the key at a time among the logits of one step, which are listed
+// in shared memory. All masses are integers, so that no sum depends on its order.
 #pragma once
 #include "../args.h"
 #include "ptx.cuh"
@@ -51,8 +51,8 @@ __device__ __forceinline__ float key_value(uint32_t key) {
   return bits_float(int32_t(key ^ (key >> 31 ? 0x80000000u : 0xffffffffu)));
 }
 
-// Calls f(column, logit) for the columns first, first + step .. below end; eight loads at a time are
-// on their way.
+// Calls f(column, logit) for the columns first, first + step .. below end; eight loads at a time
+// are on their way.
 template <class F>
 __device__ __forceinline__ void each_logit(const SampleRow& row, int first, int end, int step,
                                            const F& f) {
@@ -60,8 +60,7 @@ __device__ __forceinline__ void each_logit(const SampleRow& row, int first, int 
   for (int at = first; at < end; at += kLoads * step) {
     float l[kLoads];
 #pragma unroll
-    for (int i = 0; i < kLoads; i++)
-      l[i] = at + i * step < end ? row.logits[at + i * step] : 0.f;
+    for (int i = 0; i < kLoads; i++) l[i] = at + i * step < end ? row.logits[at + i * step] : 0.f;
 #pragma unroll
     for (int i = 0; i < kLoads; i++)
       if (at + i * step < end) f(at + i * step, l[i]);
@@ -245,8 +244,8 @@ __global__ void __launch_bounds__(kSampleThreads) sample_kernel(const SampleArgs
   auto& shared = *shared_memory<SampleShared>();
   const int64_t b = blockIdx.x;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  SampleRow row{args.logits + b * args.logits_stride, int(args.vocab), 0, args.temperature[b], 0,
-                false};
+  SampleRow row{
+      args.logits + b * args.logits_stride, int(args.vocab), 0, args.temperature[b], 0, false};
 
   if (threadIdx.x < 2) {
     SampleSearch& search = shared.search[threadIdx.x];

@@ -61,7 +61,7 @@ __device__ __forceinline__ void load_plane(const uint8_t* plane, int lane,
 // `unit`: 128 * bits bytes of shared (or global) memory, 16-byte aligned.
 template <class C>
 __device__ __forceinline__ LaneUnit<C> load_unit(const uint8_t* unit, int lane) {
-  LaneUnit<C> u;
+  LaneUnit<C> u{};
   load_plane<C::planes.plane[0].width>(unit, lane, u.wide);
   if constexpr (C::planes.count > 1)
     load_plane<C::planes.plane[1].width>(unit + C::planes.plane[1].offset, lane, u.fine);

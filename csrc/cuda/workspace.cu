@@ -51,7 +51,7 @@ void* Workspace::scratch(int64_t bytes) {
 cudaError_t Workspace::counters(int64_t count, uint32_t** out) {
 #ifdef QK_EMULATE_CUDA
   *out = stream_counters;
-  emu::allow(stream_counters, int64_t(sizeof stream_counters), emu::Use::write);
+  emu::allow(stream_counters, count * int64_t(sizeof *stream_counters), emu::Use::write);
   return cudaSuccess;
 #else
   cudaStreamCaptureStatus capture{};

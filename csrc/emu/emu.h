@@ -31,6 +31,8 @@ void allow(const void* memory, int64_t bytes, Use use);
 // Fills memory that a kernel is to overwrite with 0xff, which is NaN in every float type, and has
 // reads reported of what the op has not written.
 void poison(void* memory, int64_t bytes);
+// An output that something else than device code, torch, has overwritten in the meantime.
+void written(const void* memory);
 // What was allowed to an op that ends before it launches.
 void forget();
 // cudaMemsetAsync.

@@ -149,6 +149,10 @@ void poison(void* memory, int64_t bytes) {
   for (Buffer& b : machine.buffers)
     if (b.writable && b.begin == first && b.end == first + size_t(bytes)) b.poisoned = true;
 }
+void written(const void* memory) {
+  for (Buffer& b : machine.buffers)
+    if (b.begin == reinterpret_cast<uintptr_t>(memory)) b.poisoned = false;
+}
 void fill(void* memory, int value, size_t bytes) {
   const auto first = reinterpret_cast<uintptr_t>(memory);
   bool found = bytes == 0;

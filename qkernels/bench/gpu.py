@@ -106,9 +106,7 @@ class Place:
     def codes(self, *shape: int) -> Tensor:
         """uint8, all values."""
         generator = torch.Generator(self.device).manual_seed(2)
-        return torch.randint(
-            256, shape, dtype=torch.uint8, generator=generator, device=self.device
-        )
+        return torch.randint(256, shape, dtype=torch.uint8, generator=generator, device=self.device)
 
 
 def cuda_place() -> Place:
@@ -270,7 +268,7 @@ def _attention(case: AttentionCase, place: Place) -> Problem:
         k_pages = place.floats(*shape, dtype=kind.torch_dtype)
         v_pages = k_pages.roll(1, 0)
     q = place.floats(case.m, model.q_heads, dim)
-    ints = {"dtype": torch.int32, "device": place.device}
+    ints: dict[str, Any] = {"dtype": torch.int32, "device": place.device}
     start, length = torch.tensor([0, case.m], **ints), torch.tensor([case.context], **ints)
     tables = torch.arange(count * pages, **ints).view(count, 1, pages)
     scale = dim**-0.5

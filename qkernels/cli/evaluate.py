@@ -111,8 +111,8 @@ def _reference(options: LoadOptions, wanted: EvalOptions) -> LoadOptions | None:
     if against is None:
         return None
     model = options.model if against == ITSELF else against
-    exact = {"act": "float", "dtype": "float32", "kv_dtype": "float32"}
-    return replace(options, model=model, **exact, spec=None, group_size=None)
+    exact = replace(options, act="float", dtype="float32", kv_dtype="float32")
+    return replace(exact, model=model, spec=None, group_size=None)
 
 
 def _way(decoder: Any) -> dict[str, str]:

@@ -11,6 +11,7 @@ from torch import nn
 
 from ..loading import Checkpoint, Progress, load_gguf, load_hf_directory, load_hf_model
 from ..models import ModelConfig
+from ..ops.linear import ACTS
 from ..quant import QuantSpec
 
 # A context beyond this costs memory for positions few programs use; ask for it with max_seq_len.
@@ -71,6 +72,15 @@ def one_of(name: str, value: Any, known: Sequence[str], auto: str) -> str:
             f"{name} must be auto, {' or '.join([', '.join(known[:-1]), known[-1]])}, got {value!r}"
         )
     return str(value)
+
+
+def asked_types(act: Any, dtype: Any, kv_dtype: Any) -> dict[str, str]:
+    """The types that were asked for, "auto" among them. Raises ValueError for others."""
+    return {
+        "act": one_of("act", act, ACTS, auto="auto"),
+        "dtype": one_of("dtype", dtype_name(dtype), DTYPES, auto="auto"),
+        "kv_dtype": one_of("kv_dtype", dtype_name(kv_dtype), KV_DTYPES, auto="auto"),
+    }
 
 
 def dtype_name(dtype: Any) -> Any:

@@ -11,7 +11,6 @@ import torch
 from torch import nn
 
 from .. import backends, devices
-from ..cache import rope_table
 from ..generate import (
     MAX_BATCH,
     PREFILL_CHUNK,
@@ -24,29 +23,25 @@ from ..generate import (
     check_prompt,
 )
 from ..loading import Checkpoint, Progress, Weight, placed
-from ..models import ModelConfig, RopeConfig
-from ..ops.linear import ACTS, default_act_group, resolve_act
+from ..models import ModelConfig
+from ..ops.linear import default_act_group, resolve_act
 from ..ops.registry import REFERENCE
 from ..quant import PackedWeight, QuantSpec, scheme_act
 from ..text import Text, text_of
 from .arguments import (
-    DTYPES,
-    KV_DTYPES,
     Prompt,
+    asked_types,
     check_input_ids,
     check_values,
     context_length,
     dtype_name,
     load,
-    one_of,
     prompt_list,
     spec_of,
 )
-from .embedding import DenseEmbedding, QuantEmbedding
 from .executor import ComposedExecutor, Executor, NativeExecutor, column_orders
 from .keep import HoldsPacked
-from .linear import DenseLinear, QuantLinear
-from .norm import RMSNorm
+from .parts import angles, module_of
 from .pool import ChatMemory, pool_for
 from .program import Embed, Linear, Norm, Step, lower
 from .steps import BATCHES, DeviceSteps
@@ -124,7 +119,7 @@ class QuantDecoder(nn.Module):
         self.config: ModelConfig = config
         self.source = checkpoint.source
         where = None if device is None else devices.resolve(device)
-        self._asked = _asked(act, dtype, kv_dtype)
+        self._asked = asked_types(act, dtype, kv_dtype)
         self._float16 = (
             checkpoint.raw_config.get("dtype") or checkpoint.raw_config.get("torch_dtype")
         ) == "float16"
@@ -138,7 +133,7 @@ class QuantDecoder(nn.Module):
                 bias = checkpoint.weights.get(f"{path}.bias")
                 if bias is not None:
                     bias = placed(bias, where)
-                module = _module_of(name, placed(weight, where), bias, eps, self._asked["act"])
+                module = module_of(name, placed(weight, where), bias, eps, self._asked["act"])
                 self._attach(path, module)
         self._steps = steps
         self._executor: tuple[tuple[str, str], Executor] | None = None
@@ -188,14 +183,14 @@ class QuantDecoder(nn.Module):
         at most 32768. tokenizer: a transformers tokenizer, where the model does not come with one.
         progress: called as progress(done, total, name of the tensor).
 
-        Raises RuntimeError for a GPU that cannot be used, with the reason; CheckpointError (a ValueError) for a damaged or incomplete checkpoint,
-        UnsupportedModelError (a
-        ValueError) for a model that there is no code for, ValueError for other arguments,
-        FileNotFoundError for a path.
+        Raises RuntimeError for a GPU that cannot be used, with the reason; CheckpointError (a
+        ValueError) for a damaged or incomplete checkpoint, UnsupportedModelError (a ValueError) for
+        a model that there is no code for, ValueError for other arguments, FileNotFoundError for a
+        path.
         """
         started = time.perf_counter()
         where = devices.resolve(device)
-        _asked(act, dtype, kv_dtype)  # before minutes of loading
+        asked_types(act, dtype, kv_dtype)  # before minutes of loading
         if act == "auto" and isinstance(spec, str):
             # W4A16 asks for float activations, W4A8 for int8.
             act = scheme_act(spec)
@@ -572,42 +567,3 @@ class QuantDecoder(nn.Module):
     def reset_chat(self) -> None:
         """Frees what `chat` keeps between calls."""
         self._chat = None
-
-
-def _asked(act: Any, dtype: Any, kv_dtype: Any) -> dict[str, str]:
-    """The types that were asked for, "auto" among them. Raises ValueError for others."""
-    return {
-        "act": one_of("act", act, ACTS, auto="auto"),
-        "dtype": one_of("dtype", dtype_name(dtype), DTYPES, auto="auto"),
-        "kv_dtype": one_of("kv_dtype", dtype_name(kv_dtype), KV_DTYPES, auto="auto"),
-    }
-
-
-def angles(rope: RopeConfig, positions: int) -> torch.Tensor:
-    """[positions, rotary dim] float32: the cosines and sines that `kv_append` rotates by."""
-    if rope.factors is None:
-        return rope_table(rope.dim, positions, rope.theta, rope.scaling or None)
-    exponents = torch.arange(0, rope.dim, 2, dtype=torch.float64) / rope.dim
-    inverse = rope.theta**-exponents / torch.tensor(rope.factors, dtype=torch.float64)
-    turned = torch.outer(torch.arange(positions, dtype=torch.float64), inverse)
-    return torch.cat((turned.cos(), turned.sin()), dim=1).float()
-
-
-def _module_of(
-    name: str, weight: Weight, bias: Weight | None, eps: Mapping[str, float], act: str
-) -> nn.Module:
-    if bias is not None and isinstance(bias, PackedWeight):
-        raise TypeError(f"{name}: a bias cannot be packed")
-    if name in eps:
-        if isinstance(weight, PackedWeight):
-            raise TypeError(f"{name}: the weight of a norm cannot be packed")
-        return RMSNorm(weight, eps[name], bias)
-    if name == "embed.weight":
-        return (
-            QuantEmbedding(weight) if isinstance(weight, PackedWeight) else DenseEmbedding(weight)
-        )
-    return (
-        QuantLinear(weight, bias, act)
-        if isinstance(weight, PackedWeight)
-        else DenseLinear(weight, bias)
-    )

@@ -30,7 +30,9 @@ def record(
     device share for what they allocate, from `shared_memory`; they must not run at the same time.
     Raises RuntimeError for a step that cannot be repeated.
     """
-    return CudaGraph(step, state, device, memory) if device.type == "cuda" else Replayed(step, state)
+    return (
+        CudaGraph(step, state, device, memory) if device.type == "cuda" else Replayed(step, state)
+    )
 
 
 def shared_memory(device: torch.device) -> Any:
@@ -85,7 +87,9 @@ class CudaGraph:
         except RuntimeError as error:
             failed = failed or error
         if failed is not None:
-            raise RuntimeError(f"this step cannot be captured in a CUDA graph: {failed}") from failed
+            raise RuntimeError(
+                f"this step cannot be captured in a CUDA graph: {failed}"
+            ) from failed
 
     def replay(self) -> None:
         self._graph.replay()

@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from .decoder import QuantDecoder
 
 
-
 class _Inputs:
     """What the executor takes for parts of these lengths. Steps of decoding have the same ones, one
     token per sequence, until a sequence comes or leaves; only what is written changes.

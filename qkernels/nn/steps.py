@@ -153,7 +153,12 @@ class DeviceSteps:
         spare = self.cache.add()
         self.cache.grow([spare], [PAGE])
         self._spare_page = self.cache.pages(spare)[0]
-        for pages in (self.cache.k_pages, self.cache.v_pages, self.cache.k_scale, self.cache.v_scale):
+        for pages in (
+            self.cache.k_pages,
+            self.cache.v_pages,
+            self.cache.k_scale,
+            self.cache.v_scale,
+        ):
             if pages is not None:
                 pages.select(1, self._spare_page).zero_()
 
@@ -198,9 +203,7 @@ class DeviceSteps:
                 self.cache.truncate(handle, length - 1)
         self._table = None
 
-    def forward(
-        self, parts: Sequence[tuple[int, Sequence[int]]], last_only: bool
-    ) -> torch.Tensor:
+    def forward(self, parts: Sequence[tuple[int, Sequence[int]]], last_only: bool) -> torch.Tensor:
         """As `KvPool.forward`; the logits are on the device."""
         with self.alone() as cache:
             handles, counts = [handle for handle, _ in parts], [len(ids) for _, ids in parts]

@@ -19,9 +19,7 @@ from .attention_checks import (
     rope_contents,
     start_contents,
 )
-from .registry import RAGGED, define
-
-SCORE_BIAS = "Tensor? sinks=None, Tensor? alibi_slopes=None, Tensor? distance_bias=None"
+from .registry import RAGGED, SCORE_BIAS, define
 
 # ---- fakes and reference ----
 

@@ -16,6 +16,8 @@ WEIGHT = (
 )
 # A ragged batch over a paged cache.
 RAGGED = "Tensor query_start, Tensor kv_len, Tensor page_table"
+# What scores of attention take beyond scale * q . k.
+SCORE_BIAS = "Tensor? sinks=None, Tensor? alibi_slopes=None, Tensor? distance_bias=None"
 
 NATIVE = "qkernels"
 REFERENCE = "qkernels_reference"
