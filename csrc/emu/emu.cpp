@@ -20,6 +20,7 @@
 
 #if defined(__SANITIZE_ADDRESS__)
 #include <sanitizer/asan_interface.h>
+#include <sanitizer/common_interface_defs.h>
 #define QK_UNPOISON(p, n) ASAN_UNPOISON_MEMORY_REGION(p, n)
 #else
 #define QK_UNPOISON(p, n)
@@ -47,6 +48,12 @@ std::recursive_mutex one_at_a_time;  // launches of one thread after those of an
 
 // ---- switching fibers ----
 
+struct Stack {
+  const void* bottom = nullptr;
+  size_t size = 0;
+  void* fake = nullptr;  // ASan's
+};
+
 #if QK_OWN_SWITCH
 // Saves what a call must preserve and the stack pointer, and goes on where `to` was saved.
 extern "C" void qk_emu_switch(void** save, void* to);
@@ -71,9 +78,10 @@ qk_emu_switch:
   ret
 .size qk_emu_switch, .-qk_emu_switch
 )");
-struct Context {
+struct Context : Stack {
   void* sp = nullptr;
   void prepare(char* stack, size_t bytes, void (*entry)()) {
+    bottom = stack, size = bytes;
     auto* top = reinterpret_cast<void**>(stack + bytes);
     *--top = nullptr;  // where entry would return to; it does not. It keeps the stack aligned too
     *--top = reinterpret_cast<void*>(entry);
@@ -81,18 +89,30 @@ struct Context {
     sp = top;
   }
 };
-void switch_to(Context& from, Context& to) { qk_emu_switch(&from.sp, to.sp); }
+void switch_stacks(Context& from, Context& to) { qk_emu_switch(&from.sp, to.sp); }
 #else
-struct Context {
+struct Context : Stack {
   ucontext_t context;
   void prepare(char* stack, size_t bytes, void (*entry)()) {
+    bottom = stack, size = bytes;
     getcontext(&context);
     context.uc_stack.ss_sp = stack, context.uc_stack.ss_size = bytes, context.uc_link = nullptr;
     makecontext(&context, entry, 0);
   }
 };
-void switch_to(Context& from, Context& to) { swapcontext(&from.context, &to.context); }
+void switch_stacks(Context& from, Context& to) { swapcontext(&from.context, &to.context); }
 #endif
+
+// ASan is told, or it takes a fiber's frames for those of another stack.
+void switch_to(Context& from, Context& to) {
+#if defined(__SANITIZE_ADDRESS__)
+  __sanitizer_start_switch_fiber(&from.fake, to.bottom, to.size);
+#endif
+  switch_stacks(from, to);
+#if defined(__SANITIZE_ADDRESS__)
+  __sanitizer_finish_switch_fiber(from.fake, nullptr, nullptr);
+#endif
+}
 
 struct Fiber {
   Context context;
@@ -110,6 +130,10 @@ struct Scheduler {
 Scheduler scheduler;
 
 void entry() {
+#if defined(__SANITIZE_ADDRESS__)
+  Context& host = scheduler.main;
+  __sanitizer_finish_switch_fiber(nullptr, &host.bottom, &host.size);
+#endif
   scheduler.body(scheduler.argument);
   Thread& me = machine.threads[size_t(machine.current)];
   me.wait = Wait::done;

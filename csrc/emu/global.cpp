@@ -195,7 +195,7 @@ void check_global(const void* p, size_t bytes, Access kind, const char* what) {
   if (allowed) {
     if (machine.dependent && !me.depended && (writes || !constant))
       fail("%s before dependency_wait of memory that the launch before may use", what);
-    if (tracked == nullptr || tracked->shadow < 0) return;
+    if (!kHistory || tracked == nullptr || tracked->shadow < 0) return;
     const auto at = int64_t(first - tracked->begin);
     for (int64_t i = at; i < at + int64_t(bytes); i++)
       touch(*tracked, shadow[size_t(tracked->shadow + i)], i, kind, what);

@@ -154,6 +154,7 @@ void access(const void* p, size_t bytes, Access kind) {
     fail("%s of %zu bytes at an address that is not a multiple of it", what, bytes);
   if (!is_shared(p)) return check_global(p, bytes, kind, what);
   check_shared_bounds(p, bytes, what);
+  if (!kHistory) return;
   const int at = offset_of(p);
   for (int i = at; i < at + int(bytes); i++) {
     Shadow& s = shadow(i);
@@ -178,7 +179,7 @@ void start_copy(void* to, const void* from, int bytes, int valid, Access kind, c
   check_shared_bounds(to, size_t(bytes), what);
   if (valid > 0) check_global(from, size_t(valid), kind, what);
   const int at = offset_of(to);
-  for (int i = at; i < at + bytes; i++) {
+  for (int i = at; kHistory && i < at + bytes; i++) {
     check_write(shadow(i), i, what, false);
     set_writer(shadow(i), Content::pending);
   }

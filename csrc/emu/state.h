@@ -69,6 +69,13 @@ struct Machine {
   std::vector<std::pair<std::string, uintptr_t>> frames;  // library and offset of callers
 };
 extern Machine machine;
+
+// Under ASan there are no hooks: plain accesses go unseen, so nothing is known of what came before.
+#if defined(__SANITIZE_ADDRESS__)
+constexpr bool kHistory = false;
+#else
+constexpr bool kHistory = true;
+#endif
 extern bool fiber_runs;
 
 void yield();                     // to the scheduler, until ready again
