@@ -169,7 +169,9 @@ class PagedKVCache:
                 done.append(name)
         except BaseException:  # out of memory: all four say again what they said before
             for name in done:
-                setattr(self, name, getattr(self, name)[:, :old])
+                if getattr(self, name) is not None:
+                    setattr(self, name, getattr(self, name)[:, :old])
+            self.moves += bool(done)  # those lie elsewhere now
             raise
         self._count = pages
         self.moves += 1

@@ -69,11 +69,14 @@ def cuda_problem(index: int | None = None) -> str | None:
         )
     if not torch.cuda.is_available():
         return "torch sees no GPU (torch.cuda.is_available() is False; nvidia-smi may say why)"
-    count = torch.cuda.device_count()
-    index = torch.cuda.current_device() if index is None else index
-    if not 0 <= index < count:
-        return f"there is no GPU number {index}; torch sees {count}"
-    found = capability(index)
+    try:  # this starts CUDA, which fails in forked processes and where others have the GPU alone
+        count = torch.cuda.device_count()
+        index = torch.cuda.current_device() if index is None else index
+        if not 0 <= index < count:
+            return f"there is no GPU number {index}; torch sees {count}"
+        found = capability(index)
+    except RuntimeError as error:
+        return f"CUDA does not start here: {str(error).splitlines()[0]}"
     if reason := too_old(found):
         return reason
     targets = cuda_targets()

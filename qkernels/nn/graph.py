@@ -7,12 +7,16 @@ Python that changes.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
 
 Step = Callable[[], None]
+
+# torch captures one graph at a time, in a process.
+_capturing = threading.Lock()
 
 
 class Recording(Protocol):
@@ -59,6 +63,17 @@ class Replayed:
         self._step()
 
 
+_capture_streams: dict[torch.device, Any] = {}
+
+
+def _capture_stream(device: torch.device) -> Any:
+    """One of our own for each device: torch keeps one for all captures, on the device of the first.
+    And no more than one: libraries have a workspace for every stream that they have seen."""
+    if device not in _capture_streams:
+        _capture_streams[device] = torch.cuda.Stream(device)
+    return _capture_streams[device]
+
+
 class CudaGraph:
     """The launches of a step. `device` is current where it is made and replayed; a replay goes to
     the current stream."""
@@ -66,8 +81,13 @@ class CudaGraph:
     def __init__(
         self, step: Step, state: Sequence[torch.Tensor], device: torch.device, memory: Any
     ) -> None:
-        # Of our own: torch keeps one stream for all captures, on the device of the first of them.
-        stream = torch.cuda.Stream(device)
+        with _capturing:
+            self._capture(step, state, device, memory)
+
+    def _capture(
+        self, step: Step, state: Sequence[torch.Tensor], device: torch.device, memory: Any
+    ) -> None:
+        stream = _capture_stream(device)
         current = torch.cuda.current_stream(device)
         stream.wait_stream(current)
         with torch.cuda.stream(stream):
@@ -86,6 +106,10 @@ class CudaGraph:
                     failed = error
         except RuntimeError as error:
             failed = failed or error
+        finally:
+            torch.cuda.set_stream(
+                current
+            )  # torch leaves the other one where ending a capture fails
         if failed is not None:
             raise RuntimeError(
                 f"this step cannot be captured in a CUDA graph: {failed}"

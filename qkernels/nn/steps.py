@@ -242,7 +242,7 @@ class DeviceSteps:
         """Records the steps of these batch sizes, with up to 1024 tokens per sequence."""
         settings = GenerationSettings(seed=0)
         with self.alone() as cache:
-            cache.ensure(max(batches, default=0) * PAGE)
+            cache.ensure(CALL_TOKENS)  # as the largest call, which would move the cache
         for count in batches:
             with self.alone() as cache:
                 handles = [cache.add() for _ in range(count)]
@@ -332,23 +332,34 @@ class DeviceSteps:
             if self._graphs and self.device.type == "cuda":
                 torch.cuda.current_stream(self.device).synchronize()  # one may still be running
             self._graphs.clear()
+            # torch refuses to capture into memory whose graphs are all gone.
+            self._memory = shared_memory(self.device)
             self._recorded_of = executor, self.cache.moves
         if not (self.recorded and self._capturable):
             return _Called(step)
         key = size, width, penalized
         if key not in self._graphs:
             state = [self._rows.ids, self._rows.kv_len, self._rows.offset, self._seen]
-            self._graphs[key] = record(step, state, self.device, self._memory)
+            try:
+                self._graphs[key] = record(step, state, self.device, self._memory)
+            except BaseException:
+                if not self._graphs:  # the failed one was the first of its memory
+                    self._memory = shared_memory(self.device)
+                raise
         return self._graphs[key]
 
     def _step(self, executor: Executor, size: int, width: int, penalized: bool) -> None:
         """Everything a step does, on the device alone."""
         rows = self._rows.first(size)
         starts, table = self._starts.narrow(0, 0, size + 1), self._page_table(size, width)
-        logits = executor(rows.ids, Batch(starts, rows.kv_len, table), None, self.cache)
+        # Where logits were not numbers the last token is -1 or -2, and whoever reads it raises. The
+        # step after it has begun by then and must not look that up: torch's kernels would assert,
+        # and the process could not use the GPU any more.
+        ids = rows.ids.clamp_min(0)
+        logits = executor(ids, Batch(starts, rows.kv_len, table), None, self.cache)
         if penalized:
             seen = self._seen.narrow(0, 0, size)
-            seen.scatter_(1, rows.ids.unsqueeze(1), True)
+            seen.scatter_(1, ids.unsqueeze(1), True)
             logits = torch.where(seen, penalize(logits, self._penalty), logits)
         settings = rows.temperature, rows.top_k, rows.top_p, rows.min_p
         tokens = select("sample", self.device)(logits, *settings, rows.seed, rows.offset)

@@ -141,8 +141,9 @@ def attention(
     no value: it takes its share of the softmax. `ops/position_bias.py` makes the slopes of ALiBi
     and the biases of T5.
 
-    Returns [T, Hq, D] in q's dtype. Raises RuntimeError for wrong shapes, dtypes, devices,
-    strides and indices out of range, and for a gradient.
+    Returns [T, Hq, D] in q's dtype. Raises RuntimeError for wrong shapes, dtypes, devices and
+    strides, for a gradient, and on the CPU for indices out of range; on a GPU, which would have to
+    be waited for, keys whose page is out of range count as not there.
     """
     scale = _default_scale(q) if scale is None else scale
     checks.no_gradient("attention", *_given(q, sinks, alibi_slopes, distance_bias))
@@ -234,8 +235,9 @@ def kv_append(
     zero), one scale (float16, rounded up) and zero point per token and head, the range including 0.
 
     Writes the pages (and scales) in place; returns the rotated q [T, Hq, D] in its dtype,
-    contiguous. Raises RuntimeError for wrong shapes, dtypes, devices, strides and indices out of
-    range, and for a gradient; nothing is written then.
+    contiguous. Raises RuntimeError for wrong shapes, dtypes, devices and strides, for a gradient,
+    and on the CPU for indices out of range; nothing is written then. A GPU does not look ahead:
+    tokens whose page is out of range are left out, positions beyond rope turn by NaN.
     """
     checks.no_gradient("kv_append", q, k, v)
     op = select("kv_append", q.device)
