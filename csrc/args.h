@@ -78,7 +78,8 @@ struct LinearArgs {
   void* y;  // [M, N]
   Dtype y_type;
   int64_t m, y_stride;
-  bool own_rows;  // every thread computes the rows of its static share and no others
+  bool own_rows;         // CPU: every thread computes the rows of its static share and no others
+  bool weights_settled;  // CUDA: no kernel or copy that may still run writes them
 };
 
 struct UnpackArgs {  // codes [N, K] uint8 <-> packed; dequantize: out [N, K] of out_type

@@ -205,6 +205,15 @@ def test_on_sm_80(gpu: Gpu) -> None:
                 check(gpu, make_case(kind, shape, [(12, 30)], BF16), MASKS[0])
 
 
+def test_where_blocks_have_99_kilobytes(gpu: Gpu) -> None:
+    """Larger tiles do not fit: what remains is slower, and right."""
+    with gpu.playing(architecture=86, multiprocessors=84):
+        for dim in (64, 96, 128, 256, 512):
+            for kind in ("bfloat16", "int8"):
+                for ragged in ([(1, 100)], [(12, 30)], [(12, 30), (1, 20)]):
+                    check(gpu, make_case(kind, (2, 1, dim, 16), ragged, BF16), MASKS[0])
+
+
 @pytest.mark.parametrize("kind, dtype", PRODUCTS[::2], ids=str)
 def test_the_same_bits_every_time(gpu: Gpu, kind: str, dtype: torch.dtype) -> None:
     case = to(gpu, make_case(kind, (4, 2, 64, 16), [(1, 700), (12, 20), (2, 40)], dtype))

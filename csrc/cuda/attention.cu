@@ -24,11 +24,13 @@ bool rows_are_aligned(const AttentionTask& task) {
          task.scale_page_stride % 2 == 0;
 }
 
-DecodePlan plan_decode(const AttentionTask& task, const DeviceLimits& limits) {
+DecodePlan plan_decode(const AttentionTask& task, bool mixed, const DeviceLimits& limits) {
   DecodePlan plan{};
   plan.dim = task.dim <= 64 ? 64 : task.dim <= 128 ? 128 : task.dim <= 256 ? 256 : 512;
-  // Bounds are all the host knows: tokens are taken to be spread evenly.
-  const int64_t rows = (task.tokens + task.batch - 1) / task.batch * task.group;
+  // Bounds are all the host knows: tokens are taken to be spread evenly, or, beside sequences that
+  // prefill, to be one each. A block takes what rows there are beyond.
+  const int64_t each = mixed ? 1 : (task.tokens + task.batch - 1) / task.batch;
+  const int64_t rows = each * task.group;
   const bool rows_of_one_tile = rows <= 8, sums_fit_registers = plan.dim <= 128;
   plan.rows_of_8 = !rows_of_one_tile && sums_fit_registers ? 2 : 1;
   plan.row_tiles = int((rows + 8 * plan.rows_of_8 - 1) / (8 * plan.rows_of_8));
@@ -87,8 +89,14 @@ void run_task(const char* op, const Tensor& q, AttentionTask task) {
   DecodePlan plan{};
   launch_on(op, q, [&](cudaStream_t stream) {
     if (cudaError_t error = device_limits(&limits); error != cudaSuccess) return error;
+    // Blocks of 8.6, 8.9 and 12.0 have 99 KB, which the larger tiles pass.
+    const bool roomy = limits.shared_per_block >= 144 << 10;
+    const bool decode_fits = roomy || task.dim <= 128;
+    const bool prefill_fits = roomy || task.dim <= (codes ? 64 : 96);
+    if ((!prefill_only && !decode_fits) || (!decode_only && !prefill_fits))
+      return launch_attention_scalar(task, stream);
     if (!prefill_only) {
-      plan = plan_decode(few, limits);
+      plan = plan_decode(few, !decode_only, limits);
       if (plan.scratch) scratch = torch::stable::new_empty(q, {plan.scratch}, ScalarType::Byte);
       if (cudaError_t error = launch_decode(few, plan, mutable_data(scratch), stream);
           error != cudaSuccess)

@@ -104,6 +104,18 @@ cudaError_t run_packed(const char* op, const Tensor& x, LinearArgs& args, Quanti
     if (cudaError_t error = launch_quantize_act(*quantize, stream); error != cudaSuccess)
       return error;
   }
+  // Weights are asked for before the predecessor has ended in captured graphs alone: those hold
+  // steps of a model, which do not write weights, while an eager linear may follow what packs or
+  // copies them.
+#ifdef QK_EMULATE_CUDA
+  static bool turn = false;  // both ways are tested
+  args.weights_settled = turn = !turn;
+#else
+  cudaStreamCaptureStatus capture{};
+  if (cudaError_t error = cudaStreamIsCapturing(stream, &capture); error != cudaSuccess)
+    return error;
+  args.weights_settled = capture != cudaStreamCaptureStatusNone;
+#endif
   uint32_t* counters = nullptr;
   if (partial > 0)
     if (cudaError_t error = workspace.counters(most_tiles(args), &counters); error != cudaSuccess)

@@ -87,8 +87,8 @@ struct StageRing {
       mbarrier_wait(mbarriers + i % kStages, i / kStages & 1);
     } else {
       copy_wait<kStages - 1>();
-      warp_sync();
     }
+    warp_sync();  // lanes leave either wait on their own
     return stages + i % kStages * s.bytes;
   }
 };
@@ -128,6 +128,7 @@ __global__ void __launch_bounds__(kGemvThreads, gemv_blocks(kTiles))
     ring.close_issue();
   };
   ring.start(lane);
+  if (!args.weights_settled) dependency_wait();
   GroupCursor ahead = at;
 #pragma unroll 1
   for (int i = 0; i < kStages; i++, ahead.advance()) issue(i, ahead);

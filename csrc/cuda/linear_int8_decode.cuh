@@ -82,8 +82,9 @@ __global__ void __launch_bounds__(kInt8Threads, 2)
     if (!bulk) copy_commit();
   };
 
+  if (!args.weights_settled) dependency_wait();
   for (int i = 0; i < kDecodeStages; i++) copy_weights(i);
-  dependency_wait();  // the weights were there before the kernel that makes x
+  dependency_wait();
   for (int i = 0; i < kDecodeStages; i++) copy_x(i);
 
   const Int8Table table = load_int8_table(C::table ? args.w.table : nullptr);
@@ -97,8 +98,8 @@ __global__ void __launch_bounds__(kInt8Threads, 2)
       mbarrier_wait(arrived + i % kDecodeStages, i / kDecodeStages & 1);
     } else {
       copy_wait<kDecodeStages - 1>();
-      warp_sync();
     }
+    warp_sync();  // lanes leave either wait on their own
     const uint8_t* stage = ring + i % kDecodeStages * p.stage_bytes;
     add_chunk<C, kTiles, false>(args, p, stage, stage + x_at, kPitch, units_of(i), i + 1 == count,
                                 0, lane, table, at, sums);

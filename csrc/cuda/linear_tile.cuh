@@ -96,9 +96,9 @@ __global__ void __launch_bounds__(kTileThreads, 1)
     issued.advance();
   };
 
+  dependency_wait();
   TableWords table{};
   if constexpr (C::table) table = load_table<true>(w.table);
-  dependency_wait();
   for (int i = 0; i < kTileStages - 1; i++) issue(first_stage + i);
 
   UnitSums<T, C, kTileWarpTokens / 8> sums(w);

@@ -12,6 +12,7 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
+#include <atomic>
 #include <cstdint>
 #include <map>
 #include <mutex>
@@ -448,10 +449,12 @@ struct DeviceLimits {
 inline cudaError_t device_limits(DeviceLimits* out) {
   constexpr int kDevices = 64;
   static DeviceLimits known[kDevices] = {};
+  static std::atomic<bool> asked[kDevices];
   int device = 0;
   if (cudaError_t error = cudaGetDevice(&device); error != cudaSuccess) return error;
   DeviceLimits limits{};
-  if (device < kDevices && known[device].multiprocessors) return *out = known[device], cudaSuccess;
+  if (device < kDevices && asked[device].load(std::memory_order_acquire))
+    return *out = known[device], cudaSuccess;
   int major = 0, minor = 0;
   const auto ask = [&](int* value, cudaDeviceAttr attribute) {
     return cudaDeviceGetAttribute(value, attribute, device);
@@ -464,7 +467,12 @@ inline cudaError_t device_limits(DeviceLimits* out) {
         ask(&limits.shared_per_multiprocessor, cudaDevAttrMaxSharedMemoryPerMultiprocessor)})
     if (error != cudaSuccess) return error;
   limits.architecture = 10 * major + minor;
-  if (device < kDevices) known[device] = limits;  // the same values whoever writes them
+  static std::mutex mutex;
+  const std::lock_guard<std::mutex> guard(mutex);
+  if (device < kDevices && !asked[device].load()) {
+    known[device] = limits;
+    asked[device].store(true, std::memory_order_release);
+  }
   return *out = limits, cudaSuccess;
 }
 
@@ -475,9 +483,14 @@ template <class... Parameters, class... Arguments>
 cudaError_t launch_with(bool dependent, void (*kernel)(Parameters...), dim3 grid, dim3 block,
                         size_t shared_bytes, cudaStream_t stream, const Arguments&... arguments) {
   if (shared_bytes > kSharedWithoutAsking) {
+    DeviceLimits limits{};
+    if (cudaError_t error = device_limits(&limits); error != cudaSuccess) return error;
+    if (shared_bytes > size_t(limits.shared_per_block)) return cudaErrorInvalidConfiguration;
+    // The most there is, not what this launch takes: another thread may be between asking for more
+    // and launching the same kernel.
     const cudaError_t error =
         cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                             cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes));
+                             cudaFuncAttributeMaxDynamicSharedMemorySize, limits.shared_per_block);
     if (error != cudaSuccess) return error;
   }
   cudaLaunchAttribute overlap{};
