@@ -57,6 +57,13 @@ class Case:
     def cache(self) -> tuple[Any, ...]:
         return (self.k_pages, self.v_pages, self.k_scale, self.v_scale)
 
+    def alone(self, b: int) -> Case:
+        """Sequence b in a batch of its own."""
+        first, last = self.query_start[b : b + 2].tolist()
+        start = self.query_start.new_tensor([0, last - first])
+        kv_len, page_table = self.kv_len[b : b + 1], self.page_table[b : b + 1]
+        return Case(self.q[first:last], start, kv_len, page_table, *self.cache())
+
 
 def make_case(
     kind: str,

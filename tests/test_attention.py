@@ -191,13 +191,7 @@ def test_bits_depend_on_neither_threads_nor_batch(
     assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
     for b, (count, _) in enumerate(ragged):
         first = int(case.query_start[b])
-        alone = Case(
-            case.q[first : first + count],
-            torch.tensor([0, count], dtype=torch.int32),
-            case.kv_len[b : b + 1],
-            case.page_table[b : b + 1],
-            *case.cache(),
-        )
+        alone = case.alone(b)
         assert torch.equal(run(isa.ops, alone, MASKS[2]), results[0][first : first + count])
 
 
