@@ -9,7 +9,7 @@ import pytest
 import torch
 from cases import FORMATS, LINEAR_SPECS, random_plain
 from gpus import Gpu
-from test_pack_kernels import DTYPES, REFERENCE, assert_same_bits, random_codes
+from test_pack_kernels import DTYPES, REFERENCE, assert_same_bits, random_codes, zero_scales
 
 from qkernels.quant import QuantSpec, layout
 from qkernels.quant.spec import BITS
@@ -35,11 +35,7 @@ def test_pack_is_the_layout_and_unpack_its_inverse(
         codes = random_codes(n, k, bits, generator)
         packed = gpu.ops.pack(gpu.to(codes), bits, group, two_level)
         assert torch.equal(packed.cpu(), layout.pack(codes, bits, group, two_level))
-        blocks, kp = layout.padded_n(n) // 64, layout.padded_k(k, group, two_level)
-        scale = torch.zeros(
-            blocks, kp // group, 64, dtype=torch.int8 if two_level else torch.float32
-        )
-        block_scale = torch.zeros(blocks, kp // 256, 64, dtype=torch.float16) if two_level else None
+        scale, block_scale = zero_scales(n, k, group, two_level)
         weight = (gpu.to(scale), None, gpu.to(block_scale), None, None, bits, group, n, k)
         assert torch.equal(gpu.ops.unpack(packed, *weight).cpu(), codes)
 

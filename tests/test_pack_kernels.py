@@ -22,6 +22,14 @@ def random_codes(n, k, bits, generator):
     return torch.randint(0, 1 << bits, (n, k), generator=generator, dtype=torch.uint8)
 
 
+def zero_scales(n, k, group, two_level):
+    """Scales that unpack wants to see and does not use: scale, and block_scale or None."""
+    blocks, kp = layout.padded_n(n) // 64, layout.padded_k(k, group, two_level)
+    scale = torch.zeros(blocks, kp // group, 64, dtype=torch.int8 if two_level else torch.float32)
+    block_scale = torch.zeros(blocks, kp // 256, 64, dtype=torch.float16) if two_level else None
+    return scale, block_scale
+
+
 @pytest.mark.parametrize("bits", BITS)
 def test_pack_is_the_layout_and_unpack_its_inverse(isa, bits, generator):
     shapes = [
@@ -36,11 +44,7 @@ def test_pack_is_the_layout_and_unpack_its_inverse(isa, bits, generator):
         codes = random_codes(n, k, bits, generator)
         packed = isa.ops.pack(codes, bits, group, two_level)
         assert torch.equal(packed, layout.pack(codes, bits, group, two_level))
-        blocks, kp = layout.padded_n(n) // 64, layout.padded_k(k, group, two_level)
-        scale = torch.zeros(
-            blocks, kp // group, 64, dtype=torch.int8 if two_level else torch.float32
-        )
-        block_scale = torch.zeros(blocks, kp // 256, 64, dtype=torch.float16) if two_level else None
+        scale, block_scale = zero_scales(n, k, group, two_level)
         weight = (packed, scale, None, block_scale, None, None, bits, group, n, k)
         assert torch.equal(isa.ops.unpack(*weight), codes)
 
