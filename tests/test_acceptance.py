@@ -22,7 +22,7 @@ import torch
 
 import qkernels as qk
 from qkernels.evaluate import Perplexity, perplexity
-from qkernels.nn.decoder import KvPool
+from qkernels.nn.pool import KvPool
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = Path(os.environ.get("QKERNELS_TEST_DATA", ROOT.parent / "shared" / "data"))
