@@ -4,7 +4,7 @@ library.
 
 from __future__ import annotations
 
-from . import _library, nn, ops
+from . import _library, nn, ops, triton
 from .backends import backend, set_backend
 from .convert import QuantReport, dequantize_, quantize_
 from .info import info
@@ -14,6 +14,7 @@ from .quantize_directory import quantize_directory
 from .saving import save_pretrained
 
 _library.load()
+triton.register()
 
 __all__ = [
     "PackedWeight",

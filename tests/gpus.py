@@ -14,7 +14,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from qkernels.ops.registry import NATIVE, define_namespace
+if not torch.cuda.is_available():  # before the package is imported, which looks at it
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+from qkernels import triton
+from qkernels.ops.registry import NATIVE, TRITON, define_namespace
 
 ROOT = Path(__file__).resolve().parent.parent
 EMULATED = "qkernels_emu"
@@ -27,7 +31,7 @@ _loaded: set[str] = set()
 class Gpu:
     """Where CUDA kernels run: an op namespace and the device of its tensors."""
 
-    name: str  # "emu" or "cuda"
+    name: str  # "emu", "cuda" or "triton"
     namespace: str
     device: torch.device
 
@@ -87,3 +91,11 @@ GPUS = [
 
 def find_gpu(name: str) -> Gpu:
     return load_emulated() if name == "emu" else Gpu("cuda", NATIVE, torch.device("cuda", 0))
+
+
+def triton_gpu() -> Gpu:
+    """The Triton kernels: on the GPU if there is one, else interpreted on the CPU."""
+    if reason := triton.problem():
+        pytest.skip(reason)
+    real = torch.cuda.is_available()
+    return Gpu("triton", TRITON, torch.device("cuda", 0) if real else torch.device("cpu"))

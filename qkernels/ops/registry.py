@@ -21,6 +21,7 @@ SCORE_BIAS = "Tensor? sinks=None, Tensor? alibi_slopes=None, Tensor? distance_bi
 
 NATIVE = "qkernels"
 REFERENCE = "qkernels_reference"
+TRITON = "qkernels_triton"
 
 
 @dataclass(frozen=True)
@@ -104,5 +105,19 @@ def no_backward(name: str) -> Callable[..., Any]:
     return backward
 
 
+def fake(name: str) -> Callable[..., Any]:
+    """The fake of a computing op: it raises on bad metadata, and on real tensors makes its outputs,
+    empty."""
+    found = _defs[name].fake
+    assert found is not None, f"{name} computes nothing"
+    return found
+
+
+def implement(namespace: str, name: str, function: Callable[..., Any], key: str) -> None:
+    """Registers a Python implementation of a defined op for a dispatch key ("CUDA", "CPU")."""
+    _libraries[namespace].impl(name, function, key)
+
+
 define_namespace(NATIVE)
 define_namespace(REFERENCE)
+define_namespace(TRITON)

@@ -1,0 +1,71 @@
+"""Triton kernels of the ops: the portable path, for GPUs that no CUDA library was built for.
+
+Each module holds the kernels of one stem of csrc/cuda and the functions that launch them, which are
+ops of the namespace `qkernels_triton`. Triton itself is imported by the first call. With
+TRITON_INTERPRET=1 in the environment when qkernels is imported, the kernels are interpreted, on
+tensors of the CPU.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable
+from importlib import import_module, metadata
+from typing import Any
+
+from ..ops.registry import TRITON, implement
+
+LEAST = (3, 6)
+# Of every op: the module of its stem; the function has the op's name.
+MODULES = {
+    "gate": "gate",
+    "gate_quant": "gate",
+}
+
+
+def interpreted() -> bool:
+    """Whether kernels run on the CPU, statement by statement."""
+    return os.environ.get("TRITON_INTERPRET", "") in ("1", "true", "yes", "on")
+
+
+def problem() -> str | None:
+    """Why the kernels cannot run on any machine; None if Triton is there."""
+    try:
+        found = metadata.version("triton")
+    except metadata.PackageNotFoundError:
+        return "Triton is not installed (pip install 'qkernels[triton]')"
+    version = tuple(int(part) for part in re.findall(r"\d+", found)[:2])
+    if version < LEAST:
+        least = ".".join(map(str, LEAST))
+        return f"Triton {found} is installed, and the kernels need {least} (pip install -U triton)"
+    return None
+
+
+def status() -> str:
+    """For people: which Triton there is and what runs on it, or why not."""
+    reason = problem()
+    if reason is not None:
+        return reason
+    mode = "interpreted on the CPU (TRITON_INTERPRET=1)" if interpreted() else "for GPUs"
+    return f"Triton {metadata.version('triton')}, {mode}"
+
+
+def _first_call(op: str) -> Callable[..., Any]:
+    """The op's implementation, whose module is imported when it is first called."""
+    found: Callable[..., Any] | None = None
+
+    def call(*args: Any) -> Any:
+        nonlocal found
+        if found is None:
+            found = getattr(import_module(f".{MODULES[op]}", __name__), op)
+        return found(*args)
+
+    return call
+
+
+def register() -> None:
+    """Registers every op for the devices on which this process can run it."""
+    if problem() is None:
+        for op in MODULES:
+            implement(TRITON, op, _first_call(op), "CPU" if interpreted() else "CUDA")
