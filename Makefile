@@ -78,7 +78,7 @@ sanitize: $(VENV)/test.stamp
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	OMP_NUM_THREADS=1 $(CURDIR)/$(BIN)/python -m pytest --quiet --numprocesses 2 --dist loadfile $(SANITIZE_TESTS)
 
-# Faults in the CUDA kernels that the emulated tests must notice; MUTANTS="norm gate --sample 100" for
+# Faults in the CUDA kernels that the emulated tests must notice; MUTANTS="norm gate --share 0.2" for
 # some. Hours for all of them.
 MUTANTS ?=
 mutants: $(VENV)/test.stamp qkernels/_C_cpu.so

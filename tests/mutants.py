@@ -58,6 +58,7 @@ class Mutant:
     line: int
     text: str  # of the line
     change: str
+    place: int  # which one of the file's, whatever other files there are
     edits: list[Edit] = field(default_factory=list, repr=False)
 
     def __str__(self) -> str:
@@ -264,7 +265,7 @@ class Finder:
             for e in edits
         ]
         text = self.lines[line - 1].strip()
-        self.found.append(Mutant(number, self.file, line, text, change, made))
+        self.found.append(Mutant(number, self.file, line, text, change, len(self.found), made))
 
     def around(self, first: int, last: int, before: str, after: str) -> tuple[Edit, Edit]:
         """Insertions around the tokens [first, last)."""

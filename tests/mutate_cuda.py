@@ -2,14 +2,16 @@
 emulated tests must notice each.
 
     python tests/mutate_cuda.py norm                   every mutant of what test_cuda_norm.py tests
-    python tests/mutate_cuda.py --sample 200 --seed 1  of every family, 200 mutants each
+    python tests/mutate_cuda.py --share 0.2 --seed 1   of every family, a fifth of the mutants
     python tests/mutate_cuda.py --list norm            what would be done
+    python tests/mutate_cuda.py --summary              what all runs together found
 
 All mutants of a family are compiled at once, each behind a switch that reads one variable
 (mutants.py finds them); a run forks a process per mutant, sets the variable and runs the family's
 tests, those first that killed most mutants so far, until one fails. A mutant that crashes or hangs
 is killed too. Survivors are listed in build/mutants/<family>.md; those that no test can notice
-belong into data/equivalent_mutants.toml with the reason.
+belong into data/equivalent_mutants.toml with the reason. A file that several families share is
+mutated in each, and what one of them notices is noticed: the summary counts every mutant once.
 """
 
 from __future__ import annotations
@@ -306,6 +308,10 @@ def equivalent(mutant: Mutant) -> str | None:
     return None
 
 
+def described(mutant: Mutant) -> dict[str, object]:
+    return {key: value for key, value in asdict(mutant).items() if key != "edits"}
+
+
 def report(family: str, results: list[Result], skipped: list[Mutant]) -> str:
     tested = [r for r in results if r.verdict != "equivalent"]
     survivors = [r for r in tested if not r.killed]
@@ -325,10 +331,56 @@ def report(family: str, results: list[Result], skipped: list[Mutant]) -> str:
         "rate": rate,
         "counts": counts,
         "skipped": len(skipped),
-        "results": [{**asdict(r.mutant), "verdict": r.verdict, "test": r.test} for r in results],
+        "results": [
+            {"verdict": r.verdict, "test": r.test} | described(r.mutant)
+            for r in [*results, *(Result(m, "constant") for m in skipped)]
+        ],
     }
     (OUT / f"{family}.json").write_text(json.dumps(data, indent=1) + "\n")
     return summary
+
+
+def in_sample(mutant: Mutant, share: float, seed: int) -> bool:
+    """The same choice in every family that shares the file."""
+    return random.Random(f"{seed} {mutant.file} {mutant.place}").random() < share
+
+
+def summary() -> str:
+    """All runs so far, every mutant once: killed if one family's tests noticed it."""
+    found: dict[tuple[str, int], dict[str, str]] = {}
+    order = ("killed", "crashed", "hung", "equivalent", "survived", "constant")
+    for path in sorted(OUT.glob("*.json")):
+        for result in json.loads(path.read_text())["results"]:
+            key = (result["file"], result["place"])
+            before = found.setdefault(key, result)
+            if order.index(result["verdict"]) < order.index(before["verdict"]):
+                found[key] = result
+    rows = []
+    totals: Counter[str] = Counter()
+    for file in sorted({key[0] for key in found}):
+        verdicts = Counter(r["verdict"] for key, r in found.items() if key[0] == file)
+        totals.update(verdicts)
+        rows.append(f"| {file} | {' | '.join(numbers(verdicts))} |")
+    rows.append(f"| all | {' | '.join(numbers(totals))} |")
+    head = "| file | killed | survived | equivalent | in constant expressions | rate |"
+    lines = ["# Mutants of the CUDA kernels", "", head, "|---|" + "---:|" * 5, *rows, ""]
+    lines += ["| survivor | change | line |", "|---|---|---|"]
+    for key in sorted(found):
+        r = found[key]
+        if r["verdict"] == "survived":
+            line = r["text"].replace("|", "\\|")
+            change = r["change"].replace("|", "\\|")
+            lines.append(f"| {r['file']}:{r['line']} | {change} | `{line}` |")
+    (OUT / "summary.md").write_text("\n".join(lines) + "\n")
+    return "\n".join(lines[2 : 4 + len(rows)])
+
+
+def numbers(verdicts: Counter[str]) -> list[str]:
+    killed = verdicts["killed"] + verdicts["crashed"] + verdicts["hung"]
+    tested = killed + verdicts["survived"]
+    rate = f"{100 * killed / tested:.1f}%" if tested else "-"
+    rest = (verdicts[name] for name in ("survived", "equivalent", "constant"))
+    return [str(killed), *map(str, rest), rate]
 
 
 def run_family(family: str, options: argparse.Namespace) -> None:
@@ -344,8 +396,7 @@ def run_family(family: str, options: argparse.Namespace) -> None:
     OUT.mkdir(parents=True, exist_ok=True)
     known = [Result(m, "equivalent", why) for m in mutants if (why := equivalent(m))]
     todo = [m for m in mutants if not equivalent(m)]
-    if options.sample and options.sample < len(todo):
-        todo = random.Random(options.seed).sample(todo, options.sample)
+    todo = [m for m in todo if in_sample(m, options.share, options.seed)]
     print(f"{family}: compiling {len(todo)} mutants", flush=True)
     library, compiled = build(family, todo)
     skipped = [m for m in todo if m not in compiled]
@@ -353,6 +404,7 @@ def run_family(family: str, options: argparse.Namespace) -> None:
     campaign = Campaign(library, compiled, options.workers)
     tests = str(ROOT / "tests" / f"test_cuda_{family}.py")
     quiet = ["-q", "--no-header", "--no-summary", "-p", "no:cacheprovider", "-p", "no:xdist"]
+    quiet += ["-p", "no:faulthandler"]
     pytest.main([tests, "-m", "not gpu", *quiet], plugins=[campaign])
     if len(campaign.results) != len(compiled):
         raise SystemExit(f"mutate_cuda: {family} was not run to its end")
@@ -370,12 +422,16 @@ def chosen(options: argparse.Namespace) -> Iterator[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("family", nargs="*", help="stems of test_cuda_<stem>.py; all if none")
-    parser.add_argument("--sample", type=int, help="so many mutants of each family, by chance")
+    parser.add_argument("--share", type=float, default=1.0, help="of the mutants, by chance")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--file", nargs="*", help="of these files alone, e.g. norm.cuh")
     parser.add_argument("--list", action="store_true", help="print the mutants and end")
+    parser.add_argument("--summary", action="store_true", help="of all runs so far, and end")
     options = parser.parse_args()
+    if options.summary:
+        print(summary())
+        return
     names = list(chosen(options))
     if len(names) == 1:
         return run_family(names[0], options)
