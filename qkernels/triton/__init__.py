@@ -21,6 +21,8 @@ LEAST = (3, 6)
 MODULES = {
     "gate": "gate",
     "gate_quant": "gate",
+    "linear": "linear",
+    "linear_quant": "linear",
 }
 
 
