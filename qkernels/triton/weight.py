@@ -25,8 +25,8 @@ class Weight(NamedTuple):
     Rows of scales are in blocks of 64: of row n and group g, number `group_index`.
     """
 
-    words: Tensor  # [Np * Kp * bits / 32] int32: units of 64 rows x 16 columns, 32 * bits words
-    codes: Tensor  # the same as uint8
+    codes: Tensor  # [Np * Kp * bits / 32] int32: units of 64 rows x 16 columns, 32 * bits words
+    bytes: Tensor  # the same as uint8
     scale: Tensor  # [Np / 64, groups, 64]; float8 as uint8
     zero: Tensor | None  # [Np / 64, groups, 64]: uint8 zero points, or minima of the scale's type
     block_scale: Tensor | None  # [Np / 64, blocks, 64] float16
@@ -43,9 +43,14 @@ class Weight(NamedTuple):
     zero_kind: str  # "symmetric", "integer" or "minimum"
     middle: float  # what a symmetric code has subtracted: 2^(bits - 1), or 0 where there is a table
 
+    def pointers(self) -> tuple[Tensor | None, ...]:
+        """What every kernel takes of it first, in this order."""
+        return (
+            self.codes, self.scale, self.zero, self.block_scale, self.block_zero, self.table
+        )  # fmt: skip
+
 
 def weight_args(
-    op: str,
     codes: Tensor,
     scale: Tensor,
     zero: Tensor | None,
@@ -56,6 +61,8 @@ def weight_args(
     group: int,
     n: int,
     k: int,
+    *,
+    op: str = "linear",
 ) -> Weight:
     """The ten arguments of a weight, which the op's fake has checked. Raises RuntimeError for codes
     that wide loads cannot read."""
