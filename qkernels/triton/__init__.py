@@ -21,6 +21,7 @@ LEAST = (3, 6)
 MODULES = {
     "gate": "gate",
     "gate_quant": "gate",
+    "quantize_act": "quantize_act",
 }
 
 
