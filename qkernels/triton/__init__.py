@@ -22,6 +22,14 @@ MODULES = {
     "gate": "gate",
     "gate_quant": "gate",
     "quantize_act": "quantize_act",
+    "norm": "norm",
+    "add_norm": "norm",
+    "norm_quant": "norm",
+    "add_norm_quant": "norm",
+    "pack": "pack",
+    "unpack": "pack",
+    "dequantize": "pack",
+    "embedding": "embedding",
 }
 
 

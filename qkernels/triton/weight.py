@@ -45,9 +45,10 @@ class Weight(NamedTuple):
 
     def pointers(self) -> tuple[Tensor | None, ...]:
         """What every kernel takes of it first, in this order."""
-        return (
-            self.codes, self.scale, self.zero, self.block_scale, self.block_zero, self.table
-        )  # fmt: skip
+        return self.codes, *self.groups_and_table()
+
+    def groups_and_table(self) -> tuple[Tensor | None, ...]:
+        return self.scale, self.zero, self.block_scale, self.block_zero, self.table
 
 
 def weight_args(
@@ -176,3 +177,66 @@ def decode(q, step, subtracted, ZERO: tl.constexpr):
     if ZERO == "minimum":
         return step * q - subtracted
     return step * (q - subtracted)
+
+
+@triton.jit
+def plane_value(plane, row, column, mask, WIDTH: tl.constexpr):
+    """What a plane of WIDTH bits of a unit has of (row < 64, column < 16), int32. plane: its first
+    byte. Four neighbouring columns are neighbouring bytes, which one load of 32 bits takes."""
+    q, h, p = row // 32, row // 16 % 2, row % 16
+    if WIDTH == 8:
+        at, shift = 512 * h + 256 * q + 4 * p, 0 * h
+    elif WIDTH == 4:
+        at, shift = 256 * q + 4 * p, 4 * h
+    elif WIDTH == 2:
+        at, shift = 128 * q + p // 4 * 8 + p % 4 // 2 * 4, p % 2 * 4 + 2 * h
+    else:
+        at, shift = 64 * q + p // 4 * 4, p % 4 * 2 + h
+    # Bytes between the four runs of four columns: 64, 64, 32 and 16.
+    run: tl.constexpr = 64 if WIDTH == 8 else 16 * WIDTH
+    bytes = tl.load(plane + at + column // 4 * run + column % 4, mask, 0).to(tl.int32)
+    return bytes >> shift & ((1 << WIDTH) - 1)
+
+
+@triton.jit
+def load_codes(bytes, unit, row, column, mask, BITS: tl.constexpr):
+    """Codes of (row < 64, column < 16) of unit number `unit` of a weight, int32. bytes: of all
+    codes; int64 numbers where there may be 2^31 bytes. Where mask is false, 0."""
+    start = bytes + unit * (128 * BITS)
+    if BITS == 8:
+        return plane_value(start, row, column, mask, 8)
+    elif BITS == 6:
+        high = plane_value(start + 512, row, column, mask, 2)
+        return plane_value(start, row, column, mask, 4) | high << 4
+    elif BITS == 5:
+        high = plane_value(start + 512, row, column, mask, 1)
+        return plane_value(start, row, column, mask, 4) | high << 4
+    elif BITS == 4:
+        return plane_value(start, row, column, mask, 4)
+    elif BITS == 3:
+        high = plane_value(start + 256, row, column, mask, 1)
+        return plane_value(start, row, column, mask, 2) | high << 2
+    else:
+        return plane_value(start, row, column, mask, 2)
+
+
+@triton.jit
+def load_values(
+    codes, scale, zero, block_scale, block_zero, table, n, unit, units, group_units, there,
+    BITS: tl.constexpr, SCALE: tl.constexpr, ZERO: tl.constexpr, MIDDLE: tl.constexpr,
+):  # fmt: skip
+    """Decoded columns of rows n [R, 1, 1] int64 and units unit [1, U, 1] -> [R, U, 16] float32.
+
+    codes: as bytes; units: of a row; group_units: of a group; there [R, U, 1] is false for units
+    that are not to be read.
+    """
+    column = tl.arange(0, 16)[None, None, :]
+    q = load_codes(codes, n // 64 * units + unit, n % 64, column, there, BITS)
+    if table is not None:
+        q = tl.load(table + q)
+    index = group_index(n, unit // group_units, units // group_units)
+    block_index = group_index(n, unit // 16, units // 16)
+    step, subtracted = group_scale(
+        scale, zero, block_scale, block_zero, index, block_index, there, SCALE, ZERO, MIDDLE
+    )
+    return decode(q.to(tl.float32), step, subtracted, ZERO)
