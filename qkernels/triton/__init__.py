@@ -23,6 +23,15 @@ MODULES = {
     "gate_quant": "gate",
     "linear": "linear",
     "linear_quant": "linear",
+    "quantize_act": "quantize_act",
+    "norm": "norm",
+    "add_norm": "norm",
+    "norm_quant": "norm",
+    "add_norm_quant": "norm",
+    "pack": "pack",
+    "unpack": "pack",
+    "dequantize": "pack",
+    "embedding": "embedding",
 }
 
 

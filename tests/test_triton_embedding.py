@@ -1,0 +1,12 @@
+"""embedding in Triton: the tests of the CUDA kernels."""
+
+from __future__ import annotations
+
+import pytest
+from gpus import Gpu, triton_gpu
+from test_cuda_embedding import *  # noqa: F403
+
+
+@pytest.fixture
+def gpu() -> Gpu:
+    return triton_gpu()
