@@ -23,6 +23,7 @@ MODULES = {
     "attention_dense": "attention",
     "gate": "gate",
     "gate_quant": "gate",
+    "kv_append": "kv_append",
 }
 
 

@@ -20,7 +20,7 @@ _MAX_SPLITS = 64
 _MERGED = 8  # splits at once
 _INT_MAX = 2**31 - 1
 _LOG2E = 1.4426950408889634
-_PRODUCTS = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
+PRODUCTS = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -67,6 +67,10 @@ def product_type(query: torch.dtype, keys: torch.dtype) -> torch.dtype:
     if either_wide or (keys == torch.bfloat16 and query == torch.float16):
         return torch.float32
     return torch.bfloat16 if keys == torch.bfloat16 else torch.float16
+
+
+def padded_dim(dim: int, *, nibbles: bool) -> int:
+    return next_power_of_2(dim)
 
 
 def choose_tile(dim: int, rows: int, product: torch.dtype, *, decode: bool, codes: bool) -> Tile:
@@ -124,10 +128,8 @@ def _launch(
     least_new = _DECODE_TOKENS + 1 if mixed and not decode else 0
     most_new = _DECODE_TOKENS if short else _INT_MAX
     paged = keys.page > 0
-    dp = next_power_of_2(dim)
     nibbles = codes and keys.k.shape[-1] != dim
-    if nibbles:
-        dp = max(dp, 32)
+    dp = padded_dim(dim, nibbles=nibbles)
     bias = options.distance_bias
     with device_of(q):
         attention_kernel[(tiles, keys.heads, splits)](
@@ -141,7 +143,7 @@ def _launch(
             min(options.window, _INT_MAX), 0 if bias is None else bias.shape[1] // 2,
             least_new, most_new,
             GROUP=group, D=dim, DP=dp, PAGE=keys.page, NIBBLES=nibbles, CAUSAL=options.causal,
-            WINDOW=options.window > 0, SOFTCAP=options.softcap > 0, PRODUCT=_PRODUCTS[product],
+            WINDOW=options.window > 0, SOFTCAP=options.softcap > 0, PRODUCT=PRODUCTS[product],
             BM=tile.rows, BN=tile.keys, EACH=of_each,
             num_warps=tile.num_warps, num_stages=tile.num_stages,
         )  # fmt: skip

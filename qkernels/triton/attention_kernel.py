@@ -97,8 +97,8 @@ def load_query(at, valid, scale, D: tl.constexpr, DP: tl.constexpr, PRODUCT: tl.
         exponent = tl.max(tl.abs(wide), axis=1).to(tl.int32, bitcast=True) >> 23
         shift = tl.minimum(140 - exponent, 126)  # 13 - (exponent - 127)
         shift = tl.where((exponent > 0) & (exponent < 255), shift, 0)
-        wide *= ((127 + shift) << 23).to(tl.float32, bitcast=True)[:, None]
-        return wide.to(tl.float16), factor * ((127 - shift) << 23).to(tl.float32, bitcast=True)
+        x = wide * ((127 + shift) << 23).to(tl.float32, bitcast=True)[:, None]
+        factor *= ((127 - shift) << 23).to(tl.float32, bitcast=True)
     return x.to(PRODUCT), factor
 
 
@@ -138,15 +138,13 @@ def load_rows(
     USED: tl.constexpr = D // 2 if NIBBLES else D
     d = tl.arange(0, BYTES)
     x = tl.load(at[:, None] + d[None, :], there[:, None] & (d < USED)[None, :], 0)
-    if x.dtype != tl.uint8:
-        return x.to(PRODUCT)
     if NIBBLES:  # each run of 8 bytes holds 16 dims, the first 8 in the low nibbles
         x = tl.reshape(x, (BN, DP // 16, 8))
         x = tl.permute(tl.join(x & 15, x >> 4), (0, 1, 3, 2))
         x = tl.reshape(x, (BN, DP))
-    if PRODUCT == tl.float32:
-        return x.to(tl.float32)
-    return (x.to(tl.uint16) | 0x6400).to(tl.float16, bitcast=True) - (1032 if NIBBLES else 1152)
+    if x.dtype == tl.uint8 and PRODUCT == tl.float16:
+        x = (x.to(tl.uint16) | 0x6400).to(tl.float16, bitcast=True) - (1032 if NIBBLES else 1152)
+    return x.to(PRODUCT)
 
 
 @triton.jit
@@ -161,8 +159,10 @@ def load_scales(at, there, PAGE: tl.constexpr):
 @triton.jit
 def product(a, b, acc):
     if a.dtype == tl.float32:
-        return tl.dot(a, b, acc, input_precision="ieee")
-    return matmul(a, b, acc)
+        acc = tl.dot(a, b, acc, input_precision="ieee")
+    else:
+        acc = matmul(a, b, acc)
+    return acc
 
 
 @triton.jit
@@ -194,10 +194,11 @@ def attend_keys(
             if PAGE % BN == 0:  # all in one page
                 page = tl.load(table + key0 // PAGE).to(tl.int64)
                 slot = key0 % PAGE + tl.arange(0, BN)
+                there = key < tl.where((page >= 0) & (page < pages), end, key0)
             else:
                 page = tl.load(table + key // PAGE, there, -1).to(tl.int64)
                 slot = key % PAGE
-            there = there & (page >= 0) & (page < pages)
+                there = there & (page >= 0) & (page < pages)
             STORED: tl.constexpr = D // 2 if NIBBLES else D
             k_at = k + page * page_stride + slot * STORED
             v_at = v + page * page_stride + slot * STORED
