@@ -19,6 +19,8 @@ from ..ops.registry import TRITON, implement
 LEAST = (3, 6)
 # Of every op: the module of its stem; the function has the op's name.
 MODULES = {
+    "attention": "attention",
+    "attention_dense": "attention",
     "gate": "gate",
     "gate_quant": "gate",
     "linear": "linear",
@@ -32,6 +34,7 @@ MODULES = {
     "unpack": "pack",
     "dequantize": "pack",
     "embedding": "embedding",
+    "kv_append": "kv_append",
 }
 
 
