@@ -48,7 +48,7 @@ def case(
         "EACH": each,
     }
     types = {"q": POINTER[query], "out": POINTER[query], "k": POINTER[pages], "v": POINTER[pages]}
-    types |= {name: "*i32" for name in INTS} | {name: "*fp32" for name in (*BIAS, *PARTS)}
+    types |= dict.fromkeys(INTS, "*i32") | dict.fromkeys((*BIAS, *PARTS), "*fp32")
     types |= {"k_scale": "*fp16", "v_scale": "*fp16", "scale": "fp32", "softcap": "fp32"}
     absent = ("kv_start",) if page else ("kv_len", "page_table")
     absent += () if bias else BIAS
@@ -74,7 +74,12 @@ def case(
 
 
 def merge_case(dim: int, tokens: int) -> dict[str, Any]:
-    constexprs = {"D": dim, "DP": launches.padded_dim(dim, nibbles=False), "TOKENS": tokens, "BS": 8}
+    constexprs = {
+        "D": dim,
+        "DP": launches.padded_dim(dim, nibbles=False),
+        "TOKENS": tokens,
+        "BS": 8,
+    }
     types = {"out": "*bf16", "sinks": "*fp32", "query_start": "*i32"}
     types |= dict.fromkeys(PARTS, "*fp32")
     signature = {

@@ -64,7 +64,9 @@ def quantize_rows(v, LEVELS: tl.constexpr):
     wide = scale.to(tl.float32)
     divisor = tl.where(wide == 0.0, float("inf"), wide)
     zero = round_even(tl.div_rn(tl.where(usable, -low, 0.0), divisor))
-    steps = tl.div_rn(tl.where(usable[:, None], clean, 0.0), tl.broadcast_to(divisor[:, None], v.shape))
+    steps = tl.div_rn(
+        tl.where(usable[:, None], clean, 0.0), tl.broadcast_to(divisor[:, None], v.shape)
+    )
     codes = tl.minimum(tl.maximum(round_even(steps) + zero[:, None], 0.0), LEVELS + 0.0)
     scale = tl.where(usable, wide, float("nan")).to(tl.float16)
     return codes.to(tl.int32), scale, zero.to(tl.float16)
