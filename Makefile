@@ -23,7 +23,7 @@ THREADS ?= 2
 # What `make race` writes and races: 1b and 8b, Q4_0 and Q4_K_M. The 8B files take 5 GB each.
 RACE ?= --model 1b 8b --type Q4_0 Q4_K_M
 
-.PHONY: demo test lint format bench race sanitize mutants clean
+.PHONY: demo test lint format bench race sanitize mutants triton-aot clean
 
 demo: $(VENV)/package.stamp $(VENV)/model.stamp qkernels/_C_cpu.so
 	@$(BIN)/qkernels generate $(MODEL) "$(PROMPT)" --chat --max-new-tokens 96
@@ -84,6 +84,11 @@ MUTANTS ?=
 mutants: $(VENV)/test.stamp qkernels/_C_cpu.so
 	$(BIN)/python setup.py native --emu
 	OMP_NUM_THREADS=1 $(BIN)/python tests/mutate_cuda.py $(MUTANTS)
+
+# Every Triton kernel for every target, compiled and not run: registers, shared memory, matrix instructions.
+triton-aot: $(VENV)/test.stamp
+	mkdir -p build
+	$(BIN)/python tests/triton_aot.py --all --json build/triton_aot.json
 
 clean:
 	rm -rf build dist *.egg-info qkernels/*.so qkernels/build_info.json

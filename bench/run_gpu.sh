@@ -1,18 +1,20 @@
 #!/bin/bash
-# Everything that needs a GPU, within nine minutes: the tests, compute-sanitizer on small cases, the
-# benchmarks. Each part has a limit of its own, and what it wrote until then is kept; the table of
-# gates comes last. Run it in the root of the repository, where qkernels/_C_cpu.so and _C_cuda.so
+# Everything that needs a GPU, within nine minutes: the tests, the Triton kernels' tests,
+# compute-sanitizer on small cases, the benchmarks. Each part has a limit of its own, no part goes on
+# beyond the limit of all, and what it wrote until then is kept; the table of gates comes last. Run it in the root of the repository, where qkernels/_C_cpu.so and _C_cuda.so
 # are built (FORCE_CUDA=1 python setup.py native). Nothing is installed.
 #
-#   OUT=folder PYTHON=python3 COMMIT=name bash bench/run_gpu.sh [tests] [sanitizer] [bench]
+#   OUT=folder PYTHON=python3 COMMIT=name bash bench/run_gpu.sh [tests] [triton] [sanitizer] [bench]
 set -u
 cd "$(dirname "$0")/.." || exit 2
 OUT=${OUT:-build/gpu-results}
 PYTHON=${PYTHON:-python3}
-PARTS=${*:-tests sanitizer bench}
-TEST_SECONDS=${TEST_SECONDS:-140}
-SANITIZER_SECONDS=${SANITIZER_SECONDS:-35} # each of three tools
-BENCH_SECONDS=${BENCH_SECONDS:-250}
+PARTS=${*:-tests triton sanitizer bench}
+ALL_SECONDS=${ALL_SECONDS:-530}
+TEST_SECONDS=${TEST_SECONDS:-120}
+TRITON_SECONDS=${TRITON_SECONDS:-75}
+SANITIZER_SECONDS=${SANITIZER_SECONDS:-30} # each of three tools
+BENCH_SECONDS=${BENCH_SECONDS:-230}
 mkdir -p "$OUT"
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
 export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-/tmp/qkernels-triton}
@@ -23,6 +25,12 @@ wants() { [[ " $PARTS " == *" $1 "* ]]; }
 part() {
   local name=$1 seconds=$2 start=$SECONDS code
   shift 2
+  [[ $seconds -gt $((ALL_SECONDS - SECONDS)) ]] && seconds=$((ALL_SECONDS - SECONDS))
+  if [[ $seconds -lt 1 ]]; then
+    echo "== $name: no time left"
+    status=1
+    return 1
+  fi
   timeout --signal=INT --kill-after=10 "$seconds" "$@" >"$OUT/$name.log" 2>&1
   code=$?
   local how="exit $code"
@@ -53,6 +61,14 @@ if wants tests; then
     echo "== tests: $PYTHON has no pytest"
   fi
 fi
+if wants triton; then
+  if "$PYTHON" -c 'import pytest, triton' 2>/dev/null; then
+    part triton "$TRITON_SECONDS" "$PYTHON" -m pytest -q -p no:cacheprovider --maxfail=20 tests/test_triton_*.py
+    tail -25 "$OUT/triton.log"
+  else
+    echo "== triton: $PYTHON has no pytest or no Triton"
+  fi
+fi
 if wants sanitizer; then
   sanitizer=$(command -v compute-sanitizer || ls /usr/local/cuda*/bin/compute-sanitizer 2>/dev/null | head -1)
   if [[ -n $sanitizer ]]; then
@@ -70,6 +86,8 @@ if wants sanitizer; then
 fi
 if wants bench; then
   # The script stops by itself and prints its table; the outer limit is for a kernel that hangs.
+  left=$((ALL_SECONDS - SECONDS - 25))
+  [[ $BENCH_SECONDS -gt $left ]] && BENCH_SECONDS=$left
   part bench $((BENCH_SECONDS + 25)) "$PYTHON" bench/bench_gpu.py --out "$OUT" \
     --seconds "$BENCH_SECONDS" ${COMMIT:+--commit "$COMMIT"}
   sed -n '/^gate /,$p;/^FAILED/p' "$OUT/bench.log" | tail -40

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from gpus import load_emulated
+from gpus import load_emulated, triton_gpu
 
 import qkernels as qk
 from qkernels import devices
@@ -87,6 +87,18 @@ def test_a_row_has_all_figures() -> None:
     assert row["percent_of_read"] == round(100 * row["read_us"]["median"] / row["us"]["median"], 1)
     assert set(row["baselines"]) == {gpu.BFLOAT16} and row["left_out"] == {}
     assert row["bytes"] == 72 * 160 * (4 + 16 / 32) / 8
+
+
+@pytest.mark.parametrize("case", [TINY[0], TINY[5], TINY[8]], ids=lambda case: case.kernel)
+def test_triton_is_measured_beside_ours(case: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    triton_gpu()
+    monkeypatch.setattr(gpu, "has_triton", lambda x: True)
+    problem = gpu.build(case, PLACE, {})
+    baseline = problem.baselines[gpu.OURS_IN_TRITON]
+    first = baseline.call(0)
+    baseline.check("Triton", first)
+    with pytest.raises(CheckError):
+        baseline.check("Triton", first + 1)
 
 
 def test_peers_that_fail_are_named() -> None:
@@ -300,13 +312,20 @@ def tree(tmp_path: Path) -> Path:
 def test_run_gpu_runs_all_parts_and_ends_with_the_gates(tree: Path) -> None:
     done = shell(tree, COMMIT="abc")
     assert done.returncode == 0, done.stdout + done.stderr
-    for part in ("import", "tests", "memcheck", "racecheck", "synccheck", "bench"):
+    for part in ("import", "tests", "triton", "memcheck", "racecheck", "synccheck", "bench"):
         assert f"== {part}: ok" in done.stdout
     assert done.stdout.splitlines()[-1] == "gate  least"
     assert "--commit abc" in (tree / "out" / "bench.log").read_text()
     assert "-m gpu" in (tree / "out" / "tests.log").read_text()
     kept = sorted(path.name for path in (tree / "out").iterdir())
-    assert kept == ["bench.log", "gpu.json", "import.log", "sanitizer.log", "tests.log"]
+    assert kept == [
+        "bench.log",
+        "gpu.json",
+        "import.log",
+        "sanitizer.log",
+        "tests.log",
+        "triton.log",
+    ]
 
 
 def test_run_gpu_goes_on_after_a_part_that_fails(tree: Path) -> None:
@@ -314,6 +333,12 @@ def test_run_gpu_goes_on_after_a_part_that_fails(tree: Path) -> None:
     assert done.returncode == 1
     assert "== tests: out of time" in done.stdout and "== memcheck: exit 9" in done.stdout
     assert "== bench: ok" in done.stdout
+
+
+def test_run_gpu_keeps_to_the_limit_of_all_parts(tree: Path) -> None:
+    done = shell(tree, NAP="5", ALL_SECONDS="2", BENCH_SECONDS="0")
+    assert done.returncode == 1
+    assert "== tests: out of time" in done.stdout and "== triton: no time left" in done.stdout
 
 
 def test_run_gpu_of_some_parts(tree: Path) -> None:
@@ -328,14 +353,17 @@ def test_run_gpu_without_the_library(tree: Path) -> None:
 
 
 def test_the_parts_fit_into_nine_minutes() -> None:
+    """Usually each has its own time; whatever happens, all of them end with the limit of all."""
     text = (ROOT / "bench" / "run_gpu.sh").read_text()
     limit = {
         name: int(text.split(f"{name}=${{{name}:-")[1].split("}")[0])
-        for name in ("TEST_SECONDS", "SANITIZER_SECONDS", "BENCH_SECONDS")
+        for name in ("ALL", "TEST", "TRITON", "SANITIZER", "BENCH")
+        for name in [f"{name}_SECONDS"]
     }
     usual_import = 10
-    total = limit["TEST_SECONDS"] + 3 * limit["SANITIZER_SECONDS"] + limit["BENCH_SECONDS"] + 25
-    assert total + usual_import <= 540
+    total = limit["TEST_SECONDS"] + limit["TRITON_SECONDS"] + 3 * limit["SANITIZER_SECONDS"]
+    total += limit["BENCH_SECONDS"] + usual_import
+    assert total - 25 <= limit["ALL_SECONDS"] <= 530
 
 
 # ---- the read kernel ----

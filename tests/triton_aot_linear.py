@@ -91,28 +91,25 @@ def _case(
 
 
 def cases(kind: str, every: bool) -> list[dict[str, Any]]:
-    """kind: class of GPU. every: all widths and zeros with all activations; else one of each."""
+    """kind: class of GPU. every: all widths and zeros with all activations; else a few."""
+    if not every:
+        few = [("gemv", 4, "float16", "symmetric", "float16", 1, 2)]
+        few += [("tile", 4, "float16", "symmetric", "float16", m, 2) for m in (16, 128)]
+        few += [("tile", 4, "int8", "minimum", "bfloat16", 64, 2)]
+        few += [("tile", 8, "float16", "symmetric", "int8", 128, 8)]
+        return [_case(*form, kind, m, units, m <= 16) for *form, m, units in few]
     made = []
-    formats = [
-        (4, "float16", "symmetric", 2),
-        (4, "int8", "minimum", 2),
-        (8, "float16", "symmetric", 8),
+    scales = [("float16", "symmetric", 2), ("float16", "integer", 8), ("bfloat16", "minimum", 2)]
+    scales += [("float32", "integer", 1), ("int8", "minimum", 2)]
+    formats = [(bits, *scale) for bits in (2, 3, 4, 5, 6, 8) for scale in scales]
+    formats += [
+        (4, "e8m0", "symmetric", 2),
+        (4, "e4m3", "symmetric", 1),
+        (2, "uint4", "minimum", 1),
     ]
-    if every:
-        formats = [
-            (bits, scale, zero, units)
-            for bits in (2, 3, 4, 5, 6, 8)
-            for scale, zero, units in (
-                ("float16", "symmetric", 2),
-                ("float16", "integer", 8),
-                ("bfloat16", "minimum", 2),
-                ("float32", "integer", 1),
-                ("int8", "minimum", 2),
-            )
-        ] + [(4, "e8m0", "symmetric", 2), (4, "e4m3", "symmetric", 1), (2, "uint4", "minimum", 1)]
     for bits, scale, zero, units in formats:
-        for act in ("float16", "bfloat16", "int8") if every else ("float16", "int8"):
+        for act in ("float16", "bfloat16", "int8"):
             made.append(_case("gemv", bits, scale, zero, act, kind, 1, units, True))
-            for m in (16, 64, 128) if every else (16, 128):
+            for m in (16, 64, 128):
                 made.append(_case("tile", bits, scale, zero, act, kind, m, units, m == 16))
     return made

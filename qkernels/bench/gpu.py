@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .. import triton
 from ..backends import select
 from ..cache import KV_DTYPES, token_bytes
 from ..ops.linear import default_act_group
@@ -36,6 +37,7 @@ LEAST_LAUNCHES = 64
 # The L2 of an H200 has 50 MB; a chain goes through at least four times as much.
 ROTATION = Rotation(cache=110 << 20, limit=24 << 30)
 READ = "peak_read"
+OURS_IN_TRITON = "qkernels_triton"
 BFLOAT16, INT4, SDPA, RMS_NORM = "cublas_bfloat16", "torch_int4pack", "torch_sdpa", "torch_rms_norm"
 
 
@@ -182,6 +184,12 @@ def _linear(case: LinearCase, place: Place, peers: Mapping[str, Peer]) -> Proble
     theirs: dict[str, Callable[[], Baseline]] = {BFLOAT16: lambda: _cublas(case, x, place)}
     if case.spec.bits == 4 and x.is_cuda:
         theirs[INT4] = lambda: _int4pack(case, x, place)
+    if has_triton(x):
+
+        def check(what: str, y: Tensor) -> None:
+            _check_linear(case, y, x, weight, act_group)
+
+        theirs[OURS_IN_TRITON] = lambda: _in_triton("linear", args, check)
     for name, peer in peers.items():
         theirs[name] = lambda peer=peer: peer(case, weight, x, count)  # type: ignore[misc]
     for name, make in theirs.items():
@@ -214,6 +222,18 @@ def _check_linear(
         if case.act == "int8":  # a value at a tie may get the next code
             bound += terms / 127
         require_close(f"{case.name}, rows {start} to {stop}", y[rows, start:stop], want, bound)
+
+
+def has_triton(x: Tensor) -> bool:
+    """Whether Triton's kernels run where x is; interpreted ones are not worth measuring."""
+    return x.is_cuda and triton.problem() is None
+
+
+def _in_triton(
+    op: str, args: list[tuple[Any, ...]], check: Callable[[str, Tensor], None]
+) -> Baseline:
+    """The Triton row of an op on the same arguments; whichever row is chosen is measured as ours."""
+    return Baseline(turns(args, getattr(torch.ops.qkernels_triton, op)), check)
 
 
 def _cublas(case: LinearCase, x: Tensor, place: Place) -> Baseline:
@@ -278,27 +298,32 @@ def _attention(case: AttentionCase, place: Place) -> Problem:
         for table in tables
     ]
 
-    def check() -> None:
-        table, out = tables[-1, 0], op(*args[-1])
+    def check(what: str, out: Tensor, table: Tensor) -> None:
         k = attention.read_pages(k_pages, scales[0], table, case.context, dim)
         v = attention.read_pages(v_pages, scales[1], table, case.context, dim)
         wide = 2.0 if kind.scaled else 1.0
         # Queries, probabilities and results are rounded to 16 bits.
         extra = unit(place.dtype) * float(v.abs().max()) * wide
         for token, want, bound in attention._expected(q.float(), k, v, wide):
-            what = f"{case.name}, token {token}"
-            require_close(what, out[token], want, bound + 2 * unit(out.dtype) * want.abs() + extra)
+            bound = bound + 2 * unit(out.dtype) * want.abs() + extra
+            require_close(f"{what}, token {token}", out[token], want, bound)
 
     pairs = case.m * (case.context - case.m) + case.m * (case.m + 1) // 2
     problem = Problem(
         turns(args, op),
-        check,
+        lambda: check(case.name, op(*args[-1]), tables[-1, 0]),
         nbytes=per_token * case.context,
         ops=4.0 * pairs * model.q_heads * dim,
         peak="float",
         rotated=count * pages * page * per_token,
     )
     add_peer(problem, SDPA, lambda: _sdpa(case, q, place))
+    if has_triton(q):
+
+        def check_first(what: str, out: Tensor) -> None:
+            check(what, out, tables[0, 0])
+
+        add_peer(problem, OURS_IN_TRITON, lambda: _in_triton("attention", args, check_first))
     return problem
 
 
@@ -336,8 +361,9 @@ def _norm(case: NormCase, place: Place) -> Problem:
         bound = (2 * unit(y.dtype) + 2 * (case.k + 8) * U32) * want.abs()
         require_close(what, y[:4], want, bound)
 
+    args = [(x, weight, None, eps, False) for x in rows]
     problem = Problem(
-        turns([(x, weight, None, eps, False) for x in rows], op),
+        turns(args, op),
         lambda: check(case.name, op(rows[0], weight, None, eps, False)),
         nbytes=2.0 * size,  # read and written
         ops=4.0 * case.m * case.k,
@@ -350,6 +376,8 @@ def _norm(case: NormCase, place: Place) -> Problem:
         return F.rms_norm(x, [case.k], low, eps)
 
     problem.baselines[RMS_NORM] = Baseline(turns([(x,) for x in rows], theirs), lambda *_: None)
+    if has_triton(rows[0]):
+        add_peer(problem, OURS_IN_TRITON, lambda: _in_triton("norm", args, check))
     return problem
 
 
