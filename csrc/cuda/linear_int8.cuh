@@ -408,7 +408,7 @@ __device__ __forceinline__ bool last_to_arrive(const Int8Plan& p, int tile, uint
     *flag = count_around(p.counters + tile, uint32_t(p.splits - 1)) == uint32_t(p.splits - 1);
   block_sync();
   if (*flag == 0) return false;
-  device_fence();
+  device_fence();  // behind the count, as the memory model has it
   return true;
 }
 // partial: four floats each, [splits, tiles, size of a tile]; the sum over the splits in order.

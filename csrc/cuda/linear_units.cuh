@@ -433,7 +433,7 @@ __device__ __forceinline__ void store_tile(const LinearArgs& args, const TileSpl
             uint32_t(split.splits - 1);
   block_sync();
   if (!*last) return;
-  device_fence();
+  device_fence();  // behind the count, as the memory model has it
   for (int i = int(threadIdx.x); i < used; i += int(blockDim.x)) {
     float sum = 0;
     for (int p = 0; p < split.splits; p++)
