@@ -141,6 +141,18 @@ def test_every_number_of_tokens(gpu: Gpu, bits: int, m: int, generator: torch.Ge
     assert torch.equal(run(gpu, x, plain.pack()), exact_result(x, plain))
 
 
+@pytest.mark.parametrize("group", [16, 48, -1])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_last_stage_of_one_unit(
+    gpu: Gpu, bits: int, group: int, generator: torch.Generator
+) -> None:
+    """9 units of 16 columns: stages have 8 or 4."""
+    plain = exact_plain(QuantSpec(bits, group, zero="integer"), 70, 144, generator)
+    for m in (3, 12, 20, 40):
+        x = small_x(m, 144, HALVES[m % 8 // 4], generator)
+        assert torch.equal(run(gpu, x, plain.pack()), exact_result(x, plain)), m
+
+
 def test_no_tokens(gpu: Gpu, generator: torch.Generator) -> None:
     packed = random_plain(QuantSpec(4, 32), 70, 96, generator).pack()
     y = run(gpu, torch.zeros(0, 96).half(), packed)

@@ -3,6 +3,8 @@ number of tokens, the scales and the device, against the exact result."""
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from cases import LINEAR_SPECS, SHAPES, STEEP, random_plain, random_x
@@ -191,6 +193,23 @@ def test_one_hot_activations_read_single_weights(
         assert torch.equal(run(gpu, act, packed, None, torch.float32), want[start : start + m])
 
 
+@pytest.mark.parametrize("m, k", [(3, 2048), (11, 2048), (20, 512)])
+def test_sums_of_a_span_stay_integers(gpu: Gpu, m: int, k: int, generator: torch.Generator) -> None:
+    """All of a row is one span: of what a warp multiplies, every second 128 columns take away what
+    the 128 before them gave, and nothing is left. Scaled one by one they would leave roundings."""
+    few = random_plain(LINEAR_SPECS["W4 row float32"], 70, 128, generator)
+    plain = dataclasses.replace(few, codes=few.codes.repeat(1, k // 128))
+    codes = torch.randint(-127, 128, (m, 128), generator=generator)
+    codes = torch.cat([codes, -codes], 1).repeat(1, k // 256)
+    act = (
+        codes.to(torch.int8),
+        torch.rand(m, 1, generator=generator),
+        codes.view(m, -1, 16).sum(2).short(),
+    )
+    with gpu.playing(multiprocessors=1):
+        assert torch.equal(run(gpu, act, plain.pack(), None, torch.float32), torch.zeros(m, 70))
+
+
 @pytest.mark.parametrize("bits", BITS)
 def test_largest_codes_do_not_overflow(gpu: Gpu, bits: int) -> None:
     """All codes and activations at their ends, over the longest span that there is
@@ -225,13 +244,16 @@ def test_largest_codes_of_rows_of_many_tokens(gpu: Gpu) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_residual(gpu: Gpu, dtype: torch.dtype, generator: torch.Generator) -> None:
-    """Added in float32 before the one rounding; rows may be a stride apart."""
+    """Added in float32 before the one rounding, like the bias; rows may be a stride apart."""
     for n, k in ((64, 32), (77, 100), (72, 1040)):
         packed = random_plain(MIN, n, k, generator).pack()
         for m in (1, 9, 33):
             act = reference.quantize_act(random_x(m, k, torch.float32, generator), 32)
             bias = torch.randn(n, generator=generator)
+            without = run(gpu, act, packed, None, torch.float32)
             before = run(gpu, act, packed, bias, torch.float32)
+            assert torch.equal(before, without + bias)
+            assert torch.equal(run(gpu, act, packed, None, dtype), without.to(dtype))
             wide = torch.randn(m, n + 3, generator=generator).to(dtype)
             for residual in (
                 wide[:, 1 : n + 1],

@@ -110,6 +110,7 @@ cudaError_t run_packed(const char* op, const Tensor& x, LinearArgs& args, Quanti
 #ifdef QK_EMULATE_CUDA
   static bool turn = false;  // both ways are tested
   args.weights_settled = turn = !turn;
+  if (!args.weights_settled) emu::expect_new_constants();
 #else
   cudaStreamCaptureStatus capture{};
   if (cudaError_t error = cudaStreamIsCapturing(stream, &capture); error != cudaSuccess)

@@ -49,11 +49,12 @@ struct StageRing {
   bool bulk;
 
   __device__ __forceinline__ void start(int lane) {
-    if (bulk && lane == 0) {
+    if (!bulk) return;
+    if (lane == 0) {
       for (int i = 0; i < kStages; i++) mbarrier_init(mbarriers + i);
       mbarrier_init_fence();
     }
-    if (bulk) warp_sync();
+    warp_sync();
   }
   // Stage i of the warp goes to slot i % kStages, whose last contents all lanes have read.
   template <class C>
@@ -133,7 +134,7 @@ __global__ void __launch_bounds__(kGemvThreads, gemv_blocks(kTiles))
 #pragma unroll 1
   for (int i = 0; i < kStages; i++, ahead.advance()) issue(i, ahead);
   TableWords table{};
-  if constexpr (C::table) table = load_table<true>(w.table);
+  if constexpr (C::table) table = load_table(w.table);
   dependency_wait();
 
   UnitSums<T, C, kTiles> sums(w);
@@ -141,8 +142,10 @@ __global__ void __launch_bounds__(kGemvThreads, gemv_blocks(kTiles))
   const int g = lane / 4, t = lane % 4;
   int row_of[kTiles];  // tokens that are not there read the last one, and are not stored
 #pragma unroll
-  for (int i = 0; i < kTiles; i++)
-    row_of[i] = (8 * i + g < tokens ? 8 * i + g : tokens - 1) * 4 + t;
+  for (int i = 0; i < kTiles; i++) {
+    const int token = 8 * i + g;
+    row_of[i] = (token < tokens ? token : tokens - 1) * 4 + t;
+  }
 
   int i = 0;
   for (int segment = first_stage; segment < end_stage; segment += plan.stages_per_segment) {
@@ -151,9 +154,8 @@ __global__ void __launch_bounds__(kGemvThreads, gemv_blocks(kTiles))
         segment + (rest < plan.stages_per_segment ? rest : plan.stages_per_segment);
     if (segment > first_stage) block_sync();  // all have read the segment before
     const int first_unit = segment * kUnits;
-    const int last_unit = segment_end * kUnits < all_units ? segment_end * kUnits : all_units;
-    // Two pieces of 8 columns in a unit: t = 0, 1 and t = 2, 3.
-    const int pieces = 2 * (last_unit - first_unit);
+    // Two pieces of 8 columns in a unit: t = 0, 1 and t = 2, 3. Beyond K they are zeros.
+    const int pieces = 2 * kUnits * (segment_end - segment);
     for (int p = int(threadIdx.x); p < pieces * tokens; p += kGemvThreads) {
       const int token = p / pieces, piece = p % pieces;
       const Words4 x =

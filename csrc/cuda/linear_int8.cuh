@@ -67,14 +67,14 @@ __device__ __forceinline__ void weight_pieces(const Weight& w, const Int8Plan& p
   const int64_t at = (int64_t(block) * p.groups + first) * 64;
   const auto* scale = static_cast<const uint8_t*>(w.scale);
   copy(p.scale_at, scale + at * p.scale_bytes, groups * 64 * p.scale_bytes, false);
-  if (C::offset && p.zero_bytes) {
+  if constexpr (C::offset) {
     const auto* zero = static_cast<const uint8_t*>(w.zero);
-    copy(p.zero_at, zero + at * p.zero_bytes, groups * 64 * p.zero_bytes, false);
+    if (p.zero_bytes) copy(p.zero_at, zero + at * p.zero_bytes, groups * 64 * p.zero_bytes, false);
   }
   if (w.block_scale) {
     const int64_t of_block = (block * (w.kp / layout::kBlockGroup) + u0 / 16) * 64;
     copy(p.block_at, reinterpret_cast<const uint8_t*>(w.block_scale + of_block), 128, false);
-    if (C::offset)
+    if constexpr (C::offset)
       copy(p.block_at + 128, reinterpret_cast<const uint8_t*>(w.block_zero + of_block), 128, false);
   }
 }
@@ -93,16 +93,16 @@ __device__ __forceinline__ void mma(int32_t (&d)[4], const uint32_t (&a)[4], uin
 template <class C, int kTiles>
 struct Int8Sums {
   int32_t dot[kTiles][4][4];  // of this span
-  // Of the activations in it: elements 0 (and 1) belong to token lane / 4 of the first of two
-  // tiles, 2 (and 3) of the second.
-  int32_t sum[(kTiles + 1) / 2][4];
+  // Of the activations in it, for offset codes, which have at most two tiles: elements 0 (and 1)
+  // belong to token lane / 4 of the first tile, 2 (and 3) of the second.
+  int32_t sum[4];
+  static_assert(!C::offset || kTiles <= 2);
   float y[kTiles][4][4];  // of the spans before it
 
   __device__ __forceinline__ void start_span() {
 #pragma unroll
     for (int i = 0; i < 4; i++) {
-#pragma unroll
-      for (int n = 0; n < kTiles; n += 2) sum[n / 2][i] = 0;
+      sum[i] = 0;
 #pragma unroll
       for (int n = 0; n < kTiles; n++)
 #pragma unroll
@@ -144,12 +144,9 @@ struct Int8Sums {
     }
     if constexpr (C::offset) {
       // Activations as A: its rows are 16 tokens. Any column of the product has the sums.
-#pragma unroll
-      for (int n = 0; n < kTiles; n += 2) {
-        const int other = n + 1 < kTiles ? n + 1 : n;  // a tile alone fills both halves
-        const uint32_t a[4] = {b[n][0], b[other][0], b[n][1], b[other][1]};
-        mma_16832_s8s8(sum[n / 2], a, 0x01010101u, 0x01010101u);
-      }
+      constexpr int other = kTiles - 1;  // a tile alone fills both halves
+      const uint32_t a[4] = {b[0][0], b[other][0], b[0][1], b[other][1]};
+      mma_16832_s8s8(sum, a, 0x01010101u, 0x01010101u);
     }
     const uint8_t* next = two ? unit + C::unit_bytes : unit;
     RawUnit<C> raw[2];
@@ -270,7 +267,8 @@ __device__ __forceinline__ void end_span(const LinearArgs& args, const Int8Plan&
         x_scale[n][j] = args.act.scale[int64_t(token) * p.act_groups + act_group];
       }
       if constexpr (C::offset) {
-        const int32_t of_token = shuffle(sums.sum[n / 2][n % 2 * 2], 8 * (lane % 4) + 4 * j);
+        const int first_lane = 8 * (lane % 4);  // of the four with the sums of token 2 (lane % 4)
+        const int32_t of_token = shuffle(sums.sum[2 * n], first_lane + 4 * j);
         sum[n][j] = float(of_token << C::shift) * x_scale[n][j];
       }
     }
@@ -329,11 +327,12 @@ __device__ __forceinline__ float last_factor(const LinearArgs& args, const Int8P
   return unshift * args.act.scale[token];
 }
 
-__device__ __forceinline__ Int8Table load_int8_table(const int8_t* table) {
+template <class C>
+__device__ __forceinline__ Int8Table load_int8_table(const Weight& w) {
   Int8Table out{};
-  if (table) {
+  if constexpr (C::table) {
 #pragma unroll
-    for (int i = 0; i < 16; i++) out.word[i / 4] |= uint32_t(uint8_t(table[i])) << 8 * (i % 4);
+    for (int i = 0; i < 16; i++) out.word[i / 4] |= uint32_t(uint8_t(w.table[i])) << 8 * (i % 4);
   }
   return out;
 }
@@ -409,7 +408,7 @@ __device__ __forceinline__ bool last_to_arrive(const Int8Plan& p, int tile, uint
     *flag = count_around(p.counters + tile, uint32_t(p.splits - 1)) == uint32_t(p.splits - 1);
   block_sync();
   if (*flag == 0) return false;
-  device_fence();
+  device_fence();  // behind the count, as the memory model has it
   return true;
 }
 // partial: four floats each, [splits, tiles, size of a tile]; the sum over the splits in order.

@@ -87,7 +87,7 @@ __global__ void __launch_bounds__(kInt8Threads, 2)
   dependency_wait();
   for (int i = 0; i < kDecodeStages; i++) copy_x(i);
 
-  const Int8Table table = load_int8_table(C::table ? args.w.table : nullptr);
+  const Int8Table table = load_int8_table<C>(args.w);
   Int8Sums<C, kTiles> sums;
   sums.start();
   Cursor at(p, begin * kChunk);

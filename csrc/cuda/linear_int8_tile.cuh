@@ -36,29 +36,28 @@ __global__ void __launch_bounds__(kInt8Threads, 2)
 #pragma unroll 1
       for (int r = 0; r < p.row_blocks && first_block + r < blocks; r++) {
         uint8_t* block = stage + r * p.block_bytes;
-        weight_pieces<C, !kRows>(
-            args.w, p, first_block + r, u0, n,
-            [&](int at, const uint8_t* from, int size, bool codes) {
+        weight_pieces<C, !kRows>(args.w, p, first_block + r, u0, n,
+                                 [&](int at, const uint8_t* from, int size, bool codes) {
 #pragma unroll 1
-              for (int b = thread; b < size / 16; b += kInt8Threads) {
-                int to = b;
-                if (codes && C::wide_bytes) {
-                  const int in_unit = b % (C::unit_bytes / 16);
-                  if (C::unit_bytes == C::wide_bytes || in_unit < C::wide_bytes / 16)
-                    to += swizzled_piece(in_unit) - in_unit;
-                }
-                copy_async<16>(block + at + 16 * to, from + 16 * b);
-              }
-            });
+                                   for (int b = thread; b < size / 16; b += kInt8Threads) {
+                                     int to = b;
+                                     if constexpr (C::wide_bytes > 0) {
+                                       const int in_unit = b % (C::unit_bytes / 16);
+                                       if (codes && in_unit < C::wide_bytes / 16)
+                                         to += swizzled_piece(in_unit) - in_unit;
+                                     }
+                                     copy_async<16>(block + at + 16 * to, from + 16 * b);
+                                   }
+                                 });
       }
 #pragma unroll 1
       for (int b = thread; b < tile_tokens * kTileChunk; b += kInt8Threads) {
         const int token = b / kTileChunk, u = b % kTileChunk;
         if (u >= n) continue;
-        const bool there = first_token + token < args.m;
-        const int8_t* from = args.act.codes;
-        if (there) from += int64_t(first_token + token) * args.act.kx + (u0 + u) * 16;
-        copy_async<16>(stage + p.x_at + token * kTilePitch + 16 * u, from, there ? 16 : 0);
+        const int64_t m = first_token + token;
+        const int8_t* from = args.act.codes + m * args.act.kx + (u0 + u) * 16;
+        // Of 0 bytes nothing is read, wherever they would lie.
+        copy_async<16>(stage + p.x_at + token * kTilePitch + 16 * u, from, m < args.m ? 16 : 0);
       }
     }
     copy_commit();
@@ -66,7 +65,7 @@ __global__ void __launch_bounds__(kInt8Threads, 2)
 
 #pragma unroll
   for (int i = 0; i < kTileStages - 1; i++) copy_stage(begin + i);
-  const Int8Table table = load_int8_table(C::table ? args.w.table : nullptr);
+  const Int8Table table = load_int8_table<C>(args.w);
   Int8Sums<C, kTiles> sums;
   sums.start();
   Cursor at(p, begin * kTileChunk);

@@ -79,17 +79,17 @@ __global__ void __launch_bounds__(kTileThreads, 1)
         const int token = p / (kTileUnits * 2), chunk = p % (kTileUnits * 2);
         uint8_t* at = to + x_at + token * kTileRowBytes + 16 * (chunk ^ 2 * (token % 4));
         const int64_t m = first_token + token, column = int64_t(first) * 16 + chunk * 8;
-        const bool there = m < args.m && column < w.k;
+        const int64_t left = w.k - column;
+        const bool there = m < args.m && left > 0;
         if (!plan.vectors) {
           Words4 x{};
           if (there) x = eight_activations<T>(args, false, m, column);
           *reinterpret_cast<Words4*>(at) = x;
           continue;
         }
-        const int64_t left = there ? w.k - column : 0;
-        const T* from = static_cast<const T*>(args.x);
-        copy_async<16>(at, there ? from + m * args.x_stride + column : from,
-                       int(left < 8 ? left : 8) * 2);
+        // Of 0 bytes nothing is read, wherever they would lie.
+        copy_async<16>(at, static_cast<const T*>(args.x) + m * args.x_stride + column,
+                       there ? int(left < 8 ? left : 8) * 2 : 0);
       }
     }
     copy_commit();
@@ -98,7 +98,7 @@ __global__ void __launch_bounds__(kTileThreads, 1)
 
   dependency_wait();
   TableWords table{};
-  if constexpr (C::table) table = load_table<true>(w.table);
+  if constexpr (C::table) table = load_table(w.table);
   for (int i = 0; i < kTileStages - 1; i++) issue(first_stage + i);
 
   UnitSums<T, C, kTileWarpTokens / 8> sums(w);
@@ -113,7 +113,8 @@ __global__ void __launch_bounds__(kTileThreads, 1)
     if (!has_rows) continue;
     const uint8_t* at = shared + stage % kTileStages * plan.stage_bytes;
     const uint8_t* x = at + x_at + first_row * kTileRowBytes;
-    const int units = units_of(stage), middle = units < kTileUnits / 2 ? units : kTileUnits / 2;
+    constexpr int most = kTileUnits / 2;  // units of the first of two warps
+    const int units = units_of(stage), middle = units < most ? units : most;
     const int from = plan.halve_k && half == 1 ? middle : 0;
     const int to = plan.halve_k && half == 0 ? middle : units;
     const uint8_t* weights = at + row_block * plan.stage.bytes;

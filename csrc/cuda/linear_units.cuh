@@ -197,7 +197,7 @@ __device__ __forceinline__ void convert_scales(const Weight& w, const StageLayou
   const int entry = scale_entry(symmetric);
   out += (lane / 16 * 4 + lane / 2 % 4) * entry + h;
   const bool nibbles = w.scale_kind == Scale::two_nibble, minima = w.zero_kind == Zero::minimum;
-  float block[2] = {}, block_zero[2] = {};
+  float block[2], block_zero[2];
   if (w.block_scale) {
     two_flat(Scale::f16, stage + s.block_scale, 2 * lane, block);
     if (minima) two_flat(Scale::f16, stage + s.block_zero, 2 * lane, block_zero);
@@ -208,17 +208,17 @@ __device__ __forceinline__ void convert_scales(const Weight& w, const StageLayou
     float scale[2], zero[2];
     if (w.block_scale) {
       const uint16_t stored = *reinterpret_cast<const uint16_t*>(stage + s.scale + i);
-      const uint16_t minimum = nibbles  ? uint16_t(stored >> 4)
-                               : w.zero ? *reinterpret_cast<const uint16_t*>(stage + s.zero + i)
-                                        : uint16_t(0);
       const auto integer = [nibbles](uint16_t v, int r) {
         const auto byte = uint8_t(v >> 8 * r);
         return float(nibbles ? byte & 15 : int(int8_t(byte)));
       };
 #pragma unroll
-      for (int r = 0; r < 2; r++) {
-        scale[r] = block[r] * integer(stored, r);
-        zero[r] = block_zero[r] * integer(minimum, r);
+      for (int r = 0; r < 2; r++) scale[r] = block[r] * integer(stored, r);
+      if (minima) {
+        const uint16_t minimum = nibbles ? uint16_t(stored >> 4)
+                                         : *reinterpret_cast<const uint16_t*>(stage + s.zero + i);
+#pragma unroll
+        for (int r = 0; r < 2; r++) zero[r] = block_zero[r] * integer(minimum, r);
       }
     } else {
       two_flat(w.scale_kind, stage + s.scale, i, scale);
@@ -277,7 +277,8 @@ struct UnitSums {
     const uint32_t offsets[4] = {offset[0], offset[1], offset[0], offset[1]};
     LaneUnit<C> units[kUnits];
     Words2 b[kUnits][kTiles];
-    float start[kTiles][4] = {}, x[kTiles][2];
+    float start[kTiles][4] = {};
+    float x[kTiles][2];
 #pragma unroll
     for (int u = 0; u < kUnits; u++) {
       units[u] = load_unit<C>(codes + u * C::unit_bytes, lane);
@@ -432,7 +433,7 @@ __device__ __forceinline__ void store_tile(const LinearArgs& args, const TileSpl
             uint32_t(split.splits - 1);
   block_sync();
   if (!*last) return;
-  device_fence();
+  device_fence();  // behind the count, as the memory model has it
   for (int i = int(threadIdx.x); i < used; i += int(blockDim.x)) {
     float sum = 0;
     for (int p = 0; p < split.splits; p++)

@@ -52,11 +52,12 @@ __device__ __forceinline__ GroupScale group_scale(const Weight& w, int64_t n, in
       layout::group_index(n, g * w.group / layout::kBlockGroup, w.kp / layout::kBlockGroup);
   const uint8_t stored = static_cast<const uint8_t*>(w.scale)[i];
   const int scale = nibbles ? stored & 15 : int(int8_t(stored));
-  int minimum = nibbles ? stored >> 4 : 0;
-  if (w.zero_kind == Zero::minimum && !nibbles) minimum = static_cast<const int8_t*>(w.zero)[i];
   const auto block = [&](const uint16_t* p) { return widen(from_bits<half_t>(p[b])); };
   out.scale = block(w.block_scale) * float(scale);
-  if (w.zero_kind == Zero::minimum) out.zero = block(w.block_zero) * float(minimum);
+  if (w.zero_kind == Zero::minimum) {
+    const int minimum = nibbles ? stored >> 4 : static_cast<const int8_t*>(w.zero)[i];
+    out.zero = block(w.block_zero) * float(minimum);
+  }
   return out;
 }
 

@@ -98,17 +98,15 @@ __device__ __forceinline__ uint32_t code_bytes(const LaneUnit<C>& u) {
 
 // The table of 16 int8 values as look_up takes it, and its values for the 8 nibbles of a word of a
 // nibble plane: of the low nibbles (h = 0) and of the high ones. A permute of bytes chooses among
-// 8, by 3 bits; the fourth chooses between two of them. With kFlip the sign bits are flipped: bytes
-// value + 128.
+// 8, by 3 bits; the fourth chooses between two of them. The sign bits are flipped: bytes value +
+// 128.
 struct TableWords {
   uint32_t word[4];
 };
-template <bool kFlip>
 __device__ __forceinline__ TableWords load_table(const int8_t* table /* [16] */) {
   TableWords t;
 #pragma unroll
-  for (int i = 0; i < 4; i++)
-    t.word[i] = reinterpret_cast<const uint32_t*>(table)[i] ^ (kFlip ? 0x80808080u : 0u);
+  for (int i = 0; i < 4; i++) t.word[i] = reinterpret_cast<const uint32_t*>(table)[i] ^ 0x80808080u;
   return t;
 }
 __device__ __forceinline__ void look_up(const TableWords& t, uint32_t nibbles,

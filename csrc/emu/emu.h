@@ -28,6 +28,8 @@ enum class Use { read, write, constant };
 void begin(const char* op);
 void end();
 void allow(const void* memory, int64_t bytes, Use use);
+// This op's constants may be what the launch before it writes.
+void expect_new_constants();
 // Fills memory that a kernel is to overwrite with 0xff, which is NaN in every float type, and has
 // reads reported of what the op has not written.
 void poison(void* memory, int64_t bytes);

@@ -143,6 +143,9 @@ void allow(const void* memory, int64_t bytes, Use use) {
   }
   machine.buffers.push_back(b);
 }
+void expect_new_constants() {
+  for (Buffer& b : machine.buffers) b.constant = false;
+}
 void poison(void* memory, int64_t bytes) {
   std::memset(memory, 0xff, size_t(bytes));
   const auto first = reinterpret_cast<uintptr_t>(memory);

@@ -243,6 +243,7 @@ void bulk_load(void* to, const void* from, uint32_t bytes, uint64_t* barrier) {
   const auto odd =
       (reinterpret_cast<uintptr_t>(to) | reinterpret_cast<uintptr_t>(from) | bytes) % 16;
   if (odd) fail("bulk_load of %u bytes: addresses and size must be multiples of 16", bytes);
+  if (bytes == 0) fail("bulk_load of nothing");
   start_copy(to, from, int(bytes), int(bytes), Access::read_constant, "bulk_load");
   b.issued += bytes;
   b.copies.push_back(

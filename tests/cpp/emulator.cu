@@ -20,6 +20,8 @@ struct Setup {
   unsigned blocks = 1, threads = 64;
   size_t shared = 4096;
   bool dependent = false;
+  emu::Use in = emu::Use::read;
+  bool new_constants = false;
 };
 using Kernel = void (*)(Arrays);
 
@@ -125,6 +127,11 @@ void before_dependency_wait(Arrays a) {
   if (!kWrong) dependency_wait();
   a.out[me()] = a.in[me()];
   if (kWrong) dependency_wait();
+}
+void reads_constants_before_dependency_wait(Arrays a) {
+  const uint32_t v = a.in[me()];
+  dependency_wait();
+  a.out[me()] = v;
 }
 template <bool kWrong>
 void no_dependency_wait(Arrays a) {
@@ -299,7 +306,7 @@ struct Bulk {
   uint64_t barrier;
 };
 // kWhat: what is wrong.
-enum class Wrong { nothing, wait, bytes, more, parity, init, size, address, sync, twice };
+enum class Wrong { nothing, wait, bytes, more, parity, init, size, empty, address, sync, twice };
 template <Wrong kWhat>
 void bulk(Arrays a) {
   Bulk& s = *shared_memory<Bulk>();
@@ -313,7 +320,10 @@ void bulk(Arrays a) {
       mbarrier_expect(&s.barrier, kWhat == Wrong::bytes ? 512 : kWhat == Wrong::more ? 128 : 256);
       if (kWhat == Wrong::twice) mbarrier_expect(&s.barrier, 256);
       bulk_load(s.data[phase], a.in + 64 * phase + (kWhat == Wrong::address ? 1 : 0),
-                kWhat == Wrong::size ? 252 : 256, &s.barrier);
+                kWhat == Wrong::size    ? 252
+                : kWhat == Wrong::empty ? 0
+                                        : 256,
+                &s.barrier);
     }
     if (kWhat != Wrong::wait) mbarrier_wait(&s.barrier, kWhat == Wrong::parity ? 0 : phase);
     a.out[64 * phase + me()] = s.data[phase][me()];
@@ -384,6 +394,8 @@ struct Case {
 
 const Setup kTwoBlocks{2, 64, 4096};
 const Setup kDependent{1, 64, 4096, true};
+const Setup kConstants{1, 64, 4096, true, emu::Use::constant};
+const Setup kNewConstants{1, 64, 4096, true, emu::Use::constant, true};
 const std::vector<Case> cases = {
     QK_CASE(read_past_the_end),
     QK_CASE(read_before_the_beginning),
@@ -408,6 +420,8 @@ const std::vector<Case> cases = {
     QK_CASE(reads_others_through_l1, kTwoBlocks),
     QK_CASE(constant_path_sees_no_writes),
     QK_CASE(before_dependency_wait, kDependent),
+    {"new_constants_before_dependency_wait", reads_constants_before_dependency_wait,
+     reads_constants_before_dependency_wait, kNewConstants, kConstants},
     QK_CASE(no_dependency_wait, kDependent),
     QK_CASE(index_outside_of_an_array),
     QK_CASE(shared_past_the_end),
@@ -438,6 +452,7 @@ const std::vector<Case> cases = {
     {"bulk_parity", bulk<Wrong::parity>, bulk<Wrong::nothing>},
     {"bulk_without_init", bulk<Wrong::init>, bulk<Wrong::nothing>},
     {"bulk_size", bulk<Wrong::size>, bulk<Wrong::nothing>},
+    {"bulk_of_nothing", bulk<Wrong::empty>, bulk<Wrong::nothing>},
     {"bulk_address", bulk<Wrong::address>, bulk<Wrong::nothing>},
     {"bulk_init_seen_by_others", bulk<Wrong::sync>, bulk<Wrong::nothing>},
     {"bulk_expects_twice", bulk<Wrong::twice>, bulk<Wrong::nothing>},
@@ -463,7 +478,8 @@ std::string outcome(Kernel kernel, const Setup& setup) {
   };
   static Memory m;
   for (int i = 0; i < kInts; i++) m.in[i] = 3, m.kept[i] = 0;
-  emu::allow(m.in, sizeof m.in, emu::Use::read);
+  emu::allow(m.in, sizeof m.in, setup.in);
+  if (setup.new_constants) emu::expect_new_constants();
   emu::allow(m.kept, sizeof m.kept, emu::Use::write);
   emu::allow(m.out, sizeof m.out, emu::Use::write);
   emu::poison(m.out, sizeof m.out);
