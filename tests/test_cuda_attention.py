@@ -172,6 +172,14 @@ def test_split_boundaries(gpu: Gpu, kind: str, dtype: torch.dtype) -> None:
             check(gpu, case, {"causal": True, "window": 200})
 
 
+def test_many_steps_of_a_warp(gpu: Gpu) -> None:
+    """Pages are looked up for 32 steps of 64 keys at once, and as many ahead."""
+    case = make_case("float16", (2, 1, 16, 16), [(1, 20), (4, 4300)], F16)
+    case.q *= 4  # few keys weigh much, and others for each row
+    with gpu.playing(multiprocessors=1):
+        check(gpu, case, MASKS[0])
+
+
 def test_splits_with_sinks_and_few_keys(gpu: Gpu) -> None:
     """Most splits have nothing; the sink counts once."""
     for length in (1, 17, 600):
@@ -279,6 +287,25 @@ def test_scores_that_grow(
             case.k_scale[page, :, 1, slot] = 0
             case.k_scale[page, :, 0, slot] *= t * 3 / length
             case.v_scale[page, :, 0, slot] *= 2.0 ** (t / 30 - 6)
+    check(gpu, case, MASKS[0])
+
+
+@pytest.mark.parametrize("kind, dtype", [("float16", F16), ("int8", BF16), ("int8", F32)], ids=str)
+@pytest.mark.parametrize("ragged", [[(1, 700)], [(10, 150)]], ids=["decode", "prefill"])
+def test_scores_that_fall(
+    gpu: Gpu, kind: str, dtype: torch.dtype, ragged: list[tuple[int, int]]
+) -> None:
+    """The first key, and one near the end, outweigh the rest by more than float32 reaches: each
+    sum of a part is small beside theirs, whichever part is added first."""
+    case = make_case(kind, (2, 1, 64, 16), ragged, dtype)
+    case.q.abs_().add_(4)
+    for t in (0, ragged[0][1] - 20):
+        page, slot = int(case.page_table[0, t // 16]), t % 16
+        if case.k_scale is None:
+            case.k_pages[page, :, slot] = 6
+        else:
+            case.k_pages[page, :, slot] = 255
+            case.k_scale[page, :, :, slot] = torch.tensor([6 / 255, 0])
     check(gpu, case, MASKS[0])
 
 
