@@ -329,6 +329,28 @@ def test_bfloat16_queries_beyond_float16(
     assert out[0, 1].isnan().all() and not out[0, 0].isnan().any()
 
 
+@pytest.mark.parametrize("count", [1, 10])
+def test_queries_that_need_no_scaling(gpu: Gpu, count: int) -> None:
+    """Small bfloat16 queries of keys beyond float16, and float16 ones from its largest to its
+    smallest number, which 2^-38 of the largest is not."""
+    case = make_case("bfloat16", (2, 1, 64, 16), [(count, 40)], BF16)
+    case.q *= 2.0**-118
+    case.k_pages *= 2.0**118
+    check(gpu, case, MASKS[0])
+
+    case = make_case("float16", (2, 1, 64, 16), [(count, 40)], F16)
+    case.q.zero_()
+    case.q[:, :, 0], case.q[:, :, 1] = 2.0**15, 2.0**-24
+    case.k_pages[..., 0] = 0
+    case.k_pages[..., 1] *= 2.0**13
+    on_device = to(gpu, case)
+    out = gpu.ops.attention(*on_device.args(), 2.0**11, True, 0, 0.0).cpu()
+    k = rows_of(case.k_pages, None, case.page_table[0], 40, 64)
+    v = rows_of(case.v_pages, None, case.page_table[0], 40, 64)
+    want = attend(case.q.double(), k, v, 2.0**11, True, 0, 0.0)
+    torch.testing.assert_close(out.double(), want, rtol=0, atol=8 * UNIT[F16])
+
+
 @pytest.mark.parametrize("kind", ["int8", "int4"])
 @pytest.mark.parametrize("ragged", [[(1, 100)], [(10, 100)]], ids=["decode", "prefill"])
 def test_extreme_codes_and_scales(gpu: Gpu, kind: str, ragged: list[tuple[int, int]]) -> None:
