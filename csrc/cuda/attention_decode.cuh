@@ -200,7 +200,7 @@ __global__ void __launch_bounds__(DecodeShape<kKv, kDim, kN>::warps * 32,
     const Seen low = seen_keys(task, s, position0 + tile * kRows / task.group);
     const int64_t last_row = smaller(tile * kRows + kRows, row_count) - 1;
     const Seen high = seen_keys(task, s, position0 + last_row / task.group);
-    const int seen_first = low.first / 16 * 16, seen_last = high.last;
+    const int seen_first = low.first - low.first % 16, seen_last = high.last;
     const int steps_seen = (seen_last - seen_first + 15) / 16;  // <= 0: no key, no step below
     const int share = (steps_seen + splits * kWarps - 1) / (splits * kWarps) * kWarps;
     const int begin = seen_first + 16 * smaller(split * share, steps_seen);
