@@ -172,6 +172,21 @@ def test_split_boundaries(gpu: Gpu, kind: str, dtype: torch.dtype) -> None:
             check(gpu, case, {"causal": True, "window": 200})
 
 
+def test_many_steps_of_a_warp(gpu: Gpu) -> None:
+    """Pages are looked up for 32 steps of 64 keys at once, and as many ahead."""
+    case = make_case("float16", (2, 1, 16, 16), [(1, 20), (4, 4300)], F16)
+    case.q *= 4  # few keys weigh much, and others for each row
+    with gpu.playing(multiprocessors=1):
+        check(gpu, case, MASKS[0])
+
+
+@pytest.mark.parametrize("kind, dtype", [("float16", F16), ("int8", BF16)], ids=str)
+def test_tile_boundaries(gpu: Gpu, kind: str, dtype: torch.dtype) -> None:
+    """Prefill of lengths around multiples of a tile of 64 keys, and rows around one of 128."""
+    for ragged in ([(63, 63), (64, 64)], [(65, 65), (9, 128)], [(10, 127), (10, 129)]):
+        check(gpu, make_case(kind, (2, 1, 64, 16), ragged, dtype), MASKS[0])
+
+
 def test_splits_with_sinks_and_few_keys(gpu: Gpu) -> None:
     """Most splits have nothing; the sink counts once."""
     for length in (1, 17, 600):
@@ -282,12 +297,72 @@ def test_scores_that_grow(
     check(gpu, case, MASKS[0])
 
 
+@pytest.mark.parametrize("kind, dtype", [("float16", F16), ("int8", BF16), ("int8", F32)], ids=str)
+@pytest.mark.parametrize("ragged", [[(1, 700)], [(10, 150)]], ids=["decode", "prefill"])
+def test_scores_that_fall(
+    gpu: Gpu, kind: str, dtype: torch.dtype, ragged: list[tuple[int, int]]
+) -> None:
+    """The first key, and one near the end, outweigh the rest by more than float32 reaches: each
+    sum of a part is small beside theirs, whichever part is added first."""
+    case = make_case(kind, (2, 1, 64, 16), ragged, dtype)
+    case.q.abs_().add_(4)
+    for t in (0, ragged[0][1] - 20):
+        page, slot = int(case.page_table[0, t // 16]), t % 16
+        if case.k_scale is None:
+            case.k_pages[page, :, slot] = 6
+        else:
+            case.k_pages[page, :, slot] = 255
+            case.k_scale[page, :, :, slot] = torch.tensor([6 / 255, 0])
+    check(gpu, case, MASKS[0])
+
+
+@pytest.mark.parametrize("kind, dtype", [("float16", F16), ("int8", F32)], ids=str)
+def test_scores_far_below_zero(gpu: Gpu, kind: str, dtype: torch.dtype) -> None:
+    """All weigh nothing beside a score of zero, which no part may have."""
+    for ragged in ([(1, 700)], [(1, 100)], [(10, 50)]):
+        case = make_case(kind, (2, 1, 64, 16), ragged, dtype)
+        case.q.abs_().add_(4)
+        if case.k_scale is None:
+            case.k_pages.abs_().add_(4).neg_()
+        else:
+            case.k_scale[:, :, 0] *= 2
+            case.k_scale[:, :, 1] = 255
+        check(gpu, case, MASKS[0])
+
+
+@pytest.mark.parametrize("count", [1, 10])
+def test_one_key_of_large_values(gpu: Gpu, count: int) -> None:
+    """The scale of the values is raised for either key of a lane, whatever the scores are."""
+    for key in (67, 75):  # not of a warp's first step, which raises all
+        case = make_case("int8", (2, 1, 64, 16), [(count, 100)], F16)
+        assert case.v_scale is not None
+        case.v_scale[int(case.page_table[0, key // 16]), :, 0, key % 16] *= 2.0**14
+        check(gpu, case, MASKS[1])
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+@pytest.mark.parametrize("count", [3, 10])
+def test_scales_of_nan_are_of_those_who_see_them(gpu: Gpu, kind: str, count: int) -> None:
+    case = make_case(kind, (2, 1, 64, 16), [(count, 40)], F16)
+    want = run(gpu.ops, to(gpu, case), MASKS[0])
+    assert case.k_scale is not None and case.v_scale is not None
+    case.k_scale[int(case.page_table[0, 2]), :, 0, 7] = torch.nan
+    case.v_scale[int(case.page_table[0, 2]), :, 0, 7] = torch.nan
+    out = run(gpu.ops, to(gpu, case), MASKS[0])
+    assert torch.equal(out[:-1], want[:-1]) and out[-1].isnan().all()
+
+
+def test_a_small_softcap(gpu: Gpu) -> None:
+    case = make_case("float16", (2, 1, 64, 16), [(1, 40), (10, 20)], F16)
+    check(gpu, case, {"causal": True, "softcap": 0.75})
+
+
 @pytest.mark.parametrize("ragged", [[(1, 40)], [(10, 40)]], ids=["decode", "prefill"])
 @pytest.mark.parametrize("kind", ["float16", "int8"])
 def test_bfloat16_queries_beyond_float16(
     gpu: Gpu, kind: str, ragged: list[tuple[int, int]]
 ) -> None:
-    for power in (20, -30):
+    for power in (20, -30, -128):
         case = make_case(kind, (2, 1, 64, 16), ragged, BF16)
         case.q *= 2.0**power
         if power > 0:
@@ -300,6 +375,28 @@ def test_bfloat16_queries_beyond_float16(
     case.q[0, 1, 5] = torch.inf
     out = run(gpu.ops, to(gpu, case), MASKS[0]).cpu()
     assert out[0, 1].isnan().all() and not out[0, 0].isnan().any()
+
+
+@pytest.mark.parametrize("count", [1, 10])
+def test_queries_that_need_no_scaling(gpu: Gpu, count: int) -> None:
+    """Small bfloat16 queries of keys beyond float16, and float16 ones from its largest to its
+    smallest number, which 2^-38 of the largest is not."""
+    case = make_case("bfloat16", (2, 1, 64, 16), [(count, 40)], BF16)
+    case.q *= 2.0**-118
+    case.k_pages *= 2.0**118
+    check(gpu, case, MASKS[0])
+
+    case = make_case("float16", (2, 1, 64, 16), [(count, 40)], F16)
+    case.q.zero_()
+    case.q[:, :, 0], case.q[:, :, 1] = 2.0**15, 2.0**-24
+    case.k_pages[..., 0] = 0
+    case.k_pages[..., 1] *= 2.0**13
+    on_device = to(gpu, case)
+    out = gpu.ops.attention(*on_device.args(), 2.0**11, True, 0, 0.0).cpu()
+    k = rows_of(case.k_pages, None, case.page_table[0], 40, 64)
+    v = rows_of(case.v_pages, None, case.page_table[0], 40, 64)
+    want = attend(case.q.double(), k, v, 2.0**11, True, 0, 0.0)
+    torch.testing.assert_close(out.double(), want, rtol=0, atol=8 * UNIT[F16])
 
 
 @pytest.mark.parametrize("kind", ["int8", "int4"])
@@ -345,16 +442,19 @@ def test_each_key_and_dim_is_where_it_belongs(gpu: Gpu, kind: str, count: int) -
 def test_pages_out_of_range_are_not_there(
     gpu: Gpu, kind: str, dtype: torch.dtype, count: int
 ) -> None:
-    case = make_case(kind, (2, 1, 64, 16), [(count, 150)], dtype)
+    # In decode, more steps of a warp than its ring has slots: one serves again.
+    length = 600 if count == 1 else 150
+    case = make_case(kind, (2, 1, 64, 16), [(count, length)], dtype)
     truth, error = bound(case, MASKS[1], {})
-    k = rows_of(case.k_pages, case.k_scale, case.page_table[0], 150, 64)
-    v = rows_of(case.v_pages, case.v_scale, case.page_table[0], 150, 64)
-    left = torch.ones(150, dtype=torch.bool)
+    k = rows_of(case.k_pages, case.k_scale, case.page_table[0], length, 64)
+    v = rows_of(case.v_pages, case.v_scale, case.page_table[0], length, 64)
+    left = torch.ones(length, dtype=torch.bool)
     for page, bad in ((1, -1), (4, len(case.k_pages)), (9, 2**31 - 1)):
         case.page_table[0, page] = bad
         left[16 * page : 16 * page + 16] = False
     want = attend(case.q.double(), k[left], v[left], *options(64, MASKS[1]))
-    out = run(gpu.ops, to(gpu, case), MASKS[1]).cpu()
+    with gpu.playing(multiprocessors=1):
+        out = run(gpu.ops, to(gpu, case), MASKS[1]).cpu()
     assert_within(out, want, 2 * error + 0.01 * (want.abs() + truth.abs()) * (dtype != F32))
     case.page_table.fill_(-1)
     assert (run(gpu.ops, to(gpu, case), MASKS[1]) == 0).all()

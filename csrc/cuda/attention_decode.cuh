@@ -179,7 +179,7 @@ __global__ void __launch_bounds__(DecodeShape<kKv, kDim, kN>::warps * 32,
   dependency_launch();
   dependency_wait();
   const Sequence s = sequence_of(task, b);
-  if (s.count == 0 || !takes(task, s)) return;
+  if (!takes(task, s)) return;
   const int64_t row_count = int64_t(s.count) * task.group;
   const int row_bytes = task.dim * Shape::bits / 8;
   // Of this lane's first pieces in page 0, slot 0; its plane of scales: lane / 8, of whose 16 keys
@@ -200,8 +200,8 @@ __global__ void __launch_bounds__(DecodeShape<kKv, kDim, kN>::warps * 32,
     const Seen low = seen_keys(task, s, position0 + tile * kRows / task.group);
     const int64_t last_row = smaller(tile * kRows + kRows, row_count) - 1;
     const Seen high = seen_keys(task, s, position0 + last_row / task.group);
-    const int seen_first = low.first / 16 * 16, seen_last = high.last;
-    const int steps_seen = seen_last > seen_first ? (seen_last - seen_first + 15) / 16 : 0;
+    const int seen_first = low.first - low.first % 16, seen_last = high.last;
+    const int steps_seen = (seen_last - seen_first + 15) / 16;  // <= 0: no key, no step below
     const int share = (steps_seen + splits * kWarps - 1) / (splits * kWarps) * kWarps;
     const int begin = seen_first + 16 * smaller(split * share, steps_seen);
     const int steps_left = smaller(share, steps_seen - smaller(split * share, steps_seen)) - warp;
@@ -209,7 +209,7 @@ __global__ void __launch_bounds__(DecodeShape<kKv, kDim, kN>::warps * 32,
     auto key_of = [&](int step) { return begin + 16 * (warp + step * kWarps); };
 
     // Lane l looks up the page of step i + l, for 32 steps at once and 32 steps ahead.
-    KeyRun mine{-1, 0}, ahead{-1, 0};
+    KeyRun mine{}, ahead{};
     if (lane < steps) ahead = key_run(task, s, b, key_of(lane));
     uint32_t absent = 0;  // by slot of the ring: the page is out of range
     int fetched = 0, fetch_slot = 0;

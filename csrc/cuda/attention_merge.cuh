@@ -11,14 +11,13 @@ __global__ void __launch_bounds__(kMergeThreads)
     attention_merge_kernel(const AttentionTask task, const AttentionParts parts, int splits) {
   const int64_t rows = task.tokens * task.q_heads;
   const int64_t row = int64_t(blockIdx.x) * (kMergeThreads / 32) + threadIdx.x / 32;
-  if (row >= rows) return;
   const int lane = threadIdx.x % 32, head = int(row % task.q_heads);
   dependency_launch();
   dependency_wait();
   const Sequence s =
       sequence_of(task, sequence_at(task.query_start, task.batch, row / task.q_heads));
   const int64_t token = row / task.q_heads - s.first_token;
-  if (!takes(task, s) || token < 0 || token >= s.count) return;
+  if (!takes(task, s) || token < 0 || token >= s.count) return;  // also beyond the last row
   const float sink = sink_score(task, head);
   float most = larger(sink, kLowest);
   for (int i = 0; i < splits; i++) most = larger(parts.reference[i * rows + row], most);

@@ -89,7 +89,8 @@ __global__ void __launch_bounds__(PrefillShape<C, kCodes, kDim>::threads)
                        [&](int dim, C element) { shared.q[r][dim] = to_bits(element); });
   block_sync();
 
-  const int begin = shared.query.first[0] / 16 * 16, end = shared.query.last[kRows - 1];
+  const int first = shared.query.first[0], begin = first - first % 16;
+  const int end = shared.query.last[kRows - 1];
   const int my_first = shared.query.first[row0],
             all_see_from = shared.query.first[row0 + 8 * kN - 1];
   const int all_see_to = shared.query.last[row0], my_last = shared.query.last[row0 + 8 * kN - 1];

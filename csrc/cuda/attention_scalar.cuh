@@ -52,10 +52,10 @@ __global__ void __launch_bounds__(32 * kScalarWarps)
   const int64_t position = s.length - s.count + (token - s.first_token);
   const Seen seen = seen_keys(task, s, position);
   float most = kLowest, total = 0, acc[kPer] = {};
-  for (int key0 = seen.first / 32 * 32 + 32 * warp; key0 < seen.last; key0 += 32 * kScalarWarps) {
+  for (int key0 = seen.first + 32 * warp; key0 < seen.last; key0 += 32 * kScalarWarps) {
     const int key = key0 + lane;
     KeyRun run{-1, 0};
-    if (key >= seen.first && key < seen.last) run = key_run(task, s, b, key);
+    if (key < seen.last) run = key_run(task, s, b, key);
     const bool there = run.page >= 0;
     float score = bits_float(int32_t(0xff800000)), v_scale = 1.f, v_zero = 0.f;
     const uint8_t* v_row = v_rows(task, kv_head, run);
@@ -101,8 +101,7 @@ __global__ void __launch_bounds__(32 * kScalarWarps)
   for (int mask = 16; mask > 0; mask /= 2) total += shuffle_xor(total, mask);
   if (lane == 0) shared.most[warp] = most, shared.total[warp] = total;
 #pragma unroll
-  for (int i = 0; i < kPer; i++)
-    if (lane + 32 * i < task.dim) shared.sum[warp][lane + 32 * i] = acc[i];
+  for (int i = 0; i < kPer; i++) shared.sum[warp][lane + 32 * i] = acc[i];  // beyond D: zeros
   block_sync();
   const float sink = sink_score(task, head);
   float top = larger(sink, kLowest);

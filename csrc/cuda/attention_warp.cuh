@@ -67,12 +67,10 @@ __device__ __forceinline__ void stage_query(const AttentionTask& task, int64_t a
     top = larger(top, float_bits(v[i]) & 0x7fffffff);
   }
   float up = 1.f, down = 1.f;
-  if (sizeof(C) == 2 && __is_same(C, half_t) && task.type == Dtype::bf16) {
-    const int exponent = warp_max(top) >> 23;  // biased by 127; 255: not finite
-    if (exponent > 0 && exponent < 255) {
-      const int shift = smaller(140 - exponent, 126);  // 13 - (exponent - 127)
-      up = bits_float((127 + shift) << 23), down = bits_float((127 - shift) << 23);
-    }
+  if (__is_same(C, half_t) && task.type == Dtype::bf16) {
+    const int exponent = warp_max(top) >> 23;        // biased by 127; 0 and 255 will do as they are
+    const int shift = smaller(140 - exponent, 126);  // 13 - (exponent - 127); 2^-126 is a float
+    up = bits_float((127 + shift) << 23), down = bits_float((127 - shift) << 23);
   }
   float total = 0;
 #pragma unroll
@@ -80,7 +78,7 @@ __device__ __forceinline__ void stage_query(const AttentionTask& task, int64_t a
     const int dim = lane + 32 * i;
     const C element = narrow<C>(v[i] * up);
     total += widen(element);
-    if (kPer * 32 == kDim || dim < kDim) put(dim, element);
+    if (dim < kDim) put(dim, element);
   }
 #pragma unroll
   for (int mask = 16; mask > 0; mask /= 2) total += shuffle_xor(total, mask);
