@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from qkernels.triton import gate, norm, quantize_act
+from qkernels.triton import embedding, gate, norm, pack, quantize_act, sample
 
 
 def case(name: str, kernel: Any, warps: int = 4, **arguments: Any) -> dict[str, Any]:
@@ -82,5 +82,67 @@ def rows() -> list[dict[str, Any]]:
     return cases
 
 
+def tables() -> list[dict[str, Any]]:
+    kinds: list[tuple[int, str, str, float, str | None]] = [
+        # bits, scale, zero, middle, table
+        (8, "float32", "symmetric", 128.0, None),
+        (6, "int8", "symmetric", 32.0, None),
+        (5, "int8", "minimum", 0.0, None),
+        (4, "float16", "symmetric", 8.0, None),
+        (4, "e8m0", "symmetric", 0.0, "*i8"),
+        (4, "e4m3", "symmetric", 0.0, "*i8"),
+        (3, "bfloat16", "integer", 4.0, None),
+        (2, "uint4", "minimum", 0.0, None),
+    ]
+    cases = []
+    for bits, scale, zero, middle, table in kinds:
+        flat = {"float32": "*fp32", "float16": "*fp16", "bfloat16": "*bf16", "int8": "*i8"}
+        stored = flat.get(scale, "*u8")
+        two_level = scale in ("int8", "uint4")
+        zeros = {"symmetric": None, "integer": "*u8", "minimum": stored}
+        weight = {
+            "codes": "*u8",
+            "scale": stored,
+            "zero": None if scale == "uint4" else zeros[zero],
+            "block_scale": "*fp16" if two_level else None,
+            "block_zero": "*fp16" if two_level and zero == "minimum" else None,
+            "table": table,
+        }
+        sizes = {"n": "i32", "k": "i32", "units": "i32", "group_units": "i32", "chunks": "i32"}
+        kind = {"BITS": bits, "SCALE": scale, "ZERO": zero, "MIDDLE": middle}
+        name = f"W{bits} {scale} {zero}"
+        cases += [
+            case(
+                f"dequantize {name}", pack.dequantize_kernel, **weight, out="*bf16", **sizes,
+                **kind, U=4,
+            ),
+            case(
+                f"embedding {name}", embedding.embedding_kernel, ids="*i64", **weight, y="*fp16",
+                multiplier="fp32", **sizes, **kind, U=64,
+            ),
+        ]  # fmt: skip
+    for bits in (2, 3, 4, 5, 6, 8):
+        sizes = {"n": "i32", "k": "i32", "units": "i32", "chunks": "i32", "BITS": bits, "U": 4}
+        cases += [
+            case(f"unpack W{bits}", pack.unpack_kernel, codes="*u8", out="*u8", **sizes),
+            case(
+                f"pack W{bits}", pack.pack_kernel, codes="*u8", packed="*u8", seen="*i32", **sizes
+            ),
+        ]
+    return cases
+
+
+def samples() -> list[dict[str, Any]]:
+    return [
+        case(
+            f"sample {tiles * 4096}", sample.sample_kernel, 16, logits="*fp32",
+            temperature="*fp32", top_k="*i32", top_p="*fp32", min_p="*fp32", seed="*i64",
+            offset="*i64", e="*fp32", listed="*fp32", listed_e="*fp32", out="*i64", vocab="i32",
+            stride="i32", BLOCK=4096, LIST=4096, P=4, TILES=tiles,
+        )  # fmt: skip
+        for tiles in (1, 32)
+    ]
+
+
 def cases() -> list[dict[str, Any]]:
-    return rows()
+    return rows() + tables() + samples()

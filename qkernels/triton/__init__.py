@@ -30,6 +30,7 @@ MODULES = {
     "unpack": "pack",
     "dequantize": "pack",
     "embedding": "embedding",
+    "sample": "sample",
 }
 
 
