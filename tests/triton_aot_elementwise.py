@@ -33,30 +33,61 @@ def rows() -> list[dict[str, Any]]:
     quantize = {"x_stride": "i32", "k": "i32", "groups": "i32"}
     cases = [
         case(
-            f"quantize_act {p} x {g}", quantize_act.quantize_act_kernel, warps,
-            x="*bf16", **ACT, **quantize, blocks="i32", GROUP=group, P=p, G=g,
-        )  # fmt: skip
+            f"quantize_act {p} x {g}",
+            quantize_act.quantize_act_kernel,
+            warps,
+            x="*bf16",
+            **ACT,
+            **quantize,
+            blocks="i32",
+            GROUP=group,
+            P=p,
+            G=g,
+        )
         for group, p, g, warps in ((32, 32, 32, 4), (48, 64, 16, 4), (14336, 16384, 1, 16))
     ]
     cases.append(
         case(
-            "quantize_act loop", quantize_act.quantize_act_loop_kernel, 8,
-            x="*fp16", **ACT, **quantize, group="i32", BLOCK=4096,
-        )  # fmt: skip
+            "quantize_act loop",
+            quantize_act.quantize_act_loop_kernel,
+            8,
+            x="*fp16",
+            **ACT,
+            **quantize,
+            group="i32",
+            BLOCK=4096,
+        )
     )
     strides = {"gate_stride": "i32", "up_stride": "i32", "k": "i32"}
     for activation in ("silu", "gelu_tanh", "gelu_erf", "relu"):
         cases.append(
             case(
-                f"gate {activation}", gate.gate_kernel, gate="*bf16", up="*bf16", y="*bf16",
-                **strides, blocks="i32", ACTIVATION=activation, BLOCK=1024,
-            )  # fmt: skip
+                f"gate {activation}",
+                gate.gate_kernel,
+                gate="*bf16",
+                up="*bf16",
+                y="*bf16",
+                **strides,
+                blocks="i32",
+                ACTIVATION=activation,
+                BLOCK=1024,
+            )
         )
     cases.append(
         case(
-            "gate_quant silu", gate.gate_quant_kernel, gate="*fp16", up="*fp16", **ACT,
-            **strides, groups="i32", blocks="i32", ACTIVATION="silu", GROUP=32, P=32, G=32,
-        )  # fmt: skip
+            "gate_quant silu",
+            gate.gate_quant_kernel,
+            gate="*fp16",
+            up="*fp16",
+            **ACT,
+            **strides,
+            groups="i32",
+            blocks="i32",
+            ACTIVATION="silu",
+            GROUP=32,
+            P=32,
+            G=32,
+        )
     )
     given = {"x": "*bf16", "residual": "*bf16", "weight": "*fp32", "bias": None}
     sizes = {"x_stride": "i32", "residual_stride": "i32", "eps": "fp32"}
@@ -64,20 +95,47 @@ def rows() -> list[dict[str, Any]]:
         shape = {"R": r, "BLOCK": block}
         cases += [
             case(
-                f"add_norm {block}", norm.norm_kernel, warps, **given, y="*bf16", sum="*bf16",
-                m="i32", k="i32", **sizes, CENTER=block == 64, **shape,
-            ),
-            case(
-                f"add_norm_quant {block}", norm.norm_quant_kernel, warps, **given, **ACT,
-                sum="*bf16", m="i32", k="i32", groups="i32", **sizes, CENTER=False, GROUP=32,
+                f"add_norm {block}",
+                norm.norm_kernel,
+                warps,
+                **given,
+                y="*bf16",
+                sum="*bf16",
+                m="i32",
+                k="i32",
+                **sizes,
+                CENTER=block == 64,
                 **shape,
             ),
-        ]  # fmt: skip
+            case(
+                f"add_norm_quant {block}",
+                norm.norm_quant_kernel,
+                warps,
+                **given,
+                **ACT,
+                sum="*bf16",
+                m="i32",
+                k="i32",
+                groups="i32",
+                **sizes,
+                CENTER=False,
+                GROUP=32,
+                **shape,
+            ),
+        ]
     cases.append(
         case(
-            "norm loop", norm.norm_loop_kernel, 8, **{**given, "bias": "*fp32"}, y="*bf16",
-            sum="*bf16", k="i32", **sizes, CENTER=True, BLOCK=4096,
-        )  # fmt: skip
+            "norm loop",
+            norm.norm_loop_kernel,
+            8,
+            **{**given, "bias": "*fp32"},
+            y="*bf16",
+            sum="*bf16",
+            k="i32",
+            **sizes,
+            CENTER=True,
+            BLOCK=4096,
+        )
     )
     return cases
 
@@ -113,14 +171,26 @@ def tables() -> list[dict[str, Any]]:
         name = f"W{bits} {scale} {zero}"
         cases += [
             case(
-                f"dequantize {name}", pack.dequantize_kernel, **weight, out="*bf16", **sizes,
-                **kind, U=4,
+                f"dequantize {name}",
+                pack.dequantize_kernel,
+                **weight,
+                out="*bf16",
+                **sizes,
+                **kind,
+                U=4,
             ),
             case(
-                f"embedding {name}", embedding.embedding_kernel, ids="*i64", **weight, y="*fp16",
-                multiplier="fp32", **sizes, **kind, U=64,
+                f"embedding {name}",
+                embedding.embedding_kernel,
+                ids="*i64",
+                **weight,
+                y="*fp16",
+                multiplier="fp32",
+                **sizes,
+                **kind,
+                U=64,
             ),
-        ]  # fmt: skip
+        ]
     for bits in (2, 3, 4, 5, 6, 8):
         sizes = {"n": "i32", "k": "i32", "units": "i32", "chunks": "i32", "BITS": bits, "U": 4}
         cases += [
@@ -135,11 +205,27 @@ def tables() -> list[dict[str, Any]]:
 def samples() -> list[dict[str, Any]]:
     return [
         case(
-            f"sample {tiles * 4096}", sample.sample_kernel, 16, logits="*fp32",
-            temperature="*fp32", top_k="*i32", top_p="*fp32", min_p="*fp32", seed="*i64",
-            offset="*i64", e="*fp32", listed="*fp32", listed_e="*fp32", out="*i64", vocab="i32",
-            stride="i32", BLOCK=4096, LIST=4096, P=4, TILES=tiles,
-        )  # fmt: skip
+            f"sample {tiles * 4096}",
+            sample.sample_kernel,
+            16,
+            logits="*fp32",
+            temperature="*fp32",
+            top_k="*i32",
+            top_p="*fp32",
+            min_p="*fp32",
+            seed="*i64",
+            offset="*i64",
+            e="*fp32",
+            listed="*fp32",
+            listed_e="*fp32",
+            out="*i64",
+            vocab="i32",
+            stride="i32",
+            BLOCK=4096,
+            LIST=4096,
+            P=4,
+            TILES=tiles,
+        )
         for tiles in (1, 32)
     ]
 

@@ -196,8 +196,8 @@ def sample_kernel(
     logits, temperature, top_k, top_p, min_p, seed, offset, e, listed, listed_e, out, vocab, stride,
     BLOCK: tl.constexpr, LIST: tl.constexpr, P: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
-    """logits [B, V], settings [B] -> out [B] int64; grid [B]. Scratch: e [B, V], listed and listed_e
-    [B, LIST] float32."""
+    """logits [B, V], settings [B] -> out [B] int64; grid [B]. Scratch, float32: e [B, V]; listed,
+    listed_e [B, LIST]."""
     b = tl.program_id(0).to(tl.int64)
     row = logits + b * stride
     lane = tl.arange(0, BLOCK)
@@ -233,19 +233,16 @@ def sample(
     seed: Tensor,
     offset: Tensor,
 ) -> Tensor:
-    out: Tensor = registry.fake("sample")(
-        logits, temperature, top_k, top_p, min_p, seed, offset
-    )
+    out: Tensor = registry.fake("sample")(logits, temperature, top_k, top_p, min_p, seed, offset)
     batch, vocab = logits.shape
     if batch == 0:
         return out
     e = torch.empty((batch, vocab), dtype=torch.float32, device=logits.device)
     listed = torch.empty((2, batch, _LIST), dtype=torch.float32, device=logits.device)
-    block = min(_BLOCK, next_power_of_2(vocab))
-    tiles = next_power_of_2(triton.cdiv(vocab, block))
+    tiles = next_power_of_2(triton.cdiv(vocab, _BLOCK))
     with device_of(logits):
         sample_kernel[(batch,)](
             logits, temperature, top_k, top_p, min_p, seed, offset, e, listed[0], listed[1], out,
-            vocab, logits.stride(0), block, _LIST, _PIVOTS, tiles, num_warps=_WARPS, **EXACT,
+            vocab, logits.stride(0), _BLOCK, _LIST, _PIVOTS, tiles, num_warps=_WARPS, **EXACT,
         )  # fmt: skip
     return out
