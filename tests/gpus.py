@@ -4,6 +4,7 @@ a real one where there is one. A test takes the fixture `gpu` and runs on both."
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -93,9 +94,31 @@ def find_gpu(name: str) -> Gpu:
     return load_emulated() if name == "emu" else Gpu("cuda", NATIVE, torch.device("cuda", 0))
 
 
+@functools.cache
+def _quicken_interpreter() -> None:
+    """A kernel that calls a device function has triton.language patched already; the interpreter
+    does it again, which takes half of its time. Triton's own functions see another module of it,
+    and that stays patched."""
+    from triton.runtime import interpreter
+
+    patch = interpreter._patch_lang
+    patched: set[str] = set()
+
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        module = self.fn.__module__
+        if module not in patched and not module.startswith(f"{triton.__name__}."):
+            patch(self.fn)
+            patched.add(module)
+        return self.rewrite()(*args, **kwargs)
+
+    interpreter.InterpretedFunction.__call__ = call
+
+
 def triton_gpu() -> Gpu:
     """The Triton kernels: on the GPU if there is one, else interpreted on the CPU."""
     if reason := triton.problem():
         pytest.skip(reason)
+    if triton.interpreted():
+        _quicken_interpreter()
     real = torch.cuda.is_available()
     return Gpu("triton", TRITON, torch.device("cuda", 0) if real else torch.device("cpu"))

@@ -8,6 +8,9 @@ from typing import Any
 from qkernels.triton import embedding, gate, norm, pack, quantize_act, sample
 
 
+MULTIPLES = ("k", "group", "x_stride", "residual_stride", "gate_stride", "up_stride", "stride")
+
+
 def case(name: str, kernel: Any, warps: int = 4, **arguments: Any) -> dict[str, Any]:
     """arguments: of the kernel, in its order: a type ("*fp16", "i32"), else the constant it is."""
     assert list(arguments) == kernel.arg_names, (name, kernel.arg_names)
@@ -21,6 +24,8 @@ def case(name: str, kernel: Any, warps: int = 4, **arguments: Any) -> dict[str, 
         "kernel": kernel,
         "signature": {argument: run_time.get(argument, "constexpr") for argument in arguments},
         "constexprs": {a: kind for a, kind in arguments.items() if a not in run_time},
+        # As tensors and shapes mostly are.
+        "aligned": [a for a, kind in run_time.items() if kind[0] == "*" or a in MULTIPLES],
         "options": {"num_warps": warps, "enable_fp_fusion": False},
         "matrix": False,
     }

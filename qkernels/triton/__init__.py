@@ -19,8 +19,12 @@ from ..ops.registry import TRITON, implement
 LEAST = (3, 6)
 # Of every op: the module of its stem; the function has the op's name.
 MODULES = {
+    "attention": "attention",
+    "attention_dense": "attention",
     "gate": "gate",
     "gate_quant": "gate",
+    "linear": "linear",
+    "linear_quant": "linear",
     "quantize_act": "quantize_act",
     "norm": "norm",
     "add_norm": "norm",
@@ -31,6 +35,7 @@ MODULES = {
     "dequantize": "pack",
     "embedding": "embedding",
     "sample": "sample",
+    "kv_append": "kv_append",
 }
 
 

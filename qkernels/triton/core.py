@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from typing import Any
 
 import torch
@@ -12,8 +13,8 @@ from torch import Tensor
 
 from . import interpreted
 
-# The interpreter multiplies bfloat16 matrices wrongly and cuts float32 off when it makes bfloat16 of
-# it (Triton 3.9): matmul and narrow go around that.
+# The interpreter multiplies bfloat16 matrices wrongly and cuts float32 off when it makes bfloat16
+# of it (Triton 3.9): matmul and narrow go around that.
 INTERPRETED = tl.constexpr(interpreted())
 # Float32 steps that the reference has too must not become fused ones where results are compared bit
 # for bit; kernels that want one say tl.fma.
@@ -23,6 +24,16 @@ EXACT = {"enable_fp_fusion": False}
 def device_of(t: Tensor) -> contextlib.AbstractContextManager[Any]:
     """Makes a tensor's GPU the current one, on whose stream Triton launches."""
     return torch.cuda.device(t.device) if t.is_cuda else contextlib.nullcontext()
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """Of a GPU; few where kernels are interpreted, so that both sides of every choice are seen."""
+    return (
+        torch.cuda.get_device_properties(device).multi_processor_count
+        if device.type == "cuda"
+        else 4
+    )
 
 
 def next_power_of_2(n: int) -> int:
@@ -38,7 +49,7 @@ def round_even(v):
 @triton.jit
 def narrow(v, TYPE: tl.constexpr):
     """float32 -> TYPE, to nearest, half to even; the interpreter would cut bfloat16 off."""
-    if INTERPRETED and TYPE == tl.bfloat16:
+    if INTERPRETED and tl.bfloat16 == TYPE:
         bits = v.to(tl.uint32, bitcast=True)
         rounded = (bits + 0x7FFF + (bits >> 16 & 1)) & 0xFFFF0000
         return tl.where(v == v, rounded.to(tl.float32, bitcast=True), v).to(TYPE)
@@ -46,11 +57,14 @@ def narrow(v, TYPE: tl.constexpr):
 
 
 @triton.jit
-def matmul(a, b, acc):
-    """a [M, K] @ b [K, N] + acc float32; 16-bit operands are not rounded further."""
-    if INTERPRETED:
+def matmul(a, b, acc=None):
+    """a [M, K] @ b [K, N] (+ acc) -> float32, or int32 of int8; operands are not rounded."""
+    if a.dtype == tl.int8:
+        return tl.dot(a, b, acc, out_dtype=tl.int32)
+    elif INTERPRETED:
         return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
-    return tl.dot(a, b, acc)
+    else:
+        return tl.dot(a, b, acc, input_precision="ieee")
 
 
 @triton.jit
@@ -61,9 +75,9 @@ def act_scales(amax):
     used = (amax >= tiny) & (amax < float("inf"))
     usable = tl.where(used, amax, 1.0)
     scale = tl.where(
-        used, tl.div_rn(usable, 127.0 + usable * 0), tl.where(amax < tiny, 0.0, float("nan"))
+        used, tl.div_rn(usable, usable * 0 + 127.0), tl.where(amax < tiny, 0.0, float("nan"))
     )
-    return scale, tl.where(used, tl.div_rn(127.0 + usable * 0, usable), 0.0)
+    return scale, tl.where(used, tl.div_rn(usable * 0 + 127.0, usable), 0.0)
 
 
 @triton.jit

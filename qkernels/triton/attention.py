@@ -1,0 +1,217 @@
+"""attention and attention_dense: launches; the kernels are in attention_kernel.py."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..ops import registry
+from .attention_kernel import attention_kernel, attention_merge_kernel
+from .core import device_of, next_power_of_2
+
+# Sequences of more new tokens are not split over their keys, unless there are few tokens in all.
+_DECODE_TOKENS = 8
+_MAX_SPLITS = 64
+_MERGED = 8  # splits at once
+_INT_MAX = 2**31 - 1
+_LOG2E = 1.4426950408889634
+PRODUCTS = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
+
+
+@dataclass(frozen=True)
+class Keys:
+    """Keys and values in pages [P, Hkv, page, D], or densely as one page [Tk, Hkv, D]."""
+
+    k: Tensor
+    v: Tensor
+    k_scale: Tensor | None
+    v_scale: Tensor | None
+    kv_len: Tensor | None  # [B], of pages
+    page_table: Tensor | None  # [B, pages per sequence]
+    kv_start: Tensor | None  # [B + 1], of dense keys
+    heads: int
+    page: int  # 0: dense
+    most: int  # keys of a sequence
+
+
+@dataclass(frozen=True)
+class Options:
+    scale: float
+    causal: bool
+    window: int
+    softcap: float
+    sinks: Tensor | None
+    alibi_slopes: Tensor | None
+    distance_bias: Tensor | None
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Rows of queries and keys of a program, and what it is compiled with."""
+
+    rows: int
+    keys: int
+    num_warps: int
+    num_stages: int
+
+
+def product_type(query: torch.dtype, keys: torch.dtype) -> torch.dtype:
+    """What the products are made in: codes are exact in float16; float16 has three bits more than
+    bfloat16, which rounding a query would lose."""
+    either_wide = torch.float32 in (query, keys)
+    if either_wide or (keys == torch.bfloat16 and query == torch.float16):
+        return torch.float32
+    return torch.bfloat16 if keys == torch.bfloat16 else torch.float16
+
+
+def padded_dim(dim: int, *, nibbles: bool) -> int:
+    return next_power_of_2(dim)
+
+
+def choose_tile(dim: int, rows: int, product: torch.dtype, *, decode: bool, codes: bool) -> Tile:
+    """rows: of a sequence, so far as the host knows. 16-bit tiles of keys are 16 KB, of which two
+    stages of k and v fit the shared memory of every GPU since sm_80 and of CDNA."""
+    dp = next_power_of_2(dim)
+    if product == torch.float32:  # without matrix instructions on NVIDIA: registers are the limit
+        return Tile(16, max(16, min(64, 4096 // dp)), 4, 1)
+    keys = max(16, min(128, 8192 // dp))
+    if decode:
+        few = max(16, min(64, next_power_of_2(rows), 16384 // dp))
+        return Tile(few, keys, 4, 3 if codes else 2)
+    if dp <= 64:
+        return Tile(128, 64, 4, 2)
+    return Tile({128: 128, 256: 64, 512: 32}[dp], keys, 8, 2)
+
+
+def multiprocessors(t: Tensor) -> int:
+    """Interpreted, those of an H100."""
+    return torch.cuda.get_device_properties(t.device).multi_processor_count if t.is_cuda else 132
+
+
+def choose_splits(programs: int, most_keys: int, processors: int) -> int:
+    """As many as fill the multiprocessors with two programs each, of no less than 256 keys."""
+    most = max(1, min(most_keys // 256, _MAX_SPLITS))
+    return max(1, min(2 * processors // max(1, programs), most))
+
+
+def _launch(
+    q: Tensor, out: Tensor, query_start: Tensor, keys: Keys, options: Options,
+    *, decode: bool, mixed: bool,
+) -> None:  # fmt: skip
+    """One kernel, over the sequences of up to _DECODE_TOKENS tokens (decode), of more, or, unless
+    mixed, over all."""
+    tokens, heads, dim = q.shape
+    batch, group = query_start.shape[0] - 1, heads // keys.heads
+    product = product_type(q.dtype, keys.k.dtype)
+    # Bounds are all the host knows: tokens are taken to be spread evenly.
+    each = 1 if mixed else triton.cdiv(tokens, batch)
+    codes = keys.k_scale is not None
+    tile = choose_tile(dim, each * group, product, decode=decode, codes=codes)
+    short = decode and mixed
+    of_each = triton.cdiv(_DECODE_TOKENS * group, tile.rows) if short else 0
+    tiles = batch * of_each if short else tokens * group // tile.rows + batch
+    splits = 1
+    if decode:
+        busy = batch * triton.cdiv(each * group, tile.rows) * keys.heads
+        splits = choose_splits(busy, keys.most, multiprocessors(q))
+    # A tile of a short sequence has whole tokens' rows or none: those beyond are not there.
+    places = batch * (of_each * tile.rows // group) if short else tokens
+    reference = total = sums = None
+    if splits > 1:
+        reference, total = q.new_empty((2, splits, places * heads), dtype=torch.float32)
+        sums = q.new_empty((splits, places * heads, dim), dtype=torch.float32)
+    least_new = _DECODE_TOKENS + 1 if mixed and not decode else 0
+    most_new = _DECODE_TOKENS if short else _INT_MAX
+    paged = keys.page > 0
+    nibbles = codes and keys.k.shape[-1] != dim
+    dp = padded_dim(dim, nibbles=nibbles)
+    bias = options.distance_bias
+    with device_of(q):
+        attention_kernel[(tiles, keys.heads, splits)](
+            q, out, keys.k, keys.v, keys.k_scale, keys.v_scale,
+            options.sinks, options.alibi_slopes, bias,
+            query_start, keys.kv_len, keys.kv_start, keys.page_table, reference, total, sums,
+            tokens, batch, keys.k.shape[0], 0 if keys.page_table is None else
+            keys.page_table.shape[1], keys.most, q.stride(0), keys.k.stride(0) if paged else 0,
+            keys.k_scale.stride(0) if keys.k_scale is not None else 0,
+            keys.k.stride(0), keys.v.stride(0), options.scale * _LOG2E, options.softcap,
+            min(options.window, _INT_MAX), 0 if bias is None else bias.shape[1] // 2,
+            least_new, most_new,
+            GROUP=group, D=dim, DP=dp, PAGE=keys.page, NIBBLES=nibbles, CAUSAL=options.causal,
+            WINDOW=options.window > 0, SOFTCAP=options.softcap > 0, PRODUCT=PRODUCTS[product],
+            BM=tile.rows, BN=tile.keys, EACH=of_each,
+            num_warps=tile.num_warps, num_stages=tile.num_stages,
+        )  # fmt: skip
+        if splits > 1:
+            attention_merge_kernel[(places, heads)](
+                out, options.sinks, query_start, reference, total, sums, tokens, splits,
+                least_new, most_new, D=dim, DP=dp, TOKENS=places // batch if short else 0,
+                BS=_MERGED, num_warps=1 if dp <= 128 else 4,
+            )  # fmt: skip
+
+
+def _attend(q: Tensor, out: Tensor, query_start: Tensor, keys: Keys, options: Options) -> Tensor:
+    tokens, batch = q.shape[0], query_start.shape[0] - 1
+    if not tokens or not batch:
+        return out
+    # A sequence's tokens are known on the device alone. Few in all, or on average: every sequence
+    # is split over its keys, whatever it has; else each launch takes its own.
+    decode_only = tokens <= _DECODE_TOKENS * batch
+    mixed = not decode_only and batch > 1
+    if decode_only or mixed:
+        _launch(q, out, query_start, keys, options, decode=True, mixed=mixed)
+    if not decode_only:
+        _launch(q, out, query_start, keys, options, decode=False, mixed=mixed)
+    return out
+
+
+def attention(
+    q: Tensor,
+    query_start: Tensor,
+    kv_len: Tensor,
+    page_table: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
+    scale: float,
+    causal: bool,
+    window: int,
+    softcap: float,
+    sinks: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    distance_bias: Tensor | None = None,
+) -> Tensor:
+    options: tuple[Any, ...] = (scale, causal, window, softcap, sinks, alibi_slopes, distance_bias)
+    out = registry.fake("attention")(
+        q, query_start, kv_len, page_table, k_pages, v_pages, k_scale, v_scale, *options
+    )
+    _, heads, page, _ = k_pages.shape
+    most = min(page_table.shape[1] * page, _INT_MAX)
+    keys = Keys(k_pages, v_pages, k_scale, v_scale, kv_len, page_table, None, heads, page, most)
+    return _attend(q, out, query_start, keys, Options(*options))
+
+
+def attention_dense(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    query_start: Tensor,
+    kv_start: Tensor,
+    scale: float,
+    causal: bool,
+    window: int,
+    softcap: float,
+    sinks: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    distance_bias: Tensor | None = None,
+) -> Tensor:
+    options: tuple[Any, ...] = (scale, causal, window, softcap, sinks, alibi_slopes, distance_bias)
+    out = registry.fake("attention_dense")(q, k, v, query_start, kv_start, *options)
+    keys = Keys(k, v, None, None, None, None, kv_start, k.shape[1], 0, k.shape[0])
+    return _attend(q, out, query_start, keys, Options(*options))

@@ -1,0 +1,118 @@
+"""linear's Triton kernels as they are compiled ahead of time: every width and zero, activations of
+16 bits and int8, with the table's shapes of each class of GPU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import triton.language as tl
+
+from qkernels.triton import linear, linear_kernels, tuning
+
+_POINTERS = {
+    "float32": "*fp32",
+    "float16": "*fp16",
+    "bfloat16": "*bf16",
+    "e8m0": "*u8",
+    "e4m3": "*u8",
+    "int8": "*i8",
+    "uint4": "*u8",
+}
+_NUMBERS = ["m", "n", "k", "units", "group_units", "act_units", "act_groups"]
+_NUMBERS += ["x_stride", "y_stride", "residual_stride", "part_units"]
+
+
+def _case(
+    kernel: str,
+    bits: int,
+    scale: str,
+    zero: str,
+    act: str,
+    kind: str,
+    m: int,
+    units: int,
+    split: bool,
+) -> dict[str, Any]:
+    """units: the most that a group has."""
+    key = tuning.Key(kernel, bits, None, m, 4096, 4096)  # type: ignore[arg-type]
+    shape = tuning.of_table(key, kind)
+    two_level = scale in ("int8", "uint4")
+    has_zero = zero == "integer" or (zero == "minimum" and scale != "uint4")
+    int8 = act == "int8"
+    signature = {
+        "x": {"int8": "*i8", "float16": "*fp16", "bfloat16": "*bf16"}[act],
+        "x_scale": "*fp32" if int8 else "constexpr",
+        "codes": "*i32",
+        "scale": _POINTERS[scale],
+        "zero": ("*u8" if zero == "integer" else _POINTERS[scale]) if has_zero else "constexpr",
+        "block_scale": "*fp16" if two_level else "constexpr",
+        "block_zero": "*fp16" if two_level and zero == "minimum" else "constexpr",
+        "table": "constexpr",
+        "y": "*fp32" if split else "*fp16" if int8 else {"float16": "*fp16"}.get(act, "*bf16"),
+        "bias": "constexpr",
+        "residual": "constexpr",
+        **dict.fromkeys(_NUMBERS, "i32"),
+    }
+    constexprs: dict[str, Any] = {
+        "BITS": bits,
+        "SCALE": scale,
+        "ZERO": zero,
+        "MIDDLE": float(1 << (bits - 1)),
+        "SPLIT": split,
+    }
+    if isinstance(shape, tuning.TileConfig):
+        u = min(shape.units, units)
+        product = linear.operands(act_int8=int8, bits=bits, table=False, zero=zero, units=u)
+        types = {
+            "int8": tl.int8,
+            "float16": tl.float16,
+            "bfloat16": tl.bfloat16,
+        }
+        constexprs |= {
+            "TYPE": types[product or act],
+            "B": shape.row_blocks,
+            "M": shape.tokens,
+            "U": u,
+        }
+        function = linear_kernels.linear_tile_kernel
+    else:
+        constexprs |= {"U": shape.units}
+        function = linear_kernels.linear_gemv_kernel
+    name = f"{kernel} W{bits} {scale} {zero} {act} M={m} {units} units"
+    return {
+        "name": name,
+        "kernel": function,
+        "signature": signature,
+        "constexprs": constexprs,
+        "options": {"num_warps": shape.warps, "num_stages": shape.stages},
+        "matrix": kernel == "tile",
+        "aligned": ["x", "codes", "scale", "y", "n", "k", "x_stride", "y_stride"],
+    }
+
+
+def cases(kind: str, every: bool) -> list[dict[str, Any]]:
+    """kind: class of GPU. every: all widths and zeros with all activations; else one of each."""
+    made = []
+    formats = [
+        (4, "float16", "symmetric", 2),
+        (4, "int8", "minimum", 2),
+        (8, "float16", "symmetric", 8),
+    ]
+    if every:
+        formats = [
+            (bits, scale, zero, units)
+            for bits in (2, 3, 4, 5, 6, 8)
+            for scale, zero, units in (
+                ("float16", "symmetric", 2),
+                ("float16", "integer", 8),
+                ("bfloat16", "minimum", 2),
+                ("float32", "integer", 1),
+                ("int8", "minimum", 2),
+            )
+        ] + [(4, "e8m0", "symmetric", 2), (4, "e4m3", "symmetric", 1), (2, "uint4", "minimum", 1)]
+    for bits, scale, zero, units in formats:
+        for act in ("float16", "bfloat16", "int8") if every else ("float16", "int8"):
+            made.append(_case("gemv", bits, scale, zero, act, kind, 1, units, True))
+            for m in (16, 64, 128) if every else (16, 128):
+                made.append(_case("tile", bits, scale, zero, act, kind, m, units, m == 16))
+    return made
