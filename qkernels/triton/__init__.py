@@ -34,6 +34,7 @@ MODULES = {
     "unpack": "pack",
     "dequantize": "pack",
     "embedding": "embedding",
+    "sample": "sample",
     "kv_append": "kv_append",
 }
 

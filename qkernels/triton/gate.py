@@ -16,8 +16,8 @@ _BLOCK = 1024
 
 @triton.jit
 def gate_exp(x):
-    """exp within 2 ulp for -87.3 <= x <= 88.3; e^-87.3 below, infinity above; NaN stays. A GPU's own
-    exp takes exp2 of x / ln 2 as rounded, whose error grows with x."""
+    """exp within 2 ulp for -87.3 <= x <= 88.3; e^-87.3 below, infinity above; NaN stays. The exp of
+    GPUs takes exp2 of x / ln 2 as rounded, whose error grows with x."""
     v = tl.where(x < -87.3, -87.3, tl.where(x > 89.0, 89.0, x))
     # Adding 1.5 * 2^23 rounds v / ln 2 to the integer n, which then stands in the lowest bits.
     shifted = tl.fma(v, 1.44269504, 12582912.0)

@@ -69,7 +69,7 @@ def norm_kernel(
     x, residual, weight, bias, y, sum, m, k, x_stride, residual_stride, eps,
     CENTER: tl.constexpr, R: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """x, residual [M, K] (residual and sum may be None) -> y, sum [M, K]; grid [blocks of R rows]."""
+    """x, residual [M, K] (residual and sum may be None) -> y, sum [M, K]; grid [M / R]."""
     row = tl.program_id(0) * R + tl.arange(0, R)
     v, there = norm_rows(
         x, residual, weight, bias, sum, row, m, k, x_stride, residual_stride, eps, CENTER, R, BLOCK
