@@ -92,7 +92,7 @@ def load_query(at, valid, scale, D: tl.constexpr, DP: tl.constexpr, PRODUCT: tl.
     d = tl.arange(0, DP)
     x = tl.load(at[:, None] + d[None, :], valid[:, None] & (d < D)[None, :], 0.0)
     factor = tl.full((at.shape[0],), 1.0, tl.float32) * scale
-    if x.dtype == tl.bfloat16 and PRODUCT == tl.float16:
+    if x.dtype == tl.bfloat16 and tl.float16 == PRODUCT:
         wide = x.to(tl.float32)
         exponent = tl.max(tl.abs(wide), axis=1).to(tl.int32, bitcast=True) >> 23
         shift = tl.minimum(140 - exponent, 126)  # 13 - (exponent - 127)
@@ -142,7 +142,7 @@ def load_rows(
         x = tl.reshape(x, (BN, DP // 16, 8))
         x = tl.permute(tl.join(x & 15, x >> 4), (0, 1, 3, 2))
         x = tl.reshape(x, (BN, DP))
-    if x.dtype == tl.uint8 and PRODUCT == tl.float16:
+    if x.dtype == tl.uint8 and tl.float16 == PRODUCT:
         x = (x.to(tl.uint16) | 0x6400).to(tl.float16, bitcast=True) - (1032 if NIBBLES else 1152)
     return x.to(PRODUCT)
 
@@ -154,15 +154,6 @@ def load_scales(at, there, PAGE: tl.constexpr):
         tl.load(at, there, 0.0).to(tl.float32),
         tl.load(at + PAGE, there, 0.0).to(tl.float32),
     )
-
-
-@triton.jit
-def product(a, b, acc):
-    if a.dtype == tl.float32:
-        acc = tl.dot(a, b, acc, input_precision="ieee")
-    else:
-        acc = matmul(a, b, acc)
-    return acc
 
 
 @triton.jit
@@ -181,9 +172,8 @@ def attend_keys(
     keys. Returns the five after these keys.
     """
     SCALED: tl.constexpr = k_scale is not None
-    OF_CODES: tl.constexpr = SCALED and PRODUCT != tl.float32  # the scales stay outside
+    OF_CODES: tl.constexpr = SCALED and tl.float32 != PRODUCT  # the scales stay outside
     OFFSET: tl.constexpr = 8 if NIBBLES else 128
-    BM: tl.constexpr = x.shape[0]
     for key0 in range(begin, end, BN):
         key = key0 + tl.arange(0, BN)
         there = key < end
@@ -208,7 +198,7 @@ def attend_keys(
             vs, vz = load_scales(v_scale + page * scale_stride + slot, there, PAGE)
             if not OF_CODES:
                 y = ks[:, None] * (y - kz[:, None])
-        s = product(x, tl.trans(y), tl.zeros((BM, BN), tl.float32))
+        s = matmul(x, tl.trans(y))
         if OF_CODES:
             s = (s - x_sum[:, None] * (kz - OFFSET)[None, :]) * ks[None, :]
         s *= factor[:, None]
@@ -244,7 +234,7 @@ def attend_keys(
         if OF_CODES:
             rounded = weights.to(tl.float32)
             zeros = zeros * drop + tl.sum(rounded * (vz - OFFSET)[None, :], axis=1)
-        acc = product(weights, y, acc * drop[:, None])
+        acc = matmul(weights, y, acc * drop[:, None])
     return reference, total, zeros, top, acc
 
 
@@ -351,7 +341,7 @@ def attention_kernel(
         k, v, k_scale, v_scale, table, pages, page_stride, scale_stride, k_stride, v_stride,
         softcap, reach, D, DP, PAGE, NIBBLES, SOFTCAP, PRODUCT, BN, True,
     )  # fmt: skip
-    if k_scale is not None and PRODUCT != tl.float32:
+    if k_scale is not None and tl.float32 != PRODUCT:
         acc = (acc - zeros[:, None]) * top
 
     d = tl.arange(0, DP)

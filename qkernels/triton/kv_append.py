@@ -24,7 +24,7 @@ def turned(
     DP: tl.constexpr, D: tl.constexpr, ROTARY: tl.constexpr,
 ):  # fmt: skip
     """Heads [H] of x [heads, D] as float32 [H, DP], their pairs (i, i + ROTARY / 2) turned by
-    angles [ROTARY], cosines then sines, those from dim `dims` on by NaN. ROTARY = 0: as they are."""
+    angles [ROTARY], cosines then sines; dims from `dims` on by NaN. ROTARY = 0: as they are."""
     d = tl.arange(0, DP)
     at = head[:, None] * D + d[None, :]
     there = (head < heads)[:, None] & (d < D)[None, :]
@@ -64,7 +64,9 @@ def quantize_rows(v, LEVELS: tl.constexpr):
     wide = scale.to(tl.float32)
     divisor = tl.where(wide == 0.0, float("inf"), wide)
     zero = round_even(tl.div_rn(tl.where(usable, -low, 0.0), divisor))
-    steps = tl.div_rn(tl.where(usable[:, None], clean, 0.0), tl.broadcast_to(divisor[:, None], v.shape))
+    steps = tl.div_rn(
+        tl.where(usable[:, None], clean, 0.0), tl.broadcast_to(divisor[:, None], v.shape)
+    )
     codes = tl.minimum(tl.maximum(round_even(steps) + zero[:, None], 0.0), LEVELS + 0.0)
     scale = tl.where(usable, wide, float("nan")).to(tl.float16)
     return codes.to(tl.int32), scale, zero.to(tl.float16)
