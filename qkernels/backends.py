@@ -19,8 +19,8 @@ from typing import Any
 
 import torch
 
-from . import devices
-from .ops.registry import NATIVE, REFERENCE
+from . import _library, devices, triton
+from .ops.registry import NATIVE, REFERENCE, TRITON
 
 Case = Mapping[str, Any]
 ENTRY_POINTS = "qkernels.backends"
@@ -39,21 +39,29 @@ def _anything(case: Case) -> str | None:
     return None
 
 
-def _cuda(case: Case) -> str | None:
+def _too_old(case: Case) -> str | None:
     found = case.get("capability")
     return None if found is None else devices.too_old(found)
+
+
+def _cuda(case: Case) -> str | None:
+    return _too_old(case) or case.get("library")
+
+
+def _triton(case: Case) -> str | None:
+    return _too_old(case) or triton.problem()
 
 
 @dataclass(frozen=True)
 class Row:
     """One implementation of one op.
 
-    op: its name. name: of the backend ("cpu", "cuda", "reference"), what `set_backend` takes.
-    namespace: of torch.ops.
-    device: the device type it stands for; None: any. supports: case -> the reason why not, or None.
-    A case holds what the
-    caller of `select` gave: constants such as weight=WeightKind(...), act="int8"; of a GPU that is
-    older than all CUDA kernels, its capability=(major, minor) as well.
+    op: its name. name: of the backend ("cpu", "cuda", "triton", "reference"), what `set_backend`
+    takes. namespace: of torch.ops. device: the device type it stands for; None: any. supports: case
+    -> the reason why not, or None. A case holds what the caller of `select` gave: constants such as
+    weight=WeightKind(...), act="int8"; of a GPU that is older than all kernels, its
+    capability=(major, minor) as well, and library=reason where the CUDA library was built for other
+    GPUs.
     """
 
     op: str
@@ -107,13 +115,25 @@ def rows(op: str) -> list[Row]:
 
 def _device_rows(op: str) -> list[Row]:
     """Of an op that nobody has registered rows for."""
-    return [Row(op, "cuda", NATIVE, "cuda", _cuda), Row(op, "cpu", NATIVE, "cpu")]
+    cuda, cpu = Row(op, "cuda", NATIVE, "cuda", _cuda), Row(op, "cpu", NATIVE, "cpu")
+    return [cuda, _triton_row(op), cpu] if op in triton.MODULES else [cuda, cpu]
+
+
+def _triton_row(op: str) -> Row:
+    return Row(op, "triton", TRITON, "cuda", _triton)
+
+
+def _stands_for(row: Row, device: str) -> bool:
+    """Interpreted Triton kernels run on the CPU, for those alone who name them."""
+    if row.name == "triton" and row.name == _backend and triton.interpreted():
+        return device == "cpu"
+    return row.device in (None, device)
 
 
 def choose(op: str, device: str, case: Case) -> Choice:
     """The row for a case, without warning. Raises RuntimeError if none serves it."""
     table = rows(op)
-    candidates = [row for row in table if row.device in (None, device)]
+    candidates = [row for row in table if _stands_for(row, device)]
     if _backend != "auto":
         candidates.sort(key=lambda row: row.name != _backend)
         if _backend not in names():
@@ -130,7 +150,7 @@ def choose(op: str, device: str, case: Case) -> Choice:
     for row in candidates:
         reason = row.supports(case)
         if reason is None and not implemented(row, device):
-            reason = f"{row.namespace} has no kernel of it for {device}"
+            reason = _absent(row, device)
         if reason is None:
             return Choice(row, tuple(reasons))
         reasons.append((row.name, reason))
@@ -139,6 +159,10 @@ def choose(op: str, device: str, case: Case) -> Choice:
         or f"none stands for device {device}"
     )
     raise RuntimeError(f"qkernels::{op}: no backend serves {describe(case)} on {device}: {told}")
+
+
+def _absent(row: Row, device: str) -> str:
+    return f"{row.namespace} has no kernel of it for {device}"
 
 
 def select(op: str, device: torch.device, **case: Any) -> Callable[..., Any]:
@@ -174,18 +198,30 @@ def _resolve(op: str, device: torch.device, case: Case) -> str:
     if device.type == "meta":
         return NATIVE
     with _lock:
-        choice = choose(op, device.type, {**case, **facts_of(device)})
-        if choice.reasons and _policy != "ignore":
+        facts = facts_of(device)
+        choice = choose(op, device.type, {**case, **facts})
+        # Where there is no CUDA library for this GPU, Triton's kernels are no fallback.
+        whole = {facts.get("library"), _absent(Row(op, "cuda", NATIVE), device.type)}
+        case_by_case = [reason for _, reason in choice.reasons if reason not in whole]
+        passed_over = case_by_case if choice.row.name == "triton" else choice.reasons
+        if passed_over and _policy != "ignore":
             _report(op, device.type, case, choice)
     return choice.row.namespace
 
 
 def facts_of(device: torch.device) -> Case:
-    """What a case says of its device: nothing, but of a GPU that is too old for any CUDA kernel."""
+    """What a case says of its device: nothing, but of a GPU that is too old for any kernel, or that
+    the CUDA library was not built for."""
     if device.type != "cuda" or not torch.cuda.is_available():
         return {}
-    found = devices.capability(device.index or 0)
-    return {} if devices.too_old(found) is None else {"capability": found}
+    facts: dict[str, Any] = {}
+    index = device.index or 0
+    found = devices.capability(index)
+    if torch.version.hip is None and devices.too_old(found) is not None:
+        facts["capability"] = found
+    if _library.cuda_status == "loaded" and (reason := devices.library_problem(index)):
+        facts["library"] = reason.splitlines()[0]
+    return facts
 
 
 def _report(op: str, device: str, case: Case, choice: Choice) -> None:
@@ -316,6 +352,7 @@ def _cuda_linear(case: Case) -> str | None:
 for _op in ("linear", "linear_quant"):
     _rows[_op] = [
         Row(_op, "cuda", NATIVE, "cuda", _cuda_linear),
+        _triton_row(_op),
         Row(_op, "cpu", NATIVE, "cpu", _int8_linear),
     ]
 

@@ -7,7 +7,7 @@ import re
 
 import torch
 
-from . import _library
+from . import _library, triton
 
 LEAST_CAPABILITY = (8, 0)  # asynchronous copies and bfloat16 products: csrc/cuda/ptx.cuh
 _capabilities: dict[int, tuple[int, int]] = {}
@@ -54,19 +54,35 @@ def cuda_targets() -> list[str]:
     return [str(target) for target in found]
 
 
-def cuda_problem(index: int | None = None) -> str | None:
-    """Why GPU number `index` (None: the current one) cannot be used, with what to do about it; None
-    if it can."""
-    if torch.version.cuda is None:
-        return (
-            f"torch {torch.__version__} has no CUDA; install one that has, as "
-            "https://pytorch.org/get-started/locally says"
-        )
+def library_problem(index: int | None = None) -> str | None:
+    """Why the CUDA library does not run on GPU number `index` (None: on no GPU in particular), with
+    what to do about it; None if it does."""
     if _library.cuda_status != "loaded":
         return (
             f"the CUDA library _C_cuda is {_library.cuda_status}. With nvcc on PATH, build it by\n"
             "    FORCE_CUDA=1 pip install --force-reinstall --no-deps --no-build-isolation qkernels"
         )
+    targets = cuda_targets()
+    if index is not None and targets and not covered(targets, found := capability(index)):
+        version = f"{found[0]}.{found[1]}"
+        return (
+            f"_C_cuda was built for {', '.join(targets)}, which a GPU of compute capability "
+            f'{version} cannot run; build it again with TORCH_CUDA_ARCH_LIST="{version}"'
+        )
+    return None
+
+
+def cuda_problem(index: int | None = None) -> str | None:
+    """Why GPU number `index` (None: the current one) cannot be used, with what to do about it; None
+    if it can: by the CUDA library, or else by the Triton kernels."""
+    if torch.version.cuda is None and torch.version.hip is None:
+        return (
+            f"torch {torch.__version__} has no CUDA; install one that has, as "
+            "https://pytorch.org/get-started/locally says"
+        )
+    no_triton = triton.problem()
+    if no_triton is not None and (no_library := library_problem()) is not None:
+        return f"{no_library}\nor let Triton compile kernels: {no_triton}"
     if not torch.cuda.is_available():
         return "torch sees no GPU (torch.cuda.is_available() is False; nvidia-smi may say why)"
     try:  # this starts CUDA, which fails in forked processes and where others have the GPU alone
@@ -77,15 +93,10 @@ def cuda_problem(index: int | None = None) -> str | None:
         found = capability(index)
     except RuntimeError as error:
         return f"CUDA does not start here: {str(error).splitlines()[0]}"
-    if reason := too_old(found):
+    if torch.version.hip is None and (reason := too_old(found)):
         return reason
-    targets = cuda_targets()
-    if targets and not covered(targets, found):
-        version = f"{found[0]}.{found[1]}"
-        return (
-            f"_C_cuda was built for {', '.join(targets)}, which a GPU of compute capability "
-            f'{version} cannot run; build it again with TORCH_CUDA_ARCH_LIST="{version}"'
-        )
+    if no_triton is not None and (no_library := library_problem(index)) is not None:
+        return f"{no_library}\nor let Triton compile kernels: {no_triton}"
     return None
 
 
@@ -124,4 +135,5 @@ def said_of_auto() -> str:
     device = resolve("auto")
     major, minor = capability(device.index)
     name = torch.cuda.get_device_name(device.index)
-    return f"{device}: {name}, compute capability {major}.{minor}"
+    by = "the CUDA library" if library_problem(device.index) is None else "Triton kernels"
+    return f"{device}: {name}, compute capability {major}.{minor}, by {by}"

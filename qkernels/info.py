@@ -11,13 +11,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import _library, backends, devices
+from . import _library, backends, devices, triton
 from ._format import amount, columns, ranges
 from .cache import token_bytes
 from .models import RopeConfig
 from .nn.decoder import QuantDecoder, WeightUse
 from .ops import registry
 from .ops.linear import default_act_group, resolve_act
+from .ops.registry import TRITON
 from .quant import PackedWeight
 
 
@@ -26,9 +27,9 @@ class BuildInfo:
     """The installation. `str()` is a few lines of text and a table.
 
     isa: the CPU instruction set in use; isas: those that build and CPU have, best first; cuda:
-    "loaded", or why not. auto: the device that device="auto" is, and why. libraries: (name, how it
-    was built, or why it was not). ops: per op, the rows of its table on this machine, in order;
-    those without a kernel say so.
+    "loaded", or why not; triton: which, or why not. auto: the device that device="auto" is, and
+    why. libraries: (name, how it was built, or why it was not). ops: per op, the rows of its table
+    on this machine, in order; those without a kernel say so.
     """
 
     version: str
@@ -37,6 +38,7 @@ class BuildInfo:
     isas: tuple[str, ...]
     threads: int
     cuda: str
+    triton: str
     auto: str
     backend: str
     on_fallback: str
@@ -49,6 +51,7 @@ class BuildInfo:
             ("qkernels", f"{self.version}, torch {self.torch}, Python {python}"),
             ("CPU", f"{self.isa} in use of {', '.join(self.isas)}; {self.threads} threads"),
             ("CUDA", self.cuda),
+            ("Triton", self.triton),
             ("device auto", self.auto),
             ("backend", f"{self.backend}; when a row is passed over: {self.on_fallback}"),
             *self.libraries,
@@ -147,6 +150,7 @@ def _build() -> BuildInfo:
         isas=tuple(native.cpu_isas().split(", ")),
         threads=torch.get_num_threads(),
         cuda=_library.cuda_status,
+        triton=triton.status(),
         auto=devices.said_of_auto(),
         backend=backend,
         on_fallback=policy,
@@ -172,6 +176,8 @@ def _libraries() -> tuple[tuple[str, str], ...]:
 
 def _row(row: backends.Row) -> str:
     device = row.device or "cpu"
+    if row.namespace == TRITON and triton.interpreted():
+        return f"{row.name} (interpreted, for those who name it)"
     return row.name + ("" if backends.implemented(row, device) else f" (no kernel for {device})")
 
 

@@ -142,7 +142,8 @@ def test_rows_of_others(table: None, four: PackedWeight) -> None:
     backends.register_row(
         Row("linear", "mine", "qkernels_reference", "cpu", lambda case: None), before="cpu"
     )
-    assert [row.name for row in backends.rows("linear")] == ["cuda", "mine", "cpu", "reference"]
+    names = ["cuda", "triton", "mine", "cpu", "reference"]
+    assert [row.name for row in backends.rows("linear")] == names
     assert backends.choose("linear", "cpu", {"weight": four.kind}).row.name == "mine"
     assert "mine" in backends.names()
     with pytest.raises(ValueError, match="named 'mine' already"):
@@ -150,11 +151,11 @@ def test_rows_of_others(table: None, four: PackedWeight) -> None:
     with pytest.raises(ValueError, match="no row named 'theirs'"):
         backends.register_row(Row("linear", "ours", "elsewhere"), before="theirs")
     backends.register_row(Row("linear", "late", "nowhere", "cpu", lambda case: "it rains"))
-    assert [row.name for row in backends.rows("linear")][1:4] == ["mine", "cpu", "late"]
+    assert [row.name for row in backends.rows("linear")][2:5] == ["mine", "cpu", "late"]
     backends.register_row(Row("norm", "mine", "qkernels_reference", "cpu"), before="cpu")
     backends.register_row(Row("norm", "late", "nowhere", "cpu"))
     order = [row.name for row in backends.rows("norm")]
-    assert order == ["cuda", "mine", "cpu", "late", "reference"]
+    assert order == ["cuda", "triton", "mine", "cpu", "late", "reference"]
 
 
 @pytest.mark.parametrize("op", ["linear", "linear_quant", "attention", "embedding"])
@@ -262,7 +263,7 @@ def test_info(four: PackedWeight, wide: PackedWeight) -> None:
     )
     assert torch.__version__ in str(build) and build.cuda in str(build)
     served = dict(build.ops)
-    assert served["linear"][1:] == served["attention"][1:] == ("cpu", "reference")
+    assert served["linear"][2:] == served["attention"][2:] == ("cpu", "reference")
     assert "set_cpu_isa" not in served and "\nlinear_quant " in str(build)
 
     class Layer(nn.Module):

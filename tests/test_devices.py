@@ -12,7 +12,7 @@ import torch
 from test_decoder import RAW, SPEC, Random, make
 
 import qkernels as qk
-from qkernels import _library, backends, devices
+from qkernels import _library, backends, devices, triton
 from qkernels.loading import load_hf, placed
 from qkernels.nn import QuantDecoder
 from qkernels.quant import PackedWeight
@@ -39,7 +39,9 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> Any:
 def test_auto_is_the_current_gpu(cuda: Any) -> None:
     assert devices.cuda_problem() is None
     assert devices.resolve("auto") == devices.resolve("cuda") == torch.device("cuda:1")
-    assert devices.said_of_auto() == "cuda:1: NVIDIA H200, compute capability 9.0"
+    assert devices.said_of_auto() == (
+        "cuda:1: NVIDIA H200, compute capability 9.0, by the CUDA library"
+    )
     assert devices.resolve("cpu") == torch.device("cpu")
     assert "cuda:1: NVIDIA H200" in str(qk.info())
 
@@ -56,6 +58,7 @@ PROBLEMS = [
 @pytest.mark.parametrize(("of", "name", "value", "words"), PROBLEMS)
 def test_what_is_missing_is_said(cuda: Any, of: Any, name: str, value: Any, words: str) -> None:
     cuda.setattr(of, name, value)
+    cuda.setattr(triton, "problem", lambda: "Triton is not installed")
     with pytest.raises(RuntimeError, match=f"(?s)device 'cuda' cannot be used: .*{words}"):
         QuantDecoder.from_pretrained("nowhere", device="cuda")
     assert devices.resolve("auto") == torch.device("cpu")

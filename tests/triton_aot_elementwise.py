@@ -33,29 +33,60 @@ def rows() -> list[dict[str, Any]]:
     quantize = {"x_stride": "i32", "k": "i32", "groups": "i32"}
     cases = [
         case(
-            f"quantize_act {p} x {g}", quantize_act.quantize_act_kernel, warps,
-            x="*bf16", **ACT, **quantize, blocks="i32", GROUP=group, P=p, G=g,
+            f"quantize_act {p} x {g}",
+            quantize_act.quantize_act_kernel,
+            warps,
+            x="*bf16",
+            **ACT,
+            **quantize,
+            blocks="i32",
+            GROUP=group,
+            P=p,
+            G=g,
         )  # fmt: skip
         for group, p, g, warps in ((32, 32, 32, 4), (48, 64, 16, 4), (14336, 16384, 1, 16))
     ]
     cases.append(
         case(
-            "quantize_act loop", quantize_act.quantize_act_loop_kernel, 8,
-            x="*fp16", **ACT, **quantize, group="i32", BLOCK=4096,
+            "quantize_act loop",
+            quantize_act.quantize_act_loop_kernel,
+            8,
+            x="*fp16",
+            **ACT,
+            **quantize,
+            group="i32",
+            BLOCK=4096,
         )  # fmt: skip
     )
     strides = {"gate_stride": "i32", "up_stride": "i32", "k": "i32"}
     for activation in ("silu", "gelu_tanh", "gelu_erf", "relu"):
         cases.append(
             case(
-                f"gate {activation}", gate.gate_kernel, gate="*bf16", up="*bf16", y="*bf16",
-                **strides, blocks="i32", ACTIVATION=activation, BLOCK=1024,
+                f"gate {activation}",
+                gate.gate_kernel,
+                gate="*bf16",
+                up="*bf16",
+                y="*bf16",
+                **strides,
+                blocks="i32",
+                ACTIVATION=activation,
+                BLOCK=1024,
             )  # fmt: skip
         )
     cases.append(
         case(
-            "gate_quant silu", gate.gate_quant_kernel, gate="*fp16", up="*fp16", **ACT,
-            **strides, groups="i32", blocks="i32", ACTIVATION="silu", GROUP=32, P=32, G=32,
+            "gate_quant silu",
+            gate.gate_quant_kernel,
+            gate="*fp16",
+            up="*fp16",
+            **ACT,
+            **strides,
+            groups="i32",
+            blocks="i32",
+            ACTIVATION="silu",
+            GROUP=32,
+            P=32,
+            G=32,
         )  # fmt: skip
     )
     given = {"x": "*bf16", "residual": "*bf16", "weight": "*fp32", "bias": None}
@@ -75,8 +106,16 @@ def rows() -> list[dict[str, Any]]:
         ]  # fmt: skip
     cases.append(
         case(
-            "norm loop", norm.norm_loop_kernel, 8, **{**given, "bias": "*fp32"}, y="*bf16",
-            sum="*bf16", k="i32", **sizes, CENTER=True, BLOCK=4096,
+            "norm loop",
+            norm.norm_loop_kernel,
+            8,
+            **{**given, "bias": "*fp32"},
+            y="*bf16",
+            sum="*bf16",
+            k="i32",
+            **sizes,
+            CENTER=True,
+            BLOCK=4096,
         )  # fmt: skip
     )
     return cases

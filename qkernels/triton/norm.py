@@ -222,8 +222,6 @@ def add_norm_quant(
     center: bool,
     act_group: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    *act, total = registry.fake("add_norm_quant")(
-        x, residual, weight, bias, eps, center, act_group
-    )
+    *act, total = registry.fake("add_norm_quant")(x, residual, weight, bias, eps, center, act_group)
     _norm_quant(x, residual, weight, bias, eps, center, act_group, tuple(act), total)
     return *act, total
