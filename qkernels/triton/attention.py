@@ -11,8 +11,9 @@ import triton.language as tl
 from torch import Tensor
 
 from ..ops import registry
+from . import tuning
 from .attention_kernel import attention_kernel, attention_merge_kernel
-from .core import device_of, next_power_of_2
+from .core import device_of, multiprocessors, next_power_of_2
 
 # Sequences of more new tokens are not split over their keys, unless there are few tokens in all.
 _DECODE_TOKENS = 8
@@ -69,34 +70,32 @@ def product_type(query: torch.dtype, keys: torch.dtype) -> torch.dtype:
     return torch.bfloat16 if keys == torch.bfloat16 else torch.float16
 
 
-def padded_dim(dim: int, *, nibbles: bool) -> int:
-    return next_power_of_2(dim)
+def choose_tile(
+    dim: int, rows: int, product: torch.dtype, kind: str, *, decode: bool, codes: bool
+) -> Tile:
+    """rows: of a sequence, so far as the host knows; kind: class of GPU.
 
-
-def choose_tile(dim: int, rows: int, product: torch.dtype, *, decode: bool, codes: bool) -> Tile:
-    """rows: of a sequence, so far as the host knows. 16-bit tiles of keys are 16 KB, of which two
-    stages of k and v fit the shared memory of every GPU since sm_80 and of CDNA."""
+    Tiles of keys are 16 KB, as 16-bit numbers; one stage of k and v, and the next being loaded, fit
+    the shared memory of every GPU since sm_80 and of AMD's (64 KB).
+    """
     dp = next_power_of_2(dim)
-    if product == torch.float32:  # without matrix instructions on NVIDIA: registers are the limit
-        return Tile(16, max(16, min(64, 4096 // dp)), 4, 1)
-    keys = max(16, min(128, 8192 // dp))
+    if product == torch.float32:  # no matrix instructions on NVIDIA: registers are the limit
+        return Tile(16, max(16, min(64, 2048 // dp)), 4, 1)
     if decode:
+        keys = max(16, min(64 if codes else 128, 8192 // dp))
         few = max(16, min(64, next_power_of_2(rows), 16384 // dp))
-        return Tile(few, keys, 4, 3 if codes else 2)
-    if dp <= 64:
-        return Tile(128, 64, 4, 2)
-    return Tile({128: 128, 256: 64, 512: 32}[dp], keys, 8, 2)
-
-
-def multiprocessors(t: Tensor) -> int:
-    """Interpreted, those of an H100."""
-    return torch.cuda.get_device_properties(t.device).multi_processor_count if t.is_cuda else 132
+        deep = codes and not kind.startswith("gfx")  # bytes of codes are few: more on their way
+        return Tile(few, keys, 4, 3 if deep else 2)
+    keys = max(16, min(64, 8192 // dp))
+    # Eight waves of AMD's have half the registers each, and spill.
+    many = max(32, min(128, 16384 // dp))
+    return Tile(many, keys, 4 if dp <= 64 or kind.startswith("gfx") else 8, 2)
 
 
 def choose_splits(programs: int, most_keys: int, processors: int) -> int:
-    """As many as fill the multiprocessors with two programs each, of no less than 256 keys."""
+    """As many as give every multiprocessor four programs, of no less than 256 keys."""
     most = max(1, min(most_keys // 256, _MAX_SPLITS))
-    return max(1, min(2 * processors // max(1, programs), most))
+    return max(1, min(4 * processors // max(1, programs), most))
 
 
 def _launch(
@@ -111,14 +110,15 @@ def _launch(
     # Bounds are all the host knows: tokens are taken to be spread evenly.
     each = 1 if mixed else triton.cdiv(tokens, batch)
     codes = keys.k_scale is not None
-    tile = choose_tile(dim, each * group, product, decode=decode, codes=codes)
+    kind = tuning.class_of(q.device)
+    tile = choose_tile(dim, each * group, product, kind, decode=decode, codes=codes)
     short = decode and mixed
     of_each = triton.cdiv(_DECODE_TOKENS * group, tile.rows) if short else 0
     tiles = batch * of_each if short else tokens * group // tile.rows + batch
     splits = 1
     if decode:
         busy = batch * triton.cdiv(each * group, tile.rows) * keys.heads
-        splits = choose_splits(busy, keys.most, multiprocessors(q))
+        splits = choose_splits(busy, keys.most, multiprocessors(q.device))
     # A tile of a short sequence has whole tokens' rows or none: those beyond are not there.
     places = batch * (of_each * tile.rows // group) if short else tokens
     reference = total = sums = None
@@ -129,7 +129,7 @@ def _launch(
     most_new = _DECODE_TOKENS if short else _INT_MAX
     paged = keys.page > 0
     nibbles = codes and keys.k.shape[-1] != dim
-    dp = padded_dim(dim, nibbles=nibbles)
+    dp = next_power_of_2(dim)
     bias = options.distance_bias
     with device_of(q):
         attention_kernel[(tiles, keys.heads, splits)](

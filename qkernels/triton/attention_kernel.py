@@ -157,15 +157,6 @@ def load_scales(at, there, PAGE: tl.constexpr):
 
 
 @triton.jit
-def product(a, b, acc):
-    if a.dtype == tl.float32:
-        acc = tl.dot(a, b, acc, input_precision="ieee")
-    else:
-        acc = matmul(a, b, acc)
-    return acc
-
-
-@triton.jit
 def attend_keys(
     begin, end, x, factor, x_sum, first, last, position, slope, bias_row,
     reference, total, zeros, top, acc,
@@ -183,7 +174,6 @@ def attend_keys(
     SCALED: tl.constexpr = k_scale is not None
     OF_CODES: tl.constexpr = SCALED and tl.float32 != PRODUCT  # the scales stay outside
     OFFSET: tl.constexpr = 8 if NIBBLES else 128
-    BM: tl.constexpr = x.shape[0]
     for key0 in range(begin, end, BN):
         key = key0 + tl.arange(0, BN)
         there = key < end
@@ -208,7 +198,7 @@ def attend_keys(
             vs, vz = load_scales(v_scale + page * scale_stride + slot, there, PAGE)
             if not OF_CODES:
                 y = ks[:, None] * (y - kz[:, None])
-        s = product(x, tl.trans(y), tl.zeros((BM, BN), tl.float32))
+        s = matmul(x, tl.trans(y))
         if OF_CODES:
             s = (s - x_sum[:, None] * (kz - OFFSET)[None, :]) * ks[None, :]
         s *= factor[:, None]
@@ -244,7 +234,7 @@ def attend_keys(
         if OF_CODES:
             rounded = weights.to(tl.float32)
             zeros = zeros * drop + tl.sum(rounded * (vz - OFFSET)[None, :], axis=1)
-        acc = product(weights, y, acc * drop[:, None])
+        acc = matmul(weights, y, acc * drop[:, None])
     return reference, total, zeros, top, acc
 
 

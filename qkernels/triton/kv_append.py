@@ -24,7 +24,7 @@ def turned(
     DP: tl.constexpr, D: tl.constexpr, ROTARY: tl.constexpr,
 ):  # fmt: skip
     """Heads [H] of x [heads, D] as float32 [H, DP], their pairs (i, i + ROTARY / 2) turned by
-    angles [ROTARY], cosines then sines, those from dim `dims` on by NaN. ROTARY = 0: as they are."""
+    angles [ROTARY], cosines then sines; dims from `dims` on by NaN. ROTARY = 0: as they are."""
     d = tl.arange(0, DP)
     at = head[:, None] * D + d[None, :]
     there = (head < heads)[:, None] & (d < D)[None, :]
