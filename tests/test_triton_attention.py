@@ -117,6 +117,13 @@ def test_splits_of_sequences_beside_longer_ones(gpu: Gpu, processors: Any) -> No
         check(gpu, case, MASKS[0], make_bias("sinks", heads, 0))
 
 
+@pytest.mark.parametrize("kind, dtype", [("int8", F16), ("bfloat16", BF16)], ids=str)
+def test_splits_of_one_prefill(gpu: Gpu, kind: str, dtype: torch.dtype, processors: Any) -> None:
+    processors(9)
+    case = make_case(kind, (3, 1, 64, 16), [(50, 800)], dtype)
+    check(gpu, case, MASKS[0], make_bias("sinks", 3, 0))
+
+
 def test_tokens_that_crowd_in_one_sequence(gpu: Gpu, processors: Any) -> None:
     """Few on average, so that one launch takes them all; a sequence then has several tiles."""
     ragged = [(0, 5), (21, 290), (0, 1), (0, 513), (2, 2)]

@@ -92,10 +92,10 @@ def choose_tile(
     return Tile(many, keys, 4 if dp <= 64 or kind.startswith("gfx") else 8, 2)
 
 
-def choose_splits(programs: int, most_keys: int, processors: int) -> int:
-    """As many as give every multiprocessor four programs, of no less than 256 keys."""
+def choose_splits(programs: int, most_keys: int, at_once: int) -> int:
+    """As many as run at once, of no less than 256 keys."""
     most = max(1, min(most_keys // 256, _MAX_SPLITS))
-    return max(1, min(4 * processors // max(1, programs), most))
+    return max(1, min(at_once // max(1, programs), most))
 
 
 def _launch(
@@ -116,10 +116,12 @@ def _launch(
     of_each = triton.cdiv(_DECODE_TOKENS * group, tile.rows) if short else 0
     tiles = batch * of_each if short else tokens * group // tile.rows + batch
     splits = 1
-    if decode:
-        busy = batch * triton.cdiv(each * group, tile.rows) * keys.heads
-        splits = choose_splits(busy, keys.most, multiprocessors(q.device))
-    # A tile of a short sequence has whole tokens' rows or none: those beyond are not there.
+    if decode or not mixed:
+        # The small tiles of decode leave room for four programs on a multiprocessor, at least.
+        busy = (batch * triton.cdiv(each * group, tile.rows) if decode else tiles) * keys.heads
+        at_once = multiprocessors(q.device) * (4 if decode else 1)
+        splits = choose_splits(busy, keys.most, at_once)
+    # Sums of splits are kept of the tokens that tiles of short sequences have room for, or of all.
     places = batch * (of_each * tile.rows // group) if short else tokens
     reference = total = sums = None
     if splits > 1:
