@@ -101,8 +101,8 @@ def said(row: dict[str, Any]) -> str:
 
 
 def cases_of(part: str, target: str, every: bool) -> list[dict[str, Any]]:
-    """Of a module triton_aot_<part>.py: its cases(class of GPUs, every), or cases() for all GPUs, of
-    which a subset is each fifth."""
+    """Of a module triton_aot_<part>.py: its cases(class of GPUs, every), or cases() for all GPUs,
+    of which a subset is each fifth."""
     module = importlib.import_module(f"triton_aot_{part}")
     if inspect.signature(module.cases).parameters:
         by_class: list[dict[str, Any]] = module.cases(TARGETS[target][3], every)

@@ -7,7 +7,6 @@ from typing import Any
 
 from qkernels.triton import embedding, gate, norm, pack, quantize_act, sample
 
-
 MULTIPLES = ("k", "group", "x_stride", "residual_stride", "gate_stride", "up_stride", "stride")
 
 

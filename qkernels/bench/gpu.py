@@ -232,7 +232,7 @@ def has_triton(x: Tensor) -> bool:
 def _in_triton(
     op: str, args: list[tuple[Any, ...]], check: Callable[[str, Tensor], None]
 ) -> Baseline:
-    """The Triton row of an op on the same arguments; whichever row is chosen is measured as ours."""
+    """The Triton row of an op on the same arguments; ours is whichever row is chosen."""
     return Baseline(turns(args, getattr(torch.ops.qkernels_triton, op)), check)
 
 

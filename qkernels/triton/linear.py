@@ -26,7 +26,7 @@ from .core import EXACT, device_of, multiprocessors, next_power_of_2
 from .linear_kernels import linear_gemv_kernel, linear_sum_kernel, linear_tile_kernel
 from .pack import dequantize
 from .quantize_act import quantize_act
-from .tuning import GemvConfig, TileConfig
+from .tuning import Config, GemvConfig, TileConfig
 from .weight import Weight, weight_args
 
 _W = 10  # arguments that a weight is
@@ -104,7 +104,8 @@ def _launch(
         )
 
 
-def _gemv(c: GemvConfig, act: Activations, w: Weight, bias: Any, residual: Any, y: Tensor) -> None:
+def _gemv(c: Config, act: Activations, w: Weight, bias: Any, residual: Any, y: Tensor) -> None:
+    assert isinstance(c, GemvConfig)
     constants = {"U": c.units, "num_warps": c.warps, "num_stages": c.stages}
     tiles = triton.cdiv(w.n, 64)
     _launch(linear_gemv_kernel, tiles, c.units, 2, act, w, bias, residual, y, constants)
@@ -119,7 +120,8 @@ def operands(*, act_int8: bool, bits: int, table: bool, zero: str, units: int) -
     return "int8" if fits and units >= 2 else "float16"
 
 
-def _tile(c: TileConfig, act: Activations, w: Weight, bias: Any, residual: Any, y: Tensor) -> None:
+def _tile(c: Config, act: Activations, w: Weight, bias: Any, residual: Any, y: Tensor) -> None:
+    assert isinstance(c, TileConfig)
     act_group = act.group if act.scale is not None else w.group
     units = min(c.units, _common_units(w.group, act_group))
     int8, table = act.scale is not None, w.table is not None

@@ -15,6 +15,7 @@ import tempfile
 import threading
 import warnings
 from collections.abc import Callable
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
@@ -209,7 +210,7 @@ def _fastest(key: Key, device: torch.device, run: Callable[[Config], None]) -> C
     best, least = of_table(key, class_of(device)), float("inf")
     for config in dict.fromkeys([best, *candidates(key)]):
         try:
-            seconds = time_of(lambda config=config: run(config))
+            seconds = time_of(partial(run, config))
         except Exception as error:  # too much shared memory, or too many registers, for this GPU
             if "out of resource" not in str(error):
                 raise
