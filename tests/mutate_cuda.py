@@ -8,8 +8,8 @@ emulated tests must notice each.
 
 All mutants of a family are compiled at once, each behind a switch that reads one variable
 (mutants.py finds them); a run forks a process per mutant, sets the variable and runs the family's
-tests, those first that killed most mutants so far, until one fails. A mutant that crashes or hangs
-is killed too. Survivors are listed in build/mutants/<family>.md; those that no test can notice
+tests, those first that killed most mutants so far, until one fails. A mutant that crashes is killed
+too, and one with which a test takes 8 times as long and 8 seconds more. Survivors are listed in build/mutants/<family>.md; those that no test can notice
 belong into data/equivalent_mutants.toml with the reason. A file that several families share is
 mutated in each, and what one of them notices is noticed: the summary counts every mutant once.
 """
@@ -266,7 +266,9 @@ class Campaign:
         os.dup2(null, 1), os.dup2(null, 2)
         order = sorted(items, key=lambda i: (-self.kills[i.nodeid], self.seconds.get(i.nodeid, 0)))
         self.failed = False
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
         for i, item in enumerate(order):
+            signal.alarm(round(8 + 8 * self.seconds.get(item.nodeid, 0)))  # then it hangs, and dies
             item.ihook.pytest_runtest_protocol(item=item, nextitem=order[(i + 1) % len(order)])
             if self.failed:
                 os.write(there, f"killed {item.nodeid}".encode())
