@@ -9,9 +9,10 @@ emulated tests must notice each.
 All mutants of a family are compiled at once, each behind a switch that reads one variable
 (mutants.py finds them); a run forks a process per mutant, sets the variable and runs the family's
 tests, those first that killed most mutants so far, until one fails. A mutant that crashes is killed
-too, and one with which a test takes 8 times as long and 8 seconds more. Survivors are listed in build/mutants/<family>.md; those that no test can notice
-belong into data/equivalent_mutants.toml with the reason. A file that several families share is
-mutated in each, and what one of them notices is noticed: the summary counts every mutant once.
+too, and one with which a test takes 8 times as long and 8 seconds more. Survivors are listed in
+build/mutants/<family>.md; those that no test can notice belong into data/equivalent_mutants.toml
+with the reason. A file that several families share is mutated in each, and what one of them notices
+is noticed: the summary counts every mutant once.
 """
 
 from __future__ import annotations
