@@ -46,7 +46,7 @@ def test_the_token_of_the_cpu(
     assert_same_tokens(gpu, logits, args)
 
 
-@pytest.mark.parametrize("kind", ["equal", "two values", "outlier", "steep"])
+@pytest.mark.parametrize("kind", ["equal", "two values", "outlier", "steep", "masked"])
 def test_more_logits_in_a_bracket_than_are_listed(
     gpu: Gpu, kind: str, generator: torch.Generator
 ) -> None:
@@ -59,6 +59,9 @@ def test_more_logits_in_a_bracket_than_are_listed(
         logits[:, 1234] = -20.0
     elif kind == "steep":
         logits = torch.randn(1, vocab, generator=generator) * 1e4
+    elif kind == "masked":  # fewer are left than top-k would keep
+        logits = torch.full((1, vocab), -torch.inf)
+        logits[:, 4000:8500] = torch.randn(4500, generator=generator)
     for top_k, top_p in ((5000, 1.0), (0, 0.6), (5000, 0.6)):
         args = settings(1, generator, temperature=1.0, top_k=top_k, top_p=top_p, min_p=0.0)
         assert_same_tokens(gpu, logits, args)

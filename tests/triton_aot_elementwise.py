@@ -158,7 +158,7 @@ def tables() -> list[dict[str, Any]]:
     ]
     cases = []
     for bits, scale, zero, middle, table in kinds:
-        flat = {"float32": "*fp32", "float16": "*fp16", "bfloat16": "*bf16", "int8": "*i8"}
+        flat = {"float32": "*fp32", "float16": "*fp16", "bfloat16": "*i16", "int8": "*i8"}
         stored = flat.get(scale, "*u8")
         two_level = scale in ("int8", "uint4")
         zeros = {"symmetric": None, "integer": "*u8", "minimum": stored}

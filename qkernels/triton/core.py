@@ -48,11 +48,12 @@ def round_even(v):
 
 @triton.jit
 def narrow(v, TYPE: tl.constexpr):
-    """float32 -> TYPE, to nearest, half to even; the interpreter would cut bfloat16 off."""
+    """float32 -> TYPE, to nearest, half to even; the interpreter would cut bfloat16 off, and lose
+    what is subnormal."""
     if INTERPRETED and tl.bfloat16 == TYPE:
         bits = v.to(tl.uint32, bitcast=True)
-        rounded = (bits + 0x7FFF + (bits >> 16 & 1)) & 0xFFFF0000
-        return tl.where(v == v, rounded.to(tl.float32, bitcast=True), v).to(TYPE)
+        rounded = tl.where(v == v, bits + 0x7FFF + (bits >> 16 & 1), 0x7FC00000)
+        return (rounded >> 16).to(tl.uint16).to(TYPE, bitcast=True)
     return v.to(TYPE)
 
 

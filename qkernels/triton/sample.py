@@ -73,19 +73,20 @@ def masses(e, at, there, COUNTS: tl.constexpr):
 
 @triton.jit
 def threshold(
-    row, e, listed, listed_e, vocab, floor, top, least, limit,
+    row, e, listed, listed_e, vocab, count, floor, top, least, limit,
     COUNTS: tl.constexpr, BLOCK: tl.constexpr, LIST: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
     """The smallest key of those from `floor` on above which there is less than `limit` (float64, at
     least 0.5: what has nothing above it is always kept). Above all that is less, all are too many.
 
-    row, e [V]: logits and their exponentials; listed, listed_e [LIST]: scratch; top, least: the
-    largest logit, and a value from which on most that counts is found.
+    row, e [V]: logits and their exponentials; listed, listed_e [LIST]: scratch; count: how many
+    there are from `floor` on, or more; top, least: the largest logit, and a value from which on
+    most that counts is found.
     """
     lane, i = tl.arange(0, BLOCK), tl.arange(0, P)
     lo, hi = floor.to(tl.int64) - 1, key_of(top).to(tl.int64)  # not kept, kept
     low, high = least, top  # their values, from which pivots are found
-    over_lo, over_hi = 0 * hi + vocab, 0 * hi  # how many are above lo and hi
+    over_lo, over_hi = 0 * hi + count, 0 * hi  # how many are above lo and hi
     mass_hi = 0 * hi  # the mass above hi
     while (over_lo - over_hi > LIST) & (hi - lo > 1):
         # Equal steps of the values, and the middle of the keys, which alone halves the bracket.
@@ -93,25 +94,25 @@ def threshold(
         pivot = tl.where(i == 0, lo + hi >> 1, pivot)
         pivot = tl.minimum(tl.maximum(pivot, lo + 1), hi - 1)
         mass = tl.zeros((P,), tl.int64)
-        count = tl.zeros((P,), tl.int64)
+        over = tl.zeros((P,), tl.int64)
         for at in range(0, vocab, BLOCK):
             key = key_of(tl.load(row + at + lane, at + lane < vocab, 0.0))
             there = (at + lane < vocab) & (key >= floor)
             above = there[None, :] & (key.to(tl.int64)[None, :] > pivot[:, None])
             of = masses(e, at + lane, there, COUNTS)
             mass += tl.sum(tl.where(above, of[None, :], 0), axis=1)
-            count += tl.sum(above.to(tl.int32), axis=1).to(tl.int64)
+            over += tl.sum(above.to(tl.int32), axis=1).to(tl.int64)
         kept = mass.to(tl.float64) < limit
         hi = tl.min(tl.where(kept, pivot, hi), axis=0)
         mass_hi = tl.max(tl.where(kept, mass, mass_hi), axis=0)
-        over_hi = tl.max(tl.where(kept, count, over_hi), axis=0)
+        over_hi = tl.max(tl.where(kept, over, over_hi), axis=0)
         high = key_value(hi.to(tl.int32))
         above_lo = tl.max(tl.where(kept, lo, pivot), axis=0)
         low = tl.where(above_lo > lo, key_value(above_lo.to(tl.int32)), low)
         lo = above_lo
-        over_lo = tl.min(tl.where(kept, over_lo, count), axis=0)
+        over_lo = tl.min(tl.where(kept, over_lo, over), axis=0)
     if hi - lo > 1:
-        count = 0 * vocab
+        count = 0
         for at in range(0, vocab, BLOCK):
             there = at + lane < vocab
             l = tl.load(row + at + lane, there, 0.0)
@@ -138,16 +139,20 @@ def threshold(
 
 @triton.jit
 def draw(
-    row, e, listed, listed_e, vocab, top, least, first, temperature, top_k, top_p, min_p, seed,
-    offset, BLOCK: tl.constexpr, LIST: tl.constexpr, P: tl.constexpr, TILES: tl.constexpr,
+    row, e, listed, listed_e, vocab, count, top, least, first, temperature, top_k, top_p, min_p,
+    seed, offset, BLOCK: tl.constexpr, LIST: tl.constexpr, P: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
-    """The token of a row whose temperature is not 0; `first` where nothing has a weight."""
+    """The token of a row whose temperature is not 0; `first` where nothing has a weight.
+
+    count: logits that are not -inf, which has no weight: the least of them is the floor of every
+    search.
+    """
     lane, tile = tl.arange(0, BLOCK), tl.arange(0, TILES)
-    floor = tl.minimum(key_of(top), -2139095041)  # the key of -inf, of an integer on the GPU
-    if (top_k > 0) & (top_k < vocab):
+    floor = key_of(least)
+    if (top_k > 0) & (top_k < count):
         limit = top_k.to(tl.float64)
         floor = threshold(
-            row, e, listed, listed_e, vocab, floor, top, least, limit, True, BLOCK, LIST, P
+            row, e, listed, listed_e, vocab, count, floor, top, least, limit, True, BLOCK, LIST, P
         )
     weight = tl.zeros((BLOCK,), tl.int64)
     for at in range(0, vocab, BLOCK):
@@ -163,7 +168,7 @@ def draw(
         weighs = top - 29.0 * temperature  # what is below has no weight
         least = tl.where(weighs > least, weighs, least)
         floor = threshold(
-            row, e, listed, listed_e, vocab, floor, top, least, limit, False, BLOCK, LIST, P
+            row, e, listed, listed_e, vocab, count, floor, top, least, limit, False, BLOCK, LIST, P
         )
     of_tile = tl.zeros((TILES,), tl.int64)
     for at in range(0, vocab, BLOCK):
@@ -204,10 +209,11 @@ def sample_kernel(
     most = tl.full((BLOCK,), float("-inf"), tl.float32)
     least = tl.full((BLOCK,), float("inf"), tl.float32)  # but for -inf
     first = tl.full((BLOCK,), 0x7FFFFFFF, tl.int32)  # column of `most`
-    nan = tl.zeros((BLOCK,), tl.int32)
+    nan, count = tl.zeros((BLOCK,), tl.int32), tl.zeros((BLOCK,), tl.int32)
     for at in range(0, vocab, BLOCK):
         l = tl.load(row + at + lane, at + lane < vocab, float("-inf"))
         nan = tl.where(l != l, 1, nan)
+        count += (l > float("-inf")).to(tl.int32)
         least = tl.where((l < least) & (l > float("-inf")), l, least)
         first = tl.where(l > most, at + lane, first)
         most = tl.where(l > most, l, most)
@@ -217,9 +223,10 @@ def sample_kernel(
     t = tl.load(temperature + b)
     if (t != 0.0) & (is_nan == 0) & (empty == 0):
         token = draw(
-            row, e + b * vocab, listed + b * LIST, listed_e + b * LIST, vocab, top,
-            tl.min(least, axis=0), token, t, tl.load(top_k + b), tl.load(top_p + b),
-            tl.load(min_p + b), tl.load(seed + b), tl.load(offset + b), BLOCK, LIST, P, TILES,
+            row, e + b * vocab, listed + b * LIST, listed_e + b * LIST, vocab,
+            tl.sum(count, axis=0), top, tl.min(least, axis=0), token, t, tl.load(top_k + b),
+            tl.load(top_p + b), tl.load(min_p + b), tl.load(seed + b), tl.load(offset + b),
+            BLOCK, LIST, P, TILES,
         )  # fmt: skip
     tl.store(out + b, tl.where(is_nan, -1, tl.where(empty, -2, token)).to(tl.int64))
 

@@ -27,7 +27,7 @@ class Weight(NamedTuple):
 
     codes: Tensor  # [Np * Kp * bits / 32] int32: units of 64 rows x 16 columns, 32 * bits words
     bytes: Tensor  # the same as uint8
-    scale: Tensor  # [Np / 64, groups, 64]; float8 as uint8
+    scale: Tensor  # [Np / 64, groups, 64]; float8 as uint8, bfloat16 as int16
     zero: Tensor | None  # [Np / 64, groups, 64]: uint8 zero points, or minima of the scale's type
     block_scale: Tensor | None  # [Np / 64, blocks, 64] float16
     block_zero: Tensor | None  # the same
@@ -86,7 +86,10 @@ def weight_args(
 
 
 def _plain(values: Tensor) -> Tensor:
-    """float8 as uint8: Triton knows neither kind on every GPU."""
+    """float8 as uint8, and bfloat16 as int16: Triton knows neither everywhere, the interpreter no
+    subnormal bfloat16."""
+    if values.dtype == torch.bfloat16:
+        return values.view(torch.int16)
     eight_bit_float = values.is_floating_point() and values.dtype.itemsize == 1
     return values.view(torch.uint8) if eight_bit_float else values
 
@@ -125,6 +128,8 @@ def flat_scale(stored, SCALE: tl.constexpr):
         return e8m0_to_float(stored)
     elif SCALE == "e4m3":
         return e4m3_to_float(stored)
+    elif SCALE == "bfloat16":
+        return (stored.to(tl.int32) << 16).to(tl.float32, bitcast=True)
     else:
         return stored.to(tl.float32)
 
