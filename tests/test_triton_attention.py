@@ -209,10 +209,12 @@ def test_each_key_and_dim_is_where_it_belongs(gpu: Gpu, kind: str) -> None:
     check(gpu, case, MASKS[1])
 
 
-@pytest.mark.parametrize("kind", ["int8", "int4"])
-def test_nan_of_an_integer_key_reaches_only_who_sees_it(gpu: Gpu, kind: str) -> None:
+@pytest.mark.parametrize("kind, dtype", [("int8", F16), ("int4", F16), ("int4", F32)], ids=str)
+def test_nan_of_an_integer_key_reaches_only_who_sees_it(
+    gpu: Gpu, kind: str, dtype: torch.dtype
+) -> None:
     """Such a key has a NaN scale (kv_append)."""
-    case = make_case(kind, (3, 1, 64, 16), [(10, 10), (1, 12)], F16)
+    case = make_case(kind, (3, 1, 64, 16), [(10, 10), (1, 12)], dtype)
     mask = {"causal": True, "window": 5}
     clean = run(gpu.ops, to(gpu, case), mask).cpu()
     assert case.k_scale is not None and case.v_scale is not None

@@ -71,7 +71,11 @@ def attention_case(
         "kernel": attention_kernel,
         "signature": signature,
         "constexprs": constexprs,
-        "options": {"num_warps": tile.num_warps, "num_stages": tile.num_stages},
+        "options": {
+            "num_warps": tile.num_warps,
+            "num_stages": tile.num_stages,
+            **launches.FUSED,
+        },
         "matrix": product != F32,
         "aligned": [*WIDE, *types],
     }
@@ -90,7 +94,7 @@ def merge_case(dim: int, tokens: int) -> dict[str, Any]:
         "kernel": attention_merge_kernel,
         "signature": signature,
         "constexprs": constexprs,
-        "options": {"num_warps": 1 if dim <= 128 else 4},
+        "options": {"num_warps": 1 if dim <= 128 else 4, **launches.FUSED},
         "matrix": False,
         "aligned": list(types),
     }

@@ -20,6 +20,8 @@ _DECODE_TOKENS = 8
 _MAX_SPLITS = 64
 _MERGED = 8  # splits at once
 _INT_MAX = 2**31 - 1
+# Nothing here is compared bit for bit with other kernels; Triton asks for a choice to be made.
+FUSED = {"enable_fp_fusion": True}
 _LOG2E = 1.4426950408889634
 PRODUCTS = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
@@ -86,10 +88,12 @@ def choose_tile(
         few = max(16, min(64, next_power_of_2(rows), 16384 // dp))
         deep = codes and not kind.startswith("gfx")  # bytes of codes are few: more on their way
         return Tile(few, keys, 4, 3 if deep else 2)
-    keys = max(16, min(64, 8192 // dp))
+    # Codes are decoded in registers, which tiles of half the size leave enough of.
+    keys = max(16, min(32 if codes else 64, 8192 // dp))
     # Eight waves of AMD's have half the registers each, and spill.
-    many = max(32, min(128, 16384 // dp))
-    return Tile(many, keys, 4 if dp <= 64 or kind.startswith("gfx") else 8, 2)
+    amd = kind.startswith("gfx")
+    rows = max(32, min(64 if codes and amd else 128, 16384 // dp))
+    return Tile(rows, keys, 4 if dp <= 64 or amd else 8, 2)
 
 
 def choose_splits(programs: int, most_keys: int, at_once: int) -> int:
@@ -147,13 +151,13 @@ def _launch(
             GROUP=group, D=dim, DP=dp, PAGE=keys.page, NIBBLES=nibbles, CAUSAL=options.causal,
             WINDOW=options.window > 0, SOFTCAP=options.softcap > 0, PRODUCT=PRODUCTS[product],
             BM=tile.rows, BN=tile.keys, EACH=of_each,
-            num_warps=tile.num_warps, num_stages=tile.num_stages,
+            num_warps=tile.num_warps, num_stages=tile.num_stages, **FUSED,
         )  # fmt: skip
         if splits > 1:
             attention_merge_kernel[(places, heads)](
                 out, options.sinks, query_start, reference, total, sums, tokens, splits,
                 least_new, most_new, D=dim, DP=dp, TOKENS=places // batch if short else 0,
-                BS=_MERGED, num_warps=1 if dp <= 128 else 4,
+                BS=_MERGED, num_warps=1 if dp <= 128 else 4, **FUSED,
             )  # fmt: skip
 
 

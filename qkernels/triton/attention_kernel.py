@@ -16,7 +16,7 @@ k' = code - offset and zero' = zero - offset
 
 p v_scale is divided by `top`, a power of two above the v_scales so far, to stay in float16; the
 second sum takes the rounded products, so that the error of a weight is relative to |v|. Products
-of float32 take the values that the codes stand for.
+of float32 take k_scale (code - zero), and code - zero with weights p v_scale.
 
 Lengths and starts come from device memory, unchecked. Whatever they hold, nothing is read out of
 bounds: tokens are taken within [0, T], keys within the width of the page table (or the dense
@@ -225,11 +225,13 @@ def attend_keys(
             inverse = tl.where(above > 0, inverse, 0.0)
             drop *= top * inverse
             top = above
-            p *= (vs * inverse)[None, :]
+            vs *= inverse
+        if SCALED:
+            p *= vs[None, :]
             if MASKED:  # a scale that is NaN is that of who sees it
                 p = tl.where(seen, p, 0.0)
-        elif SCALED:
-            y = vs[:, None] * (y - vz[:, None])
+            if not OF_CODES:
+                y -= vz[:, None]
         weights = narrow(p, PRODUCT)
         if OF_CODES:
             rounded = weights.to(tl.float32)
