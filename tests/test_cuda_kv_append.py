@@ -111,6 +111,26 @@ def test_indices_out_of_range_write_nothing(gpu: Gpu) -> None:
     gpu.ops.kv_append(*gpu.to(clone(args)))
 
 
+def test_indices_that_are_one_too_large(gpu: Gpu) -> None:
+    """The first page that is not there, the first row of rope that is not, the first place behind
+    the table, of the last sequence, whose memory belongs to nobody."""
+    args = make_case("int8", SHAPES[1], [(1, 3), (1, 7), (1, 16)])
+    args[3] = args[3][:8].clone()
+    args[4] = ints(2, 8, 5)
+    args[7][0, 0] = len(args[8])
+    args[6][2] = args[7].shape[1] * args[8].shape[2] + 1
+    ours = gpu.to(clone(args))
+    out = gpu.ops.kv_append(*ours).cpu()
+    assert not out[0].isnan().any() and out[1].isnan().any() and not out[2].isnan().any()
+    fine = [x[1:2] if i < 3 else x for i, x in enumerate(args)]
+    fine[4], fine[5], fine[6], fine[7] = args[4][1:2], ints(0, 1), args[6][1:2], args[7][1:2]
+    fine[3] = torch.cat((args[3], torch.full_like(args[3][:1], torch.nan)))
+    expected = clone(fine)
+    REFERENCE.kv_append(*expected)
+    for a, b in zip(ours[8:], expected[8:], strict=True):
+        assert same(a, b)
+
+
 def test_nothing_to_do(gpu: Gpu) -> None:
     for ragged in ([], [(0, 0)], [(0, 5)]):
         args = gpu.to(make_case("int8", SHAPES[0], ragged))

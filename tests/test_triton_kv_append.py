@@ -16,6 +16,7 @@ from test_cuda_kv_append import (
     same,
     test_hard_rows,
     test_indices_out_of_range_write_nothing,
+    test_indices_that_are_one_too_large,
     test_many_sequences,
     test_nothing_to_do,
     test_one_token,
