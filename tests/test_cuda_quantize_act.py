@@ -55,6 +55,18 @@ def test_the_largest_may_be_anywhere_in_its_group(gpu: Gpu) -> None:
         assert_same(got, REFERENCE.quantize_act(x, group))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("group", [48, 272, 4112])
+def test_a_group_does_not_see_the_next_one(gpu: Gpu, group: int, dtype: torch.dtype) -> None:
+    """Whose values are larger, also where threads are left over."""
+    x = torch.linspace(-1, 1, group).repeat(2, 3)
+    x[:, group : 2 * group] *= 100
+    x[:, 2 * group :] *= 3000
+    want = REFERENCE.quantize_act(x.to(dtype), group)
+    for one, other in zip(gpu.ops.quantize_act(gpu.to(x.to(dtype)), group), want, strict=True):
+        assert torch.equal(one.cpu(), other)
+
+
 @pytest.mark.parametrize("group", [32, 48, 1024])
 def test_zero_tiny_huge_and_not_finite(gpu: Gpu, group: int) -> None:
     x = torch.zeros(8, group)
