@@ -83,17 +83,18 @@ def choose_tile(
     dp = next_power_of_2(dim)
     if product == torch.float32:  # no matrix instructions on NVIDIA: registers are the limit
         return Tile(16, max(16, min(64, 2048 // dp)), 4, 1)
+    rdna = kind == "gfx11"  # its matrix instructions take operands twice
     if decode:
-        keys = max(16, min(64 if codes else 128, 8192 // dp))
+        keys = max(16, min(32 if rdna else 64 if codes else 128, 8192 // dp))
         few = max(16, min(64, next_power_of_2(rows), 16384 // dp))
         deep = codes and not kind.startswith("gfx")  # bytes of codes are few: more on their way
         return Tile(few, keys, 4, 3 if deep else 2)
-    # Codes are decoded in registers, which tiles of half the size leave enough of.
-    keys = max(16, min(32 if codes else 64, 8192 // dp))
-    # Eight waves of AMD's have half the registers each, and spill.
-    amd = kind.startswith("gfx")
-    rows = max(32, min(64 if codes and amd else 128, 16384 // dp))
-    return Tile(rows, keys, 4 if dp <= 64 or amd else 8, 2)
+    # Registers limit these: codes are decoded in them, and sm_80 has its operands there.
+    half = codes or kind in ("sm80", "gfx11")
+    keys = max(16, min(32 if half and dp > 64 else 64, 8192 // dp))
+    many = max(32, min(64 if rdna or (codes and kind == "gfx9") else 128, 16384 // dp))
+    # Eight waves of 64 have half the registers each, and spill.
+    return Tile(many, keys, 4 if kind == "gfx9" else 8, 2)
 
 
 def choose_splits(programs: int, most_keys: int, at_once: int) -> int:
