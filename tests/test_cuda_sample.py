@@ -8,6 +8,8 @@ from gpus import Gpu
 from test_sample import REFERENCE, settings
 from torch import Tensor
 
+from qkernels.reference.sample import kept, philox
+
 NAN, EMPTY = -1, -2
 
 
@@ -54,6 +56,43 @@ def test_more_logits_in_a_bin_than_are_listed(
     top_p = 1.0 if filters in ("none", "k") else 0.6
     args = settings(batch, generator, temperature=1.0, top_k=top_k, top_p=top_p, min_p=0.0)
     assert_same_tokens(gpu, logits, args)
+
+
+def boundary(seed: int) -> tuple[float, float]:
+    """Two neighbouring logits of the second of two tokens, beside a first one of 0: with the one it
+    is drawn, with the other, a float below, it is not. Zeros where it is never drawn."""
+    low, high, _, _ = philox(seed, 0)
+
+    def drawn(magnitude: int) -> bool:
+        _, w = kept(torch.tensor([0.0, -as_float(magnitude)]), 1.0, 0, 1.0, 0.0)
+        return (high << 32 | low) * int(w.sum()) >> 64 >= int(w[0])
+
+    near, far = 0, int(torch.tensor(28.0).view(torch.int32))
+    if not drawn(near):
+        return 0.0, 0.0
+    while near + 1 < far:
+        middle = (near + far) // 2
+        near, far = (middle, far) if drawn(middle) else (near, middle)
+    return -as_float(near), -as_float(far)
+
+
+def as_float(bits: int) -> float:
+    return float(torch.tensor(bits, dtype=torch.int32).view(torch.float32))
+
+
+def test_weights_are_exact_to_the_last_float(gpu: Gpu) -> None:
+    """Tokens that the next float32 below would not give: they tell any error of the exponential."""
+    ends = [(seed, *boundary(seed)) for seed in range(80)]
+    rows = [(seed, logit) for seed, near, far in ends if near < 0 for logit in (near, far)]
+    assert len(rows) > 60
+    seeds = torch.tensor([seed for seed, _ in rows])
+    logits = torch.tensor([[0.0, logit] for _, logit in rows])
+    count = len(rows)
+    one, none = torch.ones(count), torch.zeros(count)
+    args = (one, none.int(), one, none, seeds, none.long())
+    want = torch.ops.qkernels_reference.sample(logits, *args)
+    assert want.tolist() == [1, 0] * (count // 2)
+    assert torch.equal(gpu.ops.sample(gpu.to(logits), *gpu.to(args)).cpu(), want)
 
 
 def test_extremes(gpu: Gpu, generator: torch.Generator) -> None:

@@ -16,6 +16,7 @@ from test_cuda_sample import (  # noqa: F401
     test_no_rows,
     test_rows_any_stride_apart,
     test_settings_out_of_range_draw_some_token,
+    test_weights_are_exact_to_the_last_float,
 )
 from test_sample import settings
 

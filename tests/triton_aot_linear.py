@@ -12,7 +12,7 @@ from qkernels.triton import linear, linear_kernels, tuning
 _POINTERS = {
     "float32": "*fp32",
     "float16": "*fp16",
-    "bfloat16": "*bf16",
+    "bfloat16": "*i16",
     "e8m0": "*u8",
     "e4m3": "*u8",
     "int8": "*i8",
