@@ -10,8 +10,18 @@ from typing import Any
 
 import pytest
 import torch
-from attention_cases import KINDS, MASKS, dense_case, make_bias, make_case, run
+from attention_cases import (
+    KINDS,
+    MASKS,
+    dense_case,
+    make_bias,
+    make_case,
+    options,
+    rows_of,
+    run,
+)
 from gpus import Gpu, triton_gpu
+from numerics import UNIT, assert_within
 from test_cuda_attention import (
     BF16,
     F16,
@@ -33,6 +43,7 @@ from test_cuda_attention import (
 )
 from torch import Tensor
 
+from qkernels.reference.attention import attend
 from qkernels.triton import attention as launches
 
 DECODE = [(1, 1), (1, 270), (3, 40), (0, 9)]
@@ -194,6 +205,39 @@ def test_scores_that_grow(gpu: Gpu, ragged: list[tuple[int, int]]) -> None:
                 case.k_scale[page, :, 0, slot] *= t * 3 / length
                 case.v_scale[page, :, 0, slot] *= 2.0 ** (t / 30 - 6)
         check(gpu, case, MASKS[0])
+
+
+@pytest.mark.parametrize("kind", ["float16", "int8"])
+def test_many_small_weights_are_not_lost(gpu: Gpu, kind: str) -> None:
+    """One key has all weight but 2^-24.4 of it for each other, less than float16 has steps for; its
+    value is 0, theirs are 1."""
+    case = make_case(kind, (1, 1, 16, 16), [(1, 64)], F16)
+    for pages, scales in ((case.k_pages, case.k_scale), (case.v_pages, case.v_scale)):
+        pages.fill_(1)
+        if scales is not None:
+            scales[:, :, 0], scales[:, :, 1] = 1, 0
+    case.k_pages[case.page_table[0, 0].long(), :, 0] = 2
+    case.v_pages[case.page_table[0, 0].long(), :, 0] = 0
+    case.q.fill_(16.91 / 16 * 16**0.5)
+    check(gpu, case, MASKS[0])
+
+
+@pytest.mark.parametrize("count", [1, 12])
+def test_tiles_of_keys_whose_page_is_out_of_range(gpu: Gpu, count: int) -> None:
+    """Pages that hold whole tiles are looked up once for all their keys."""
+    case = make_case("bfloat16", (2, 1, 64, 128), [(count, 500)], BF16)
+    left = torch.ones(500, dtype=torch.bool)
+    k, v = (rows_of(t, None, case.page_table[0], 500, 64) for t in (case.k_pages, case.v_pages))
+    for page, bad in ((0, -1), (2, len(case.k_pages))):
+        case.page_table[0, page] = bad
+        left[128 * page : 128 * page + 128] = False
+    want = attend(case.q.double(), k[left], v[left], *options(64, MASKS[1]))
+    out = run(gpu.ops, to(gpu, case), MASKS[1]).cpu()
+    assert_within(
+        out,
+        want,
+        4 * UNIT[BF16] * attend(case.q.double(), k[left], v[left].abs(), *options(64, MASKS[1])),
+    )
 
 
 @pytest.mark.parametrize("kind", ["float16", "bfloat16", "int8", "int4"])
