@@ -190,7 +190,7 @@ def linear_tile_kernel(
         a = 1.0
         if x_scale is not None:
             a = tl.load(
-                x_scale + token * act_groups + first // act_units,
+                x_scale + token.to(tl.int64) * act_groups + first // act_units,
                 (token < m) & (token * 0 + first * 16 < k),
                 0.0,
             )[None, :]
