@@ -11,10 +11,10 @@ OUT=${OUT:-build/gpu-results}
 PYTHON=${PYTHON:-python3}
 PARTS=${*:-tests triton sanitizer bench}
 ALL_SECONDS=${ALL_SECONDS:-530}
-TEST_SECONDS=${TEST_SECONDS:-120}
-TRITON_SECONDS=${TRITON_SECONDS:-75}
+TEST_SECONDS=${TEST_SECONDS:-110}
+TRITON_SECONDS=${TRITON_SECONDS:-110}
 SANITIZER_SECONDS=${SANITIZER_SECONDS:-30} # each of three tools
-BENCH_SECONDS=${BENCH_SECONDS:-230}
+BENCH_SECONDS=${BENCH_SECONDS:-215}
 mkdir -p "$OUT"
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
 export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-/tmp/qkernels-triton}
@@ -41,7 +41,9 @@ part() {
   return $code
 }
 
-for library in _C_cpu.so _C_cuda.so; do
+libraries=_C_cpu.so # Triton's kernels need no other
+[[ " $PARTS " == " triton " ]] || libraries="_C_cpu.so _C_cuda.so"
+for library in $libraries; do
   if [[ ! -f qkernels/$library ]]; then
     echo "run_gpu.sh: qkernels/$library is missing; build it by FORCE_CUDA=1 $PYTHON setup.py native" >&2
     exit 2
@@ -63,7 +65,10 @@ if wants tests; then
 fi
 if wants triton; then
   if "$PYTHON" -c 'import pytest, triton' 2>/dev/null; then
-    part triton "$TRITON_SECONDS" "$PYTHON" -m pytest -q -p no:cacheprovider --maxfail=20 tests/test_triton_*.py
+    # Compiling for other GPUs, and installing a package, is for the CPU's tests.
+    part triton "$TRITON_SECONDS" "$PYTHON" -m pytest -q -p no:cacheprovider --maxfail=20 \
+      --ignore=tests/test_triton_aot.py --deselect tests/test_triton_backend.py::test_the_walk_of_the_document \
+      tests/test_triton_*.py
     tail -25 "$OUT/triton.log"
   else
     echo "== triton: $PYTHON has no pytest or no Triton"

@@ -81,6 +81,8 @@ def cuda_problem(index: int | None = None) -> str | None:
             "https://pytorch.org/get-started/locally says"
         )
     no_triton = triton.problem()
+    if no_triton is not None and torch.version.hip is not None:
+        return f"on AMD GPUs kernels are Triton's: {no_triton}"
     if no_triton is not None and (no_library := library_problem()) is not None:
         return f"{no_library}\nor let Triton compile kernels: {no_triton}"
     if not torch.cuda.is_available():
@@ -118,7 +120,7 @@ def resolve(device: str | torch.device) -> torch.device:
     if found.type != "cuda":
         raise ValueError(
             f"device {str(device)!r} is not supported: QuantDecoder runs on the CPU (cpu) and on "
-            "NVIDIA GPUs (cuda, cuda:1, ...)"
+            "GPUs (cuda, cuda:1, ...)"
         )
     reason = cuda_problem(found.index)
     if reason is not None:

@@ -176,6 +176,8 @@ def _libraries() -> tuple[tuple[str, str], ...]:
 
 def _row(row: backends.Row) -> str:
     device = row.device or "cpu"
+    if row.namespace == TRITON and triton.problem() is not None:
+        return f"{row.name} (no Triton)"
     if row.namespace == TRITON and triton.interpreted():
         return f"{row.name} (interpreted, for those who name it)"
     return row.name + ("" if backends.implemented(row, device) else f" (no kernel for {device})")

@@ -101,7 +101,9 @@ def _quicken_interpreter() -> None:
     and that stays patched."""
     from triton.runtime import interpreter
 
-    patch = interpreter._patch_lang
+    patch = getattr(interpreter, "_patch_lang", None)
+    if patch is None or not hasattr(interpreter.InterpretedFunction, "rewrite"):
+        return  # another Triton: slower
     patched: set[str] = set()
 
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:

@@ -98,6 +98,18 @@ def test_values_that_are_quantized_by_another_rule(gpu: Gpu, k: int, dtype: torc
         assert torch.equal(torch.nan_to_num(one.cpu().float()), torch.nan_to_num(other.float()))
 
 
+@pytest.mark.parametrize("center", [False, True])
+def test_squares_that_overflow(gpu: Gpu, center: bool) -> None:
+    """Their sum is infinite, one over its root zero."""
+    x = torch.linspace(-1, 1, 64).repeat(2, 1) * 1e30
+    x[1] = torch.linspace(-1, 1, 64)
+    args = (torch.ones(64), None, EPS, center)
+    want = torch.ops.qkernels_reference.norm(x, *args)
+    got = gpu.ops.norm(gpu.to(x), *gpu.to(args[:2]), *args[2:]).cpu()
+    assert not want[0].any()
+    torch.testing.assert_close(got, want)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 def test_tensors_on_two_devices() -> None:

@@ -17,6 +17,7 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
 ]
 OPS = ["norm", "add_norm_quant", "gate_quant", "quantize_act", "embedding", "dequantize", "sample"]
+OPS += ["linear of one token", "linear of several", "linear of int8"]
 
 
 def calls(generator: torch.Generator) -> dict[str, tuple[Callable[[Tensor], object], Tensor]]:
@@ -36,13 +37,17 @@ def calls(generator: torch.Generator) -> dict[str, tuple[Callable[[Tensor], obje
         "embedding": (lambda i: ops.embedding(i, *weight, torch.bfloat16, 1.0), ids),
         "dequantize": (lambda c: ops.dequantize(c, *weight[1:], torch.bfloat16), weight[0]),
         "sample": (lambda l: ops.sample(l, *drawn), x.float()),
+        "linear of one token": (lambda x: ops.linear(x, *weight, None, "float", 0), x[:1, :512]),
+        "linear of several": (lambda x: ops.linear(x, *weight, None, "float", 0), x[:, :512]),
+        "linear of int8": (lambda x: ops.linear(x, *weight, None, "int8", 256), x[:, :512]),
     }
 
 
 @pytest.mark.parametrize("name", OPS)
 def test_a_graph_captures_it(name: str, generator: torch.Generator) -> None:
     function, given = calls(generator)[name]
-    changed = given.flip(0)
+    given = given.clone()
+    changed = given.flip(-1)
     want = function(changed)  # compiles the kernel, too
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()

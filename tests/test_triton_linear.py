@@ -184,6 +184,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     tuning = pytest.importorskip("qkernels.triton.tuning")
     monkeypatch.setenv("QKERNELS_CACHE", str(tmp_path))
     monkeypatch.setattr(tuning, "_found", {})
+    monkeypatch.setattr(tuning, "_chosen", {})
     return Path(tuning.cache_file(torch.device("cpu")))
 
 
@@ -212,10 +213,12 @@ def test_a_search_keeps_the_fastest_shape_on_disk(
     for _ in range(2):
         assert torch.equal(run(gpu, x, plain.pack()), want)
     assert len(tried) == 3  # of the table, and the others; once
-    assert json.loads(cache.read_text()) == {"tile W4 float16 M=4 64x64": list(wanted)}
+    assert json.loads(cache.read_text()) == {
+        "tile W4 g32 float16 symmetric float16 M=4 64x64": list(wanted)
+    }
     monkeypatch.delenv("QKERNELS_TRITON_AUTOTUNE")
-    monkeypatch.setattr(tuning, "_found", {})
-    key = tuning.Key("tile", 4, torch.float16, 3, 64, 64)
+    tuning._found.clear(), tuning._chosen.clear()
+    key = tuning.Key("tile", 4, "g32 float16 symmetric", torch.float16, 3, 64, 64)
     assert tuning.choose(key, gpu.device, lambda config: None) == wanted
 
 
@@ -223,10 +226,10 @@ def test_a_file_that_is_none_is_told_of(gpu: Gpu, cache: Path) -> None:
     from qkernels.triton import tuning
 
     cache.parent.mkdir(parents=True, exist_ok=True)
-    key = tuning.Key("gemv", 4, torch.float16, 1, 64, 64)
-    for text in ("{", '{"a": [1]}', "[]", '{"a": ["x", 1, 2]}'):
+    key = tuning.Key("gemv", 4, "", torch.float16, 1, 64, 64)
+    for text in ("{", '{"a": [1]}', "[]", '{"a": ["x", 1, 2]}', '{"a": [3, 16, 8, 4, 2]}'):
         cache.write_text(text)
-        tuning._found.clear()
+        tuning._found.clear(), tuning._chosen.clear()
         with pytest.warns(UserWarning, match="is no file of tile shapes .* delete it"):
             found = tuning.choose(key, gpu.device, lambda config: None)
         assert found == tuning.of_table(key, tuning.class_of(gpu.device))
@@ -237,6 +240,6 @@ def test_every_class_of_gpu_has_a_shape_for_every_number_of_tokens() -> None:
 
     for kind in ("sm80", "sm90", "sm100", "gfx9", "gfx11", "interpreter"):
         for m in (1, 2, 15, 16, 17, 100, 384):
-            key = tuning.Key("gemv" if m == 1 else "tile", 4, torch.float16, m, 64, 64)
+            key = tuning.Key("gemv" if m == 1 else "tile", 4, "", torch.float16, m, 64, 64)
             assert tuning.of_table(key, kind)
     assert registry.fake("linear")

@@ -34,7 +34,7 @@ def _case(
     split: bool,
 ) -> dict[str, Any]:
     """units: the most that a group has."""
-    key = tuning.Key(kernel, bits, None, m, 4096, 4096)  # type: ignore[arg-type]
+    key = tuning.Key(kernel, bits, scale, None, m, 4096, 4096)  # type: ignore[arg-type]
     shape = tuning.of_table(key, kind)
     two_level = scale in ("int8", "uint4")
     has_zero = zero == "integer" or (zero == "minimum" and scale != "uint4")
@@ -76,7 +76,7 @@ def _case(
         }
         function = linear_kernels.linear_tile_kernel
     else:
-        constexprs |= {"U": shape.units}
+        constexprs |= {"U": shape.units, "STAGES": shape.stages}
         function = linear_kernels.linear_gemv_kernel
     name = f"{kernel} W{bits} {scale} {zero} {act} M={m} {units} units"
     return {

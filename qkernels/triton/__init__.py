@@ -8,15 +8,20 @@ tensors of the CPU.
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import os
 import re
 from collections.abc import Callable
 from importlib import import_module, metadata
+from importlib.util import find_spec
 from typing import Any
 
 from ..ops.registry import TRITON, implement
 
 LEAST = (3, 6)
+# What the distribution is called that has the module `triton`; torch for ROCm brings its own.
+DISTRIBUTIONS = ("triton", "triton-rocm", "pytorch-triton-rocm", "pytorch-triton")
 # Of every op: the module of its stem; the function has the op's name.
 MODULES = {
     "attention": "attention",
@@ -39,19 +44,31 @@ MODULES = {
 }
 
 
+_INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
+
+
 def interpreted() -> bool:
-    """Whether kernels run on the CPU, statement by statement."""
-    return os.environ.get("TRITON_INTERPRET", "") in ("1", "true", "yes", "on")
+    """Whether kernels run on the CPU, statement by statement; decided when this is imported."""
+    return _INTERPRETED
+
+
+@functools.cache
+def version() -> str | None:
+    """Of the Triton that is installed."""
+    if find_spec("triton") is None:
+        return None
+    for name in DISTRIBUTIONS:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            return metadata.version(name)
+    return None
 
 
 def problem() -> str | None:
     """Why the kernels cannot run on any machine; None if Triton is there."""
-    try:
-        found = metadata.version("triton")
-    except metadata.PackageNotFoundError:
+    found = version()
+    if found is None:
         return "Triton is not installed (pip install 'qkernels[triton]')"
-    version = tuple(int(part) for part in re.findall(r"\d+", found)[:2])
-    if version < LEAST:
+    if tuple(int(part) for part in re.findall(r"\d+", found)[:2]) < LEAST:
         least = ".".join(map(str, LEAST))
         return f"Triton {found} is installed, and the kernels need {least} (pip install -U triton)"
     return None
@@ -63,7 +80,7 @@ def status() -> str:
     if reason is not None:
         return reason
     mode = "interpreted on the CPU (TRITON_INTERPRET=1)" if interpreted() else "for GPUs"
-    return f"Triton {metadata.version('triton')}, {mode}"
+    return f"Triton {version()}, {mode}"
 
 
 def _first_call(op: str) -> Callable[..., Any]:
@@ -73,6 +90,8 @@ def _first_call(op: str) -> Callable[..., Any]:
     def call(*args: Any) -> Any:
         nonlocal found
         if found is None:
+            if reason := problem():
+                raise RuntimeError(f"{TRITON}::{op}: {reason}")
             found = getattr(import_module(f".{MODULES[op]}", __name__), op)
         return found(*args)
 
@@ -80,7 +99,7 @@ def _first_call(op: str) -> Callable[..., Any]:
 
 
 def register() -> None:
-    """Registers every op for the devices on which this process can run it."""
-    if problem() is None:
-        for op in MODULES:
-            implement(TRITON, op, _first_call(op), "CPU" if interpreted() else "CUDA")
+    """Registers every op for the devices on which this process can run it; without Triton they say
+    so."""
+    for op in MODULES:
+        implement(TRITON, op, _first_call(op), "CPU" if interpreted() else "CUDA")

@@ -58,12 +58,14 @@ def _run_packed(
 ) -> None:
     """gemv or tile, by the number of tokens and the table of shapes."""
     m = act.x.shape[0]
+    table = " table" if w.table is not None else ""
+    kind = f"g{w.group} {w.scale_kind} {w.zero_kind}{table}"
     if m == 1:
-        key = tuning.Key("gemv", w.bits, act.x.dtype, m, w.n, w.k)
+        key = tuning.Key("gemv", w.bits, kind, act.x.dtype, m, w.n, w.k)
         config = tuning.choose(key, act.x.device, lambda c: _gemv(c, act, w, bias, residual, y))
         _gemv(config, act, w, bias, residual, y)
     else:
-        key = tuning.Key("tile", w.bits, act.x.dtype, m, w.n, w.k)
+        key = tuning.Key("tile", w.bits, kind, act.x.dtype, m, w.n, w.k)
         config = tuning.choose(key, act.x.device, lambda c: _tile(c, act, w, bias, residual, y))
         _tile(config, act, w, bias, residual, y)
 
@@ -106,7 +108,7 @@ def _launch(
 
 def _gemv(c: Config, act: Activations, w: Weight, bias: Any, residual: Any, y: Tensor) -> None:
     assert isinstance(c, GemvConfig)
-    constants = {"U": c.units, "num_warps": c.warps, "num_stages": c.stages}
+    constants = {"U": c.units, "STAGES": c.stages, "num_warps": c.warps}
     tiles = triton.cdiv(w.n, 64)
     _launch(linear_gemv_kernel, tiles, c.units, 2, act, w, bias, residual, y, constants)
 

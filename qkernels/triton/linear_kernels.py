@@ -74,12 +74,12 @@ def _store_rows(
     tl.store(y + token * y_stride + row, narrow(sum, y.dtype.element_ty), mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["m", "part_units"])
 def linear_gemv_kernel(
     x, x_scale, codes, scale, zero, block_scale, block_zero, table, y, bias, residual,
     m, n, k, units, group_units, act_units, act_groups, x_stride, y_stride, residual_stride,
     part_units, BITS: tl.constexpr, SCALE: tl.constexpr, ZERO: tl.constexpr, MIDDLE: tl.constexpr,
-    U: tl.constexpr, SPLIT: tl.constexpr,
+    U: tl.constexpr, STAGES: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
     """x [1, k], 64 rows of W -> y [1, n], or with SPLIT [parts, 1, n] float32; grid [N / 64,
     parts], of part_units units each. U units at a time."""
@@ -89,7 +89,7 @@ def linear_gemv_kernel(
     sum0 = tl.zeros((32, 4 * U), tl.float32)
     sum1 = tl.zeros((32, 4 * U), tl.float32)
     end = tl.minimum(units, (part + 1) * part_units)
-    for first in range(part * part_units, end, U):
+    for first in tl.range(part * part_units, end, U, num_stages=STAGES):
         unit = first + u
         mask = unit < end
         column = unit * 16 + 4 * t
@@ -143,18 +143,11 @@ def linear_gemv_kernel(
 
 @triton.jit
 def _tile_half(
-    sum, x, x_sum, a, low, high, scale, zero, block_scale, block_zero, table,
-    block, first, units, r, there, group_units, h: tl.constexpr, BITS: tl.constexpr,
-    SCALE: tl.constexpr, ZERO: tl.constexpr, MIDDLE: tl.constexpr, TYPE: tl.constexpr,
+    sum, x, x_sum, a, low, high, s, z, table, r,
+    h: tl.constexpr, BITS: tl.constexpr, ZERO: tl.constexpr, TYPE: tl.constexpr,
 ):  # fmt: skip
-    """sum [R, M] plus the product of half h's rows r [R], in the columns of one group from unit
-    `first` on, with x [16 U, M]."""
-    row = unit_row(r, h)
-    index = (block * (units // group_units) + first // group_units) * 64 + row
-    block_index = (block * (units // 16) + first // 16) * 64 + row
-    s, z = group_scale(
-        scale, zero, block_scale, block_zero, index, block_index, there, SCALE, ZERO, MIDDLE
-    )
+    """sum [R, M] plus the product of half h's rows r [R], of scales s and what is subtracted z, in
+    the columns of one group, with x [16 U, M]."""
     v0 = _value(low, high, r[:, None], 0, h, z[:, None], table, BITS, ZERO).to(TYPE)
     v1 = _value(low, high, r[:, None], 1, h, z[:, None], table, BITS, ZERO).to(TYPE)
     v2 = _value(low, high, r[:, None], 2, h, z[:, None], table, BITS, ZERO).to(TYPE)
@@ -165,7 +158,7 @@ def _tile_half(
     return sum + product * a
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["m", "part_units"])
 def linear_tile_kernel(
     x, x_scale, codes, scale, zero, block_scale, block_zero, table, y, bias, residual,
     m, n, k, units, group_units, act_units, act_groups, x_stride, y_stride, residual_stride,
@@ -196,18 +189,23 @@ def linear_tile_kernel(
             )[None, :]
         x_sum = tl.sum(xt.to(tl.float32), 0) if ZERO == "minimum" else 0.0
         xt = xt.to(TYPE)
+        # Both halves' before the first product, which nothing then waits for but the codes.
+        at = (block * (units // group_units) + first // group_units) * 64
+        block_at = (block * (units // 16) + first // 16) * 64
+        s0, z0 = group_scale(
+            scale, zero, block_scale, block_zero, at + unit_row(r, 0), block_at + unit_row(r, 0),
+            there, SCALE, ZERO, MIDDLE,
+        )  # fmt: skip
+        s1, z1 = group_scale(
+            scale, zero, block_scale, block_zero, at + unit_row(r, 1), block_at + unit_row(r, 1),
+            there, SCALE, ZERO, MIDDLE,
+        )  # fmt: skip
         unit = block[:, None] * units + first + u
         low, high = load_words(codes, unit, r[:, None], t, 0, there[:, None], BITS)
-        sum0 = _tile_half(
-            sum0, xt, x_sum, a, low, high, scale, zero, block_scale, block_zero, table,
-            block, first, units, r, there, group_units, 0, BITS, SCALE, ZERO, MIDDLE, TYPE,
-        )  # fmt: skip
+        sum0 = _tile_half(sum0, xt, x_sum, a, low, high, s0, z0, table, r, 0, BITS, ZERO, TYPE)
         if BITS == 8:
             low, high = load_words(codes, unit, r[:, None], t, 1, there[:, None], BITS)
-        sum1 = _tile_half(
-            sum1, xt, x_sum, a, low, high, scale, zero, block_scale, block_zero, table,
-            block, first, units, r, there, group_units, 1, BITS, SCALE, ZERO, MIDDLE, TYPE,
-        )  # fmt: skip
+        sum1 = _tile_half(sum1, xt, x_sum, a, low, high, s1, z1, table, r, 1, BITS, ZERO, TYPE)
     if SPLIT:
         y += part.to(tl.int64) * m * n
     row0, row1 = (block * 64 + unit_row(r, 0))[:, None], (block * 64 + unit_row(r, 1))[:, None]
@@ -217,7 +215,7 @@ def linear_tile_kernel(
     _store_rows(y, sum1, bias, residual, row1, at, n, y_stride, residual_stride, mask1, not SPLIT)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["m", "parts"])
 def linear_sum_kernel(
     partial, y, bias, residual, m, n, parts, y_stride, residual_stride, BLOCK: tl.constexpr
 ):

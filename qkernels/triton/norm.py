@@ -33,8 +33,14 @@ def load_sum(x, residual, column, there):
 @triton.jit
 def inverse_root(squares, k, eps):
     """1 / sqrt(squares / k + eps), each step rounded to nearest."""
-    mean = tl.div_rn(squares, tl.cast(k, tl.float32) + squares * 0)
-    return tl.div_rn(1.0 + mean * 0, tl.sqrt_rn(mean + eps))
+    mean = divide(squares, k)
+    return tl.div_rn(tl.full(mean.shape, 1.0, tl.float32), tl.sqrt_rn(mean + eps))
+
+
+@triton.jit
+def divide(values, k):
+    """float32 / integer, rounded to nearest; infinity stays."""
+    return tl.div_rn(values, tl.full(values.shape, 0.0, tl.float32) + tl.cast(k, tl.float32))
 
 
 @triton.jit
@@ -55,7 +61,7 @@ def norm_rows(
         tl.store(sum + to, narrow(v, sum.dtype.element_ty), there)
     if CENTER:
         total = tl.sum(v, axis=1)
-        mean = tl.div_rn(total, tl.cast(k, tl.float32) + total * 0)
+        mean = divide(total, k)
         v = tl.where(there, v - mean[:, None], 0.0)
     v = v * inverse_root(tl.sum(v * v, axis=1), k, eps)[:, None]
     v *= tl.load(weight + column, inside, 0.0)
@@ -116,7 +122,7 @@ def norm_loop_kernel(
         for first in range(0, k, BLOCK):
             total += load_sum(x, residual, first + lane, first + lane < k)
         mean = tl.sum(total, axis=1)
-        mean = tl.div_rn(mean, tl.cast(k, tl.float32) + mean * 0)
+        mean = divide(mean, k)
     squares = tl.zeros((1, BLOCK), tl.float32)
     for first in range(0, k, BLOCK):
         there = first + lane < k
@@ -136,8 +142,8 @@ def norm_loop_kernel(
 
 
 def _shape(k: int) -> tuple[int, int, int]:
-    """(rows of a program, K rounded up to a power of two, warps): by K alone, so that the order of
-    a row's sums is."""
+    """(rows of a program, K rounded up to a power of two, warps). By K alone: rows of one alignment
+    are summed in one order, whatever their number."""
     block = max(16, next_power_of_2(k))
     rows = max(1, 1024 // block)
     return rows, block, max(4, rows * block // 1024)

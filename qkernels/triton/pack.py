@@ -116,7 +116,7 @@ def pack(codes: Tensor, bits: int, group_size: int, two_level: bool) -> Tensor:
     seen = torch.empty(blocks * chunks, dtype=torch.int32, device=codes.device)
     with device_of(codes):
         pack_kernel[(blocks * chunks,)](
-            codes, packed.view(torch.uint8), seen, n, k, units, chunks, bits, _UNITS
+            codes, packed.view(torch.uint8), seen, n, k, units, chunks, bits, _UNITS, **EXACT
         )
     if int(seen.max()) >> bits:
         checks.fail(
@@ -132,7 +132,7 @@ def unpack(*weight: Any) -> Tensor:
     chunks = triton.cdiv(w.k, 16 * _UNITS)
     with device_of(out):
         unpack_kernel[(triton.cdiv(w.n, 64) * chunks,)](
-            w.bytes, out, w.n, w.k, units, chunks, w.bits, _UNITS
+            w.bytes, out, w.n, w.k, units, chunks, w.bits, _UNITS, **EXACT
         )
     return out
 

@@ -1,13 +1,14 @@
 """Shapes of tiles: one small table, and a search for better ones that has to be asked for.
 
-With QKERNELS_TRITON_AUTOTUNE=1 the first call of each kind times every candidate and keeps the
-fastest, for good, in a file that is named by GPU and version, in QKERNELS_CACHE (~/.cache/qkernels
-unless that or XDG_CACHE_HOME says otherwise). Without it nothing is searched, but what such a file
-has is used.
+With QKERNELS_TRITON_AUTOTUNE=1 the first call of each kind compiles and times every candidate, up
+to a hundred, and keeps the fastest, for good, in a file that is named by GPU and version, in
+QKERNELS_CACHE (~/.cache/qkernels unless that or XDG_CACHE_HOME says otherwise). Without it nothing
+is searched, but what such a file has is used.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
@@ -16,13 +17,12 @@ import threading
 import warnings
 from collections.abc import Callable
 from functools import partial
-from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
-from . import interpreted
+from . import interpreted, version
 
 
 class GemvConfig(NamedTuple):
@@ -52,6 +52,7 @@ class Key(NamedTuple):
 
     kernel: str  # "gemv" or "tile"
     bits: int
+    weight: str  # the kind of its groups
     dtype: torch.dtype  # of activations
     m: int
     n: int
@@ -59,7 +60,8 @@ class Key(NamedTuple):
 
     def name(self) -> str:
         type_ = str(self.dtype).removeprefix("torch.")
-        return f"{self.kernel} W{self.bits} {type_} M={bucket(self.m)} {self.n}x{self.k}"
+        shape = f"M={bucket(self.m)} {self.n}x{self.k}"
+        return f"{self.kernel} W{self.bits} {self.weight} {type_} {shape}"
 
 
 def bucket(m: int) -> int:
@@ -122,6 +124,7 @@ def candidates(key: Key) -> list[Config]:
     ]
 
 
+@functools.cache
 def class_of(device: torch.device) -> str:
     """The row of the tables for a GPU."""
     if interpreted():
@@ -144,29 +147,47 @@ def of_table(key: Key, kind: str) -> Config:
 
 _lock = threading.Lock()
 _found: dict[str, dict[str, Config]] = {}  # by file, by name of the key
+_chosen: dict[
+    tuple[Key, torch.device, bool], Config
+] = {}  # what calls have got, with a search or not
 
 
 def folder() -> Path:
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("QKERNELS_CACHE") or Path(base) / "qkernels")
+    if found := os.environ.get("QKERNELS_CACHE"):
+        return Path(found)
+    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "qkernels"
+
+
+@functools.cache
+def _file_name(device: torch.device) -> str:
+    gpu = "interpreter" if interpreted() else torch.cuda.get_device_name(device)
+    return re.sub(r"[^\w.-]+", "-", f"triton-{version()}-{gpu}") + ".json"
 
 
 def cache_file(device: torch.device) -> Path:
     """Where shapes found on this GPU are kept."""
-    gpu = "interpreter" if interpreted() else torch.cuda.get_device_name(device)
-    name = f"triton-{metadata.version('triton')}-{gpu}"
-    return folder() / (re.sub(r"[^\w.-]+", "-", name) + ".json")
+    return folder() / _file_name(device)
+
+
+def _config(numbers: list[int]) -> Config:
+    """Raises ValueError for what is no shape."""
+    kinds: dict[int, type[GemvConfig] | type[TileConfig]] = {3: GemvConfig, 5: TileConfig}
+    if len(numbers) not in kinds or any(n < 1 or n & (n - 1) for n in numbers[:-1]):
+        raise ValueError(f"{numbers} is no shape")
+    found = kinds[len(numbers)](*map(int, numbers))
+    if found.stages < 1 or (isinstance(found, TileConfig) and found.tokens < 16):
+        raise ValueError(f"{numbers} is no shape")
+    return found
 
 
 def _read(path: Path) -> dict[str, Config]:
     """What a file has; one that cannot be read is told of and left alone."""
-    if not path.exists():
-        return {}
-    kinds: dict[int, type[GemvConfig] | type[TileConfig]] = {3: GemvConfig, 5: TileConfig}
     try:
+        if not path.exists():
+            return {}
         stored = json.loads(path.read_text())
-        return {name: kinds[len(numbers)](*map(int, numbers)) for name, numbers in stored.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return {name: _config(numbers) for name, numbers in stored.items()}
+    except (OSError, ValueError, TypeError, AttributeError) as error:
         warnings.warn(
             f"qkernels: {path} is no file of tile shapes ({error}); delete it, or tune again with "
             "QKERNELS_TRITON_AUTOTUNE=1",
@@ -175,12 +196,16 @@ def _read(path: Path) -> dict[str, Config]:
         return {}
 
 
-def _write(path: Path, shapes: dict[str, Config]) -> None:
-    """Nobody reads a half-written file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
-        json.dump(shapes, file, indent=1, sort_keys=True)
-    os.replace(file.name, path)
+def _keep(path: Path, name: str, config: Config) -> None:
+    """Adds a shape to a file, beside what others have found; nobody reads a half-written one."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        shapes = {**_read(path), name: config}
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
+            json.dump(shapes, file, indent=1, sort_keys=True)
+        os.replace(file.name, path)
+    except OSError as error:
+        warnings.warn(f"qkernels: a tile shape was found and cannot be kept: {error}", stacklevel=2)
 
 
 def searching() -> bool:
@@ -190,16 +215,21 @@ def searching() -> bool:
 def choose(key: Key, device: torch.device, run: Callable[[Config], None]) -> Config:
     """The shape for a call. run(config) makes the call, for a search to time; while a graph is
     captured nothing can be timed."""
+    search = searching() and not _capturing()
+    if (chosen := _chosen.get((key, device, search))) is not None:
+        return chosen
     path, name = cache_file(device), key.name()
     with _lock:
         shapes = _found.get(str(path))
         if shapes is None:
             shapes = _found[str(path)] = _read(path)
         found = shapes.get(name)
-        if found is None and searching() and not _capturing():
+        if found is None and search:
             found = shapes[name] = _fastest(key, device, run)
-            _write(path, shapes)
-    return found or of_table(key, class_of(device))
+            _keep(path, name, found)
+    found = found or of_table(key, class_of(device))
+    _chosen[key, device, search] = found
+    return found
 
 
 def _capturing() -> bool:
@@ -207,12 +237,13 @@ def _capturing() -> bool:
 
 
 def _fastest(key: Key, device: torch.device, run: Callable[[Config], None]) -> Config:
-    best, least = of_table(key, class_of(device)), float("inf")
-    for config in dict.fromkeys([best, *candidates(key)]):
+    first, least = of_table(key, class_of(device)), float("inf")
+    best = first
+    for config in dict.fromkeys([first, *candidates(key)]):
         try:
             seconds = time_of(partial(run, config))
-        except Exception as error:  # too much shared memory, or too many registers, for this GPU
-            if "out of resource" not in str(error):
+        except Exception:  # too much shared memory for this GPU, or more than its compiler takes
+            if config == first:
                 raise
             continue
         if seconds < least:
