@@ -23,7 +23,7 @@ THREADS ?= 2
 # What `make race` writes and races: 1b and 8b, Q4_0 and Q4_K_M. The 8B files take 5 GB each.
 RACE ?= --model 1b 8b --type Q4_0 Q4_K_M
 
-.PHONY: demo test lint format bench race sanitize mutants triton-aot clean
+.PHONY: demo test cuda lint format bench race sanitize mutants triton-aot clean
 
 demo: $(VENV)/package.stamp $(VENV)/model.stamp qkernels/_C_cpu.so
 	@$(BIN)/qkernels generate $(MODEL) "$(PROMPT)" --chat --max-new-tokens 96
@@ -32,6 +32,10 @@ test: $(VENV)/test.stamp $(VENV)/models.stamp qkernels/_C_cpu.so
 	$(BIN)/python setup.py native --avx512emu
 	$(BIN)/python setup.py native --emu
 	$(PYTEST)
+
+# What a wheel has, compiled and not run: no GPU is asked for.
+cuda: $(VENV)/torch.stamp
+	TORCH_CUDA_ARCH_LIST="8.0;9.0a" $(BIN)/python setup.py native --cuda
 
 lint: $(VENV)/lint.stamp
 	$(BIN)/ruff check .

@@ -14,6 +14,7 @@ CUDA library), FORCE_CUDA=1 (CUDA library even where torch has no CUDA).
 from __future__ import annotations
 
 import argparse
+import fcntl
 import importlib.util
 import json
 import os
@@ -124,8 +125,15 @@ def rule(name: str, command: str, *, depfile: bool = False) -> list[str]:
 
 
 def run_ninja(directory: Path, rules: list[str], objects: list[str], out: Path) -> None:
-    """Writes directory/build.ninja, whose rule `link` makes `out` of `objects`, and runs it."""
+    """Writes directory/build.ninja, whose rule `link` makes `out` of `objects`, and runs it.
+    Another build in this directory is waited for: ninja would compile everything beside it."""
     directory.mkdir(parents=True, exist_ok=True)
+    with open(directory / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        _run_ninja(directory, rules, objects, out)
+
+
+def _run_ninja(directory: Path, rules: list[str], objects: list[str], out: Path) -> None:
     target = relative(out, directory)
     rules = [*rules, f"build {target}: link {' '.join(objects)}", f"default {target}", ""]
     (directory / "build.ninja").write_text("\n".join(rules))

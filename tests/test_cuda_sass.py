@@ -19,8 +19,10 @@ __all__ = ["library", "pytestmark"]
 
 # sm_80 and sm_90a are compiled as a whole by test_cuda_build.py.
 OTHER_ARCHS = ["75", "86", "89", "100", "120"]
-# 16 bytes per thread and instruction, or a bulk copy.
+# 16 bytes per thread and instruction, or a bulk copy. Rows of int4 pages are multiples of 8 bytes
+# and no more.
 WIDE = re.compile(r"\b(LDG\.E[.\w]*\.128|LDGSTS\.E[.\w]*\.128|UBLKCP)")
+OF_INT4_PAGES = re.compile(r"\bLDGSTS\.E[.\w]*\.64")
 DECODING = ["linear_gemv_kernel", "linear_int8_decode_kernel", "attention_decode_kernel"]
 
 
@@ -65,7 +67,7 @@ def loads_of_kernels(object_file: Path, environment: dict[str, str]) -> dict[str
         if match := re.search(r"Function : (\w+)", line):
             kernel = match[1]
             found[kernel] += 0
-        elif WIDE.search(line):
+        elif WIDE.search(line) or ("KvTypeE4" in kernel and OF_INT4_PAGES.search(line)):
             found[kernel] += 1
     return found
 
