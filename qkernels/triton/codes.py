@@ -18,10 +18,13 @@ def unit_row(r, h):
 
 
 @triton.jit
-def word_of(r, t, WIDTH: tl.constexpr):
-    """Index of the word within a plane of WIDTH bits that has columns 4 t to 4 t + 3 of row r."""
+def word_of(r, t, h, WIDTH: tl.constexpr):
+    """Index of the word within a plane of WIDTH bits that has columns 4 t to 4 t + 3 of row r of
+    half h, which matters for 8 bits alone: else one word has both."""
     q, p = r // 16, r % 16
-    if WIDTH >= 4:
+    if WIDTH == 8:
+        return 128 * h + q * 64 + t * 16 + p
+    elif WIDTH == 4:
         return q * 64 + t * 16 + p
     elif WIDTH == 2:
         return q * 32 + t * 8 + p // 2
@@ -30,38 +33,44 @@ def word_of(r, t, WIDTH: tl.constexpr):
 
 
 @triton.jit
+def shift_of(r, h, WIDTH: tl.constexpr):
+    """Where in its byte a plane of WIDTH bits has row r of half h."""
+    p = r % 16
+    if WIDTH == 8:
+        return 0 * h
+    elif WIDTH == 4:
+        return 4 * h
+    elif WIDTH == 2:
+        return 4 * (p % 2) + 2 * h
+    else:
+        return 2 * (p % 4) + h
+
+
+@triton.jit
 def load_words(codes, unit, r, t, h: tl.constexpr, mask, BITS: tl.constexpr):
     """(words of the first plane, words of the second): of units `unit` (flat indices), int32. h
     matters for 8 bits alone, whose halves are words of their own."""
     base = codes + unit * (32 * BITS)
     if BITS == 8:
-        low = tl.load(base + 128 * h + word_of(r, t, 8), mask, 0)
+        low = tl.load(base + word_of(r, t, h, 8), mask, 0)
     elif BITS >= 4:
-        low = tl.load(base + word_of(r, t, 4), mask, 0)
+        low = tl.load(base + word_of(r, t, h, 4), mask, 0)
     else:
-        low = tl.load(base + word_of(r, t, 2), mask, 0)
+        low = tl.load(base + word_of(r, t, h, 2), mask, 0)
     high = low
     if BITS == 6:
-        high = tl.load(base + 128 + word_of(r, t, 2), mask, 0)
+        high = tl.load(base + 128 + word_of(r, t, h, 2), mask, 0)
     elif BITS == 5:
-        high = tl.load(base + 128 + word_of(r, t, 1), mask, 0)
+        high = tl.load(base + 128 + word_of(r, t, h, 1), mask, 0)
     elif BITS == 3:
-        high = tl.load(base + 64 + word_of(r, t, 1), mask, 0)
+        high = tl.load(base + 64 + word_of(r, t, h, 1), mask, 0)
     return low, high
 
 
 @triton.jit
 def field(words, r, j: tl.constexpr, h: tl.constexpr, WIDTH: tl.constexpr):
     """What a plane has of column j of its words."""
-    p = r % 16
-    if WIDTH == 8:
-        return (words >> 8 * j) & 255
-    elif WIDTH == 4:
-        return (words >> (8 * j + 4 * h)) & 15
-    elif WIDTH == 2:
-        return (words >> (4 * (p % 2) + (8 * j + 2 * h))) & 3
-    else:
-        return (words >> (2 * (p % 4) + (8 * j + h))) & 1
+    return (words >> (shift_of(r, h, WIDTH) + 8 * j)) & ((1 << WIDTH) - 1)
 
 
 @triton.jit

@@ -14,6 +14,7 @@ from torch import Tensor
 from ..ops import checks
 from ..quant import layout
 from ..quant.spec import BLOCK, FLAT_SCALES
+from .codes import shift_of, word_of
 
 _SCALES = {dtype: kind for kind, dtype in FLAT_SCALES.items()}
 _SCALES |= {torch.int8: "int8", torch.uint8: "uint4"}
@@ -188,19 +189,10 @@ def decode(q, step, subtracted, ZERO: tl.constexpr):
 def plane_value(plane, row, column, mask, WIDTH: tl.constexpr):
     """What a plane of WIDTH bits of a unit has of (row < 64, column < 16), int32. plane: its first
     byte. Four neighbouring columns are neighbouring bytes, which one load of 32 bits takes."""
-    q, h, p = row // 32, row // 16 % 2, row % 16
-    if WIDTH == 8:
-        at, shift = 512 * h + 256 * q + 4 * p, 0 * h
-    elif WIDTH == 4:
-        at, shift = 256 * q + 4 * p, 4 * h
-    elif WIDTH == 2:
-        at, shift = 128 * q + p // 4 * 8 + p % 4 // 2 * 4, p % 2 * 4 + 2 * h
-    else:
-        at, shift = 64 * q + p // 4 * 4, p % 4 * 2 + h
-    # Bytes between the four runs of four columns: 64, 64, 32 and 16.
-    run: tl.constexpr = 64 if WIDTH == 8 else 16 * WIDTH
-    bytes = tl.load(plane + at + column // 4 * run + column % 4, mask, 0).to(tl.int32)
-    return bytes >> shift & ((1 << WIDTH) - 1)
+    r, h = row // 32 * 16 + row % 16, row // 16 % 2
+    at = 4 * word_of(r, column // 4, h, WIDTH) + column % 4
+    bytes = tl.load(plane + at, mask, 0).to(tl.int32)
+    return bytes >> shift_of(r, h, WIDTH) & ((1 << WIDTH) - 1)
 
 
 @triton.jit
