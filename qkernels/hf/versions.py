@@ -7,8 +7,8 @@ from importlib import metadata
 
 from packaging.version import InvalidVersion, Version
 
-# Name -> (first version known to work, first major version that nobody has tried). Tried: transformers
-# 5.19 and 5.23, PEFT 0.21.
+# Name -> (first version known to work, first major version that nobody has tried). Tried were
+# transformers 5.19 and 5.23, and PEFT 0.21.
 KNOWN = {
     "transformers": ("5.19", "6"),
     "peft": ("0.18", "1"),
@@ -21,8 +21,8 @@ class HostVersionError(ImportError):
 
 
 def require(host: str, found: str | None = None) -> None:
-    """Raises HostVersionError, with what to install, unless `host` (a name of KNOWN) is installed in
-    a version that is known to work. found: its version, if not the one installed."""
+    """Raises HostVersionError, with what to install, unless `host` (a name of KNOWN) is installed
+    in a version that is known to work. found: its version, if not the one installed."""
     at_least, below = KNOWN[host]
     wanted = f'pip install "{host}>={at_least},<{below}"'
     if found is None:
