@@ -64,9 +64,11 @@ def loads_of_kernels(object_file: Path, environment: dict[str, str]) -> dict[str
     found: dict[str, int] = defaultdict(int)
     kernel = ""
     for line in run.stdout.split("\n"):
-        if match := re.search(r"Function : (\w+)", line):
-            kernel = match[1]
+        if "Function : " in line:
+            kernel = line.split()[-1]
             found[kernel] += 0
+        elif not any(word in line for word in ("LDG", "UBLKCP")):  # nearly all of them
+            continue
         elif WIDE.search(line) or ("KvTypeE4" in kernel and OF_INT4_PAGES.search(line)):
             found[kernel] += 1
     return found
@@ -81,6 +83,8 @@ def test_decoding_loads_16_bytes_at_once(library: Path, name: str) -> None:
     stem = name.split("_")[0]
     loads: dict[str, int] = {}
     for part in sorted(library.parent.glob(f"{stem}*.o")):
+        if name.encode() not in part.read_bytes():
+            continue
         loads.update({k: n for k, n in loads_of_kernels(part, environment).items() if name in k})
     assert loads, f"no object has {name}"
     assert [kernel for kernel, count in loads.items() if count == 0] == []

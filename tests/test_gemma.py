@@ -34,6 +34,7 @@ needs_text = pytest.mark.skipif(
     not (DATA / "persuasion.txt").exists(), reason=f"no persuasion.txt in {DATA}"
 )
 WINDOW = 512  # positions that most layers see
+WINDOWS = 4  # of text; models are compared on the same ones, so that few tell
 
 PROSE = (
     "The lighthouse keeper climbed the hundred and twelve steps every evening, counting them "
@@ -87,7 +88,10 @@ def truth(gemma_path: Path, decoder: Any) -> Any:
         d = names.pop(tensor.name)
         state[d.hf] = values if d.is_matrix else values - 1  # transformers multiplies by 1 + w
     assert not names
-    model = transformers.Gemma3ForCausalLM(made).eval()
+    from transformers.initialization import no_init_weights
+
+    with no_init_weights():  # random ones take longer than the rest
+        model = transformers.Gemma3ForCausalLM(made).eval()
     lacking = model.load_state_dict(state, strict=False)
     assert lacking.missing_keys == ["lm_head.weight"] and not lacking.unexpected_keys  # tied
     return model
@@ -116,7 +120,8 @@ def measured(decoder: Any, truth: Any, novel: str) -> Any:
     @cache
     def measure(act: str, kv_dtype: str = "float32") -> Perplexity:
         text = decoder("float", "float32").text
-        return perplexity(Judged(truth, text) if act == "truth" else decoder(act, kv_dtype), novel)
+        judged = Judged(truth, text) if act == "truth" else decoder(act, kv_dtype)
+        return perplexity(judged, novel, windows=WINDOWS)
 
     return measure
 
@@ -192,7 +197,7 @@ def test_windows_start_with_bos(decoder: Any, measured: Any, novel: str) -> None
     without = perplexity(decoder("float", "float32"), novel, windows=2, bos=False)
     nats = measured("float").window_nats[:2]
     assert sum(without.window_nats) / 2 - sum(nats) / 2 > 0.5
-    assert measured("float").predictions == 8 * 511
+    assert measured("float").predictions == WINDOWS * 511
 
 
 def test_greedy_text(decoder: Any, truth: Any) -> None:
