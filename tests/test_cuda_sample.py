@@ -121,12 +121,12 @@ def test_dropped_tokens_weigh_nothing(gpu: Gpu) -> None:
 
 def test_a_share_of_one_drops_nothing(gpu: Gpu) -> None:
     """A filter of p = 1 would drop the last logit, as a weight of 1 beside 2^53 is lost in float64.
-    The last two weigh 328,097, and from so much of the end this total is drawn."""
-    logits = torch.zeros(8210)
-    logits[-2:] = torch.tensor([-15.024826049804688, UNIT])
+    What follows the zeros weighs 328,097, and from so much of the end this total is drawn."""
+    logits = torch.zeros(8211)
+    logits[-3:] = torch.tensor([-15.024826049804688, UNIT, -torch.inf])
     _, weights = kept(logits, 1.0, 0, 1.0, 0.0)
-    assert weights[-2:].tolist() == [328096, 1]
-    assert last_kept(gpu, logits, 1.0, [(0, 1.0, 0.0)]) == [8208]
+    assert weights[-3:].tolist() == [328096, 1, 0]
+    assert last_kept(gpu, logits, 1.0, [(0, 1.0, 0.0), (8210, 1.0, 0.0)]) == [8208, 8208]
 
 
 # Of 97 a warp's part has 4 columns, one each of a thread, and the last part one; of 32,800 it has
