@@ -157,10 +157,13 @@ class Source:
         return fixed
 
     def _declares(self, i: int) -> bool:
-        """Whether the `[` at i gives the size of an array, as in `float a[4], b[4];`."""
+        """Whether the `[` at i gives the size of an array, as in `float a[4] = {}, b[4];`."""
         j, comma = i - 1, False
-        while self.tokens[j].text not in (";", "{", "}", "(") and i - j < 80:
+        while i - j < 80:
             text = self.tokens[j].text
+            initializer = text == "}" and self.tokens[self.mate[j] - 1].text == "="
+            if text in (";", "{", "}", "(") and not initializer:
+                break
             if text in CLOSE:
                 j = self.mate[j]
             elif text in ("return", "+=", "-=", "*=", "|=", "?", ".") or (

@@ -11,6 +11,10 @@ from torch import Tensor
 from qkernels.reference.sample import kept, philox
 
 NAN, EMPTY = -1, -2
+# Seed and offset whose 64 bits are 2^64 (1 - 2^-34.7). Of 2^40 of weight and little more the draw
+# takes the 40th unit from the end: the last token that is kept and weighs 40 or more.
+SEED, OFFSET, FROM_END = 0, 2589576016, 40
+UNIT = -27.7259  # the logit that weighs 1 beside a largest of 0
 
 
 def assert_same_tokens(gpu: Gpu, logits: Tensor, args: tuple[Tensor, ...]) -> None:
@@ -55,7 +59,94 @@ def test_more_logits_in_a_bin_than_are_listed(
     top_k = 0 if filters in ("none", "p") else 5000
     top_p = 1.0 if filters in ("none", "k") else 0.6
     args = settings(batch, generator, temperature=1.0, top_k=top_k, top_p=top_p, min_p=0.0)
+    args[4][0], args[5][0] = SEED, OFFSET
     assert_same_tokens(gpu, logits, args)
+
+
+def last_kept(
+    gpu: Gpu, logits: Tensor, temperature: float, filters: list[tuple[int, float, float]]
+) -> list[int]:
+    """What the draw from the end gives of a row [V] with each (top_k, top_p, min_p)."""
+    top_k, top_p, min_p = zip(*filters, strict=True)
+    count = len(filters)
+    args = (
+        torch.full((count,), temperature),
+        torch.tensor(top_k, dtype=torch.int32),
+        torch.tensor(top_p),
+        torch.tensor(min_p),
+        torch.full((count,), SEED),
+        torch.full((count,), OFFSET),
+    )
+    rows = logits.expand(count, -1).contiguous()
+    got = gpu.ops.sample(gpu.to(rows), *gpu.to(args)).cpu()
+    assert torch.equal(got, REFERENCE.sample(rows, *args))
+    return got.tolist()
+
+
+def test_filters_at_the_edges_of_bins(gpu: Gpu) -> None:
+    """Logits at and beside the edges of steps of 29 / 2047, and beyond the last."""
+    edges = torch.tensor([1.0, 2.0, 3.0, 700.0, 1500.0]) * (-29 / 2047)
+    beside = [torch.nextafter(edges, torch.tensor(far)) for far in (-torch.inf, torch.inf)]
+    beyond = torch.tensor([0.0, -28.99, -29.0, -29.01, -29.02, -29.03, -40.0, -torch.inf])
+    logits = torch.cat([edges, *beside, beyond]).sort(descending=True).values
+    few, count = 1 + 3 * len(edges), len(logits)
+    got = last_kept(gpu, logits, 1.0, [(k, 1.0, 0.0) for k in range(1, count + 1)])
+    assert got == [min(k, few) - 1 for k in range(1, count + 1)]
+    _, weights = kept(logits, 1.0, 0, 1.0, 0.0)
+    shares = (weights.cumsum(0)[:few] / weights.sum()).float().tolist()
+    last_kept(gpu, logits, 1.0, [(0, p, 0.0) for p in shares])
+    last_kept(gpu, logits, 1.0, [(k, 0.7, 0.0) for k in (2, 5, 9)])
+
+
+def test_filters_among_equal_weights(gpu: Gpu) -> None:
+    """Shares that the mass reaches exactly; the last two logits are both in the last bin."""
+    ends = [-1.981326937675476, -1.9813270568847656]
+    logits = torch.tensor([0.0, -0.25, -0.5, -1.0, -1.25, -1.5, *ends])
+    counts = range(1, 9)
+    got = last_kept(gpu, logits, 3e38, [(k, 1.0, 0.0) for k in counts])
+    assert got == [k - 1 for k in counts]
+    got = last_kept(gpu, logits, 3e38, [(0, count / 8, 0.0) for count in counts])
+    assert got == [count - 1 for count in counts]
+    ties = torch.tensor([0.0, 0.0, -1.0, -1.0, -1.0, -2.0])
+    got = last_kept(gpu, ties, 3e38, [(k, 1.0, 0.0) for k in range(1, 7)])
+    assert got == [1, 1, 4, 4, 4, 5]
+
+
+def test_dropped_tokens_weigh_nothing(gpu: Gpu) -> None:
+    logits = torch.full((1 + 2 * FROM_END,), -5.0)
+    logits[0] = 0.0
+    filters = [(1, 1.0, 0.0), (0, 0.0, 0.0), (0, 1.0, 0.5)]
+    assert last_kept(gpu, logits, 1.0, filters) == [0, 0, 0]
+
+
+def test_a_share_of_one_drops_nothing(gpu: Gpu) -> None:
+    """A filter of p = 1 would drop the last logit, as a weight of 1 beside 2^53 is lost in float64.
+    What follows the zeros weighs 328,097, and from so much of the end this total is drawn."""
+    logits = torch.zeros(8211)
+    logits[-3:] = torch.tensor([-15.024826049804688, UNIT, -torch.inf])
+    _, weights = kept(logits, 1.0, 0, 1.0, 0.0)
+    assert weights[-3:].tolist() == [328096, 1, 0]
+    assert last_kept(gpu, logits, 1.0, [(0, 1.0, 0.0), (8210, 1.0, 0.0)]) == [8208, 8208]
+
+
+# Of 97 a warp's part has 4 columns, one each of a thread, and the last part one; of 32,800 it has
+# 1,025, two each of a thread.
+@pytest.mark.parametrize(
+    ("vocab", "columns"),
+    [(97, [1, 2, 3, 4, 5, 7, 8, 9, 16, 57]), (32800, [1023, 1024, 1025, 1026])],
+)
+def test_draws_at_the_borders_of_parts(gpu: Gpu, vocab: int, columns: list[int]) -> None:
+    """The weight before the token is what the draw takes, to the last unit."""
+    logits = torch.full((len(columns), vocab), -torch.inf)
+    logits[:, 0] = 0.0
+    for row, column in zip(logits, columns, strict=True):
+        row[column : column + FROM_END] = UNIT
+        row[1 : column - 1] = UNIT  # the one before weighs nothing
+    count = len(columns)
+    one, none = torch.ones(count), torch.zeros(count)
+    args = (one, none.int(), one, none, none.long() + SEED, none.long() + OFFSET)
+    got = gpu.ops.sample(gpu.to(logits), *gpu.to(args)).tolist()
+    assert got == columns
 
 
 def boundary(seed: int) -> tuple[float, float]:

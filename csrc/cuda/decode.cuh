@@ -132,12 +132,13 @@ __device__ __forceinline__ Decoding decoding_of(const Weight& w, int64_t n, int6
   const float zero = minimum ? 0.f : w.table ? 128.f : group.zero;
   return {group.scale, 8388608.f + zero, minimum ? group.zero : 0.f};
 }
-// Four values of a word of codes (with a table: of what table_bytes makes of it).
-__device__ __forceinline__ void decode_word(uint32_t word, const Decoding& d, float* out) {
+// The eight values of two words of codes (with a table: of what table_bytes makes of them).
+__device__ __forceinline__ void decode_octet(const uint32_t (&words)[2], const Decoding& d,
+                                             float (&out)[8]) {
 #pragma unroll
-  for (int j = 0; j < 4; j++) {
-    // Byte j, two zeros, and the 0x4b of 2^23 = 0x4b000000.
-    const uint32_t bits = select_bytes(word, 0x4b000000, 0x7540 | j);
+  for (int j = 0; j < 8; j++) {
+    // Byte j % 4, two zeros, and the 0x4b of 2^23 = 0x4b000000.
+    const uint32_t bits = select_bytes(words[j / 4], 0x4b000000, 0x7540 | j % 4);
     out[j] = d.scale * (bits_float(int32_t(bits)) - d.offset) - d.minimum;
   }
 }

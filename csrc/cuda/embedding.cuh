@@ -36,8 +36,7 @@ __global__ void __launch_bounds__(kEmbeddingThreads)
       for (int i = 0; i < 2; i++) words[i] = table_bytes(table, words[i]);
     }
     const Decoding decoding = decoding_of(w, row, col / w.group);
-#pragma unroll
-    for (int i = 0; i < 2; i++) decode_word(words[i], decoding, v + 4 * i);
+    decode_octet(words, decoding, v);
 #pragma unroll
     for (int j = 0; j < 8; j++) v[j] *= args.multiplier;
   } else {

@@ -65,12 +65,12 @@ __global__ void __launch_bounds__(kPackThreads)
   if (place.first >= w.n || place.col >= w.k) return;
   const ByteTable table = load_byte_table(w.table);
   const int64_t group = place.col / w.group;
-  each_octet(w, place, [&](int64_t row, const uint32_t (&words)[2]) {
-    const Decoding decoding = decoding_of(w, row, group);
-    float v[8];
+  each_octet(w, place, [&](int64_t row, const uint32_t (&codes)[2]) {
+    uint32_t words[2];
 #pragma unroll
-    for (int i = 0; i < 2; i++)
-      decode_word(table.used ? table_bytes(table, words[i]) : words[i], decoding, v + 4 * i);
+    for (int i = 0; i < 2; i++) words[i] = table.used ? table_bytes(table, codes[i]) : codes[i];
+    float v[8];
+    decode_octet(words, decoding_of(w, row, group), v);
     store_octet(static_cast<T*>(args.out) + row * w.k + place.col, v, wide, w.k - place.col);
   });
 }

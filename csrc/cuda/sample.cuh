@@ -19,7 +19,7 @@ constexpr int kSampleBins = 2048;  // 11 bits of a key; two of every thread
 constexpr int kSampleList = 4096;
 constexpr float kLowestExponent = -29.f;  // exp(-29) < 2^-41: its weight rounds to 0
 
-// Where a filter's search is: by equal steps, then 11, 11 and 10 bits of the key.
+// Where a filter's search is: by equal steps, then three times by 11 bits of the key.
 struct SampleSearch {
   int32_t listed;  // logits that came to the list; beyond kSampleList they are not kept
   struct {
@@ -216,13 +216,12 @@ __device__ __forceinline__ uint32_t threshold(SampleShared& shared, const Sample
   uint32_t prefix = 0, mask = 0;
 #pragma unroll 1
   for (int level = 1; level < 4; level++) {
-    const int shift = level == 1 ? 21 : level == 2 ? 10 : 0, bits = level == 3 ? 10 : 11;
-    const uint32_t digit = (1u << bits) - 1;
+    const int shift = level == 1 ? 21 : level == 2 ? 10 : 0;  // bit 10 twice
+    constexpr uint32_t digit = kSampleBins - 1;
     clear_bins(shared);
     auto add = [&](float l) {
       const uint32_t key = key_of(l);
-      if ((key & mask) == prefix)
-        add_mass(shared, int(kSampleBins - 1 - (key >> shift & digit)), mass(l));
+      if ((key & mask) == prefix) add_mass(shared, int(digit - (key >> shift & digit)), mass(l));
     };
     const int listed = search.listed;
     if (listed <= kSampleList) {
@@ -234,7 +233,7 @@ __device__ __forceinline__ uint32_t threshold(SampleShared& shared, const Sample
     }
     find_bin(shared, search, level, above, [&](uint64_t) { return limit; });
     above = search.found[level].above;
-    prefix |= uint32_t(kSampleBins - 1 - search.found[level].place) << shift;
+    prefix |= (digit - uint32_t(search.found[level].place)) << shift;
     mask |= digit << shift;
   }
   return prefix;
@@ -271,7 +270,8 @@ __global__ void __launch_bounds__(kSampleThreads) sample_kernel(const SampleArgs
 
   const int32_t k = args.top_k[b];
   const float p = args.top_p[b], min_p = args.min_p[b];
-  const bool top_k = k > 0 && k < row.vocab, top_p = p < 1.f;
+  const bool top_k = k > 0 && k < row.vocab;
+  const bool top_p = p < 1.f;
   uint32_t floor = 0;
   if (top_k || top_p) {
     const uint64_t top = block_largest(~key_of(least), shared.least);
@@ -313,8 +313,8 @@ __global__ void __launch_bounds__(kSampleThreads) sample_kernel(const SampleArgs
   uint64_t own = 0;
   for (int i = begin; i < end; i++) own += kept_weight(row.logits[i]);
   const Scan scan = block_scan(own, shared.scan);
-  if (left < scan.before || left - scan.before >= own) return;
-  left -= scan.before;
+  left -= scan.before;  // where it is less than that it wraps, and is more than any `own`
+  if (left >= own) return;
   for (int i = begin; i < end; i++) {
     const uint64_t weight = kept_weight(row.logits[i]);
     if (left < weight) {
