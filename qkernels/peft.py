@@ -41,7 +41,7 @@ from .nn.linear import QuantLinear  # noqa: E402
 
 __all__ = ["LayerMerge", "MergeReport", "merge_and_unload", "merge_report", "register"]
 
-# Initialisations that do not read the weight, or leave it as it is.
+# Initialisations that do not look at the values of the weight.
 _INITS = (True, False, "gaussian", "orthogonal", "eva")
 
 # What `merge_and_unload` of this module asks for: a format other than the layer's, an algorithm.
@@ -153,7 +153,7 @@ class QuantLoraLinear(_OnPacked, lora.Linear):
         init = config.init_lora_weights
         if init not in _INITS:
             raise ValueError(
-                f"init_lora_weights={init!r} changes the weight of the layer, and this one is "
+                f"init_lora_weights={init!r} works on the weight of the layer, and this one is "
                 f"packed: take one of {', '.join(map(str, _INITS))}, or quantize after it"
             )
         if not (config.use_dora or init == "orthogonal"):  # these look at the weight, or its type

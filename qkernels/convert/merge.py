@@ -26,7 +26,8 @@ class LayerMerge:
 
     name: of the module. adapters: whose change it is. spec: the format of Q. error:
     ||Q - (W + D)|| / ||W + D||. change: ||D|| / ||W||. kept: the share of D that is in Q,
-    <Q - W, D> / <D, D>: 1 where rounding did not take from it, near 0 where W's own codes came back.
+    <Q - W, D> / <D, D>: 1 where rounding did not take from it, near 0 where W's own codes came
+    back.
     squares: ||W||^2, ||D||^2, ||W + D||^2, ||Q - (W + D)||^2 and <Q - W, D>.
     """
 
