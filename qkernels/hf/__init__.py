@@ -15,6 +15,7 @@ _NAMES: dict[str, str] = {
     "ATTENTION": "attention",
     "QuantizedStaticCache": "cache",
     "SlowAttentionWarning": "attention",
+    "compile_decode": "compiled",
     "continuous_batching": "continuous",
     "qkernels_attention": "attention",
 }
