@@ -41,8 +41,8 @@ from .nn.linear import QuantLinear  # noqa: E402
 
 __all__ = ["LayerMerge", "MergeReport", "merge_and_unload", "merge_report", "register"]
 
-# Initialisations that do not look at the values of the weight.
-_INITS = (True, False, "gaussian", "orthogonal", "eva")
+# Initialisations that look neither at the weight nor at its inputs.
+_INITS = (True, False, "gaussian", "orthogonal")
 
 # What `merge_and_unload` of this module asks for: a format other than the layer's, an algorithm.
 _asked: ContextVar[tuple[Scheme | None, str]] = ContextVar("_asked", default=(None, "auto"))
@@ -145,7 +145,7 @@ class QuantLoraLinear(_OnPacked, lora.Linear):
     def lora_variants(self) -> dict[tuple[str, ...], Any]:
         """Those that are known to work here; PEFT refuses others by name."""
         known = super().lora_variants
-        return {key: known[key] for key in ((), ("use_dora",), ("alora_invocation_tokens",))}
+        return {key: known[key] for key in ((), ("use_dora",))}
 
     def update_layer(
         self, adapter_name: str, r: int, lora_alpha: int, config: Any, **kwargs: Any
@@ -154,7 +154,7 @@ class QuantLoraLinear(_OnPacked, lora.Linear):
         if init not in _INITS:
             raise ValueError(
                 f"init_lora_weights={init!r} works on the weight of the layer, and this one is "
-                f"packed: take one of {', '.join(map(str, _INITS))}, or quantize after it"
+                f"packed: take one of {', '.join(map(repr, _INITS))}, or quantize after it"
             )
         if not (config.use_dora or init == "orthogonal"):  # these look at the weight, or its type
             super().update_layer(adapter_name, r, lora_alpha, config=config, **kwargs)

@@ -379,3 +379,14 @@ def test_transcripts_of_whisper(monkeypatch: pytest.MonkeyPatch, no_fallback: No
     if spoken:
         assert "over the lazy dog. The house on the hill is wonderful." in exact
     assert say(quantized(model, "W8A16")) == exact
+
+
+def test_the_document_runs(no_fallback: None) -> None:
+    text = (BENCH.parent / "docs/encoders.md").read_text(encoding="utf-8")
+    (code,) = (part.split("```")[0] for part in text.split("```python\n")[1:])
+    model = random_model("bert")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", QuantWarning)
+        exec(compile(code, "encoders.md", "exec"), {"model": model})
+    assert model.config._attn_implementation == "qkernels"
+    assert outputs(model, "bert", inputs_of("bert")).isfinite().all()
