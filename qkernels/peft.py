@@ -48,17 +48,21 @@ _INITS = (True, False, "gaussian", "orthogonal")
 _asked: ContextVar[tuple[Scheme | None, str]] = ContextVar("_asked", default=(None, "auto"))
 
 
-class _OnPacked:
+class _OnPacked(BaseTunerLayer):
     """A tuner layer whose base is packed: PEFT's merge runs on a dense copy of the base, which is
     then quantized; unmerging puts the packed base of before back, bitwise."""
 
-    base_layer: QuantLinear
-    merged_adapters: list[str]
+    base_layer: Any  # a QuantLinear
 
     def get_base_layer(self) -> nn.Module:
         """The packed layer; while PEFT's code needs values, the dense copy."""
         dense: nn.Module | None = self.__dict__.get("_dense")
-        return self.base_layer if dense is None else dense
+        return self._packed if dense is None else dense
+
+    @property
+    def _packed(self) -> QuantLinear:
+        layer: QuantLinear = self.base_layer
+        return layer
 
     @contextmanager
     def _dense_base(self, layer: QuantLinear) -> Iterator[nn.Linear]:
@@ -74,17 +78,17 @@ class _OnPacked:
         so that it is rounded once. Raises what PEFT and `quantize_` raise (values that are not
         finite, a `lora_bias` without a bias); the layer is then as it was."""
         if "_dense" in self.__dict__:  # PEFT's own code calls this while it merges
-            super().merge(safe_merge, adapter_names)  # type: ignore[misc]
+            super().merge(safe_merge, adapter_names)
             return
         new = check_adapters_to_merge(self, adapter_names)
         if not new:
             return
         before = list(self.merged_adapters)
-        original: QuantLinear = self._original if before else self.base_layer
+        original = self._original if before else self._packed
         self.merged_adapters = []
         try:
             with self._dense_base(original) as dense, torch.no_grad():
-                super().merge(safe_merge, [*before, *new])  # type: ignore[misc]
+                super().merge(safe_merge, [*before, *new])
             if self.merged_adapters == before:  # this layer has none of the new ones
                 return
             spec, algo = _asked.get()
@@ -105,12 +109,12 @@ class _OnPacked:
     def unmerge(self) -> None:
         """Puts the packed weight of before the merge back: the very same bits."""
         if "_dense" in self.__dict__:
-            super().unmerge()  # type: ignore[misc]
+            super().unmerge()
             return
         if not self.merged_adapters:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
-        original, merged = self._original, self.base_layer
+        original, merged = self._original, self._packed
         original.to(merged.weight.device)  # it is no submodule, and was not moved with the others
         original.float_dtype = merged.float_dtype
         self.base_layer = original.train(merged.training)
@@ -159,7 +163,7 @@ class QuantLoraLinear(_OnPacked, lora.Linear):
         if not (config.use_dora or init == "orthogonal"):  # these look at the weight, or its type
             super().update_layer(adapter_name, r, lora_alpha, config=config, **kwargs)
             return
-        with self._dense_base(self.base_layer):
+        with self._dense_base(self._packed):
             super().update_layer(adapter_name, r, lora_alpha, config=config, **kwargs)
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -168,7 +172,7 @@ class QuantLoraLinear(_OnPacked, lora.Linear):
             for name in (*self.active_adapters, *(kwargs.get("adapter_names") or ()))
         )
         if reads_weight and not (self.disable_adapters or self.merged):
-            with self._dense_base(self.base_layer):
+            with self._dense_base(self._packed):
                 return super().forward(x, *args, **kwargs)
         return super().forward(x, *args, **kwargs)
 
@@ -261,7 +265,7 @@ def _injecting(inject: Callable[..., Any]) -> Callable[..., Any]:
     def inject_adapter(
         self: BaseTuner, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any
     ) -> Any:
-        config = self.peft_config[adapter_name]
+        config: Any = self.peft_config[adapter_name]
         kind = config.peft_type
         if kind == PeftType.LORA:
             config._register_custom_module({QuantLinear: QuantLoraLinear})

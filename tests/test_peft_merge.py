@@ -120,12 +120,15 @@ def test_unmerging_gives_the_same_bits_back() -> None:
         assert torch.equal(logits(model), logits(base))
 
 
-def test_two_adapters_are_rounded_once() -> None:
+@pytest.mark.parametrize("dora", [False, True])
+def test_two_adapters_are_rounded_once(dora: bool) -> None:
     base = tiny()
 
     def both() -> Any:
-        model = lora(copy.deepcopy(base), target_modules=["q_proj"])
-        config = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+        model = lora(copy.deepcopy(base), target_modules=["q_proj"], use_dora=dora)
+        config = peft.LoraConfig(
+            r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", use_dora=dora
+        )
         model.add_adapter("second", config)
         return filled(model.base_model.set_adapter(["default", "second"]) or model)
 
