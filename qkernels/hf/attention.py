@@ -25,15 +25,15 @@ _told: set[str] = set()
 
 
 class SlowAttentionWarning(UserWarning):
-    """A mask or bias that the kernels cannot express: plain torch serves it, in full."""
+    """A mask, bias or head that the kernels do not take: what is done instead costs time."""
 
 
-def _tell(reason: str) -> None:
+def _tell(reason: str, instead: str = "plain torch serves it, with a [B, H, T, S] tensor") -> None:
+    """Warns, once per reason, of a way that is exact but slow."""
     if reason not in _told:
         _told.add(reason)
         warnings.warn(
-            f"qkernels attention: {reason}; this runs in plain torch, exact, but slow and with a "
-            "[B, H, T, S] tensor",
+            f"qkernels attention: {reason}: exact, but slow, as {instead}",
             SlowAttentionWarning,
             stacklevel=4,
         )
@@ -84,7 +84,7 @@ def qkernels_attention(
                 "qkernels attention: attention_mask must be [B, 1, T, S], or made by transformers' "
                 f"mask functions, got {list(attention_mask.shape)}"
             )
-        _tell("a mask of any shape came as a tensor")
+        _tell("a mask that is not causal, a window or padding, given as a tensor")
         return _plain(query, key, value, attention_mask, scores), None
     if isinstance(key, StoredKeys):
         bias = scores.distance_bias(attention_mask)
@@ -211,7 +211,8 @@ def _dense(q: Tensor, k: Tensor, v: Tensor, seen: SeenKeys, scores: _Scores) -> 
         return _plain(q, k, v, seen.dense(q.device), scores)
     if dim % 16 or v_dim != dim:
         wide = -(-max(dim, v_dim) // 16) * 16
-        _tell(f"heads of {dim} and {v_dim} dims are padded to {wide}") if dim % 16 else None
+        if dim % 16:
+            _tell(f"heads of {dim} dims", f"they are copied into {wide}")
         q, k, v = (_widened(x, wide) for x in (q, k, v))
     options: dict[str, Any] = {
         "scale": scores.scale,

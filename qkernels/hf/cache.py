@@ -47,6 +47,9 @@ class _Stored:
     def dim(self) -> int:
         return 4
 
+    def __getitem__(self, index: Any) -> NoReturn:
+        self.__getattr__("__getitem__")
+
     def __getattr__(self, name: str) -> NoReturn:
         raise AttributeError(
             f"this model computes with the keys or values that its cache returned ({name!r}), and a "
