@@ -89,7 +89,7 @@ def test_a_prompt_in_parts() -> None:
 
 
 def test_tokens_after_right_padding() -> None:
-    """Padding between tokens: left out of the keys, except with a window, whose distances change."""
+    """Padding between tokens is left out of the keys, except with a window, where it counts."""
     ids, mask = batch("right")
 
     def turns(model: Any) -> torch.Tensor:
@@ -186,7 +186,9 @@ def test_t5_and_its_bias_by_distance(padding: str) -> None:
 
 
 def test_whisper_and_cross_attention() -> None:
-    sizes = {f"{side}_{what}": 4 for side in ("encoder", "decoder") for what in ("attention_heads",)}
+    sizes = {
+        f"{side}_{what}": 4 for side in ("encoder", "decoder") for what in ("attention_heads",)
+    }
     config = transformers.WhisperConfig(
         **sizes,
         vocab_size=160,

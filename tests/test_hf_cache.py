@@ -1,4 +1,4 @@
-"""QuantizedStaticCache inside stock transformers: greedy tokens, lengths, padding, beams, errors."""
+"""QuantizedStaticCache inside stock transformers: tokens, lengths, padding, beams, errors."""
 
 from __future__ import annotations
 
@@ -161,7 +161,7 @@ def test_sizes() -> None:
 
 def test_arguments_are_checked() -> None:
     config = CONFIGS["llama"]
-    with pytest.raises(ValueError, match="one of float32, .*int4, got 'int3'"):
+    with pytest.raises(ValueError, match=r"one of float32, .*int4, got 'int3'"):
         hf.QuantizedStaticCache(config, 10, "int3")
     with pytest.raises(ValueError, match="max_cache_len must be at least 1, got 0"):
         hf.QuantizedStaticCache(config, 0)
@@ -209,7 +209,7 @@ def test_misuse_is_refused() -> None:
         more(cache, hidden)
     with pytest.raises(ValueError, match="2 of 20 tokens cannot be removed, those before 20"):
         cache.crop(-2)
-    with pytest.raises(ValueError, match="crop takes the negative number .* got 3"):
+    with pytest.raises(ValueError, match=r"crop takes the negative number .* got 3"):
         cache.crop(3)
     model.set_attn_implementation("sdpa")
     with pytest.raises(RuntimeError, match=r"another attention implementation.*reset\(\)"):

@@ -4,6 +4,7 @@ and go, and SmolLM2's perplexity."""
 from __future__ import annotations
 
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from transformers import ContinuousBatchingConfig, GenerationConfig
 
 import qkernels as qk
 import qkernels.hf as hf
+from qkernels.convert import QuantWarning
 from qkernels.evaluate import perplexity
 from qkernels.hf import continuous
 
@@ -63,9 +65,9 @@ def test_a_compiled_step_with_the_static_cache_of_transformers() -> None:
 
 
 def test_compile_decode_checks_its_arguments() -> None:
-    with pytest.raises(TypeError, match="that generates, got a?.*Linear"):
+    with pytest.raises(TypeError, match=r"that generates, got a?.*Linear"):
         hf.compile_decode(torch.nn.Linear(2, 2))
-    with pytest.raises(ValueError, match="backend must be one of .*inductor.*, got 'nonsense'"):
+    with pytest.raises(ValueError, match=r"backend must be one of .*inductor.*, got 'nonsense'"):
         hf.compile_decode(tiny("llama"), "nonsense")
 
 
@@ -141,15 +143,38 @@ def test_continuous_batching(case: str, ours: bool, monkeypatch: pytest.MonkeyPa
 
 
 def test_continuous_batching_is_for_models_and_blocks_that_have_it() -> None:
-    with pytest.raises(ValueError, match="_supports_flash_attn"):
-        with hf.continuous_batching(torch.nn.Linear(2, 2)):
-            pass
+    with (
+        pytest.raises(ValueError, match="_supports_flash_attn"),
+        hf.continuous_batching(torch.nn.Linear(2, 2)),
+    ):
+        pass
     model = tiny("llama")
     ids, mask = batch("none")
-    with hf.continuous_batching(model), torch.no_grad():
-        with pytest.raises(ValueError, match='continuous batching only: use "qkernels"'):
-            model(ids, attention_mask=mask)
+    with (
+        hf.continuous_batching(model),
+        torch.no_grad(),
+        pytest.raises(ValueError, match='continuous batching only: use "qkernels"'),
+    ):
+        model(ids, attention_mask=mask)
     assert model.config._attn_implementation == "sdpa"
+
+
+def test_the_page_about_the_cache_in_transformers_runs() -> None:
+    """docs/transformers-cache.md, one block after the other."""
+    ids, _ = batch("none")
+    names: dict[str, Any] = {"model": tiny("gemma3"), "ids": ids[:1], "qk": qk}
+    blocks = (ROOT / "docs/transformers-cache.md").read_text().split("```python\n")[1:]
+    torch._dynamo.reset()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", QuantWarning)
+        for block in blocks:
+            exec(compile(block.split("```")[0], "docs/transformers-cache.md", "exec"), names)
+            names.setdefault("first", names["out"])
+            names["cache"].reset()
+    assert len(blocks) == 3
+    assert torch.equal(names["out"], names["first"]) and names["out"].shape == (1, 52)
+    assert [len(out.generated_tokens) for out in names["outputs"].values()] == [8, 8]
+    torch._dynamo.reset()
 
 
 class WithCache:
@@ -164,9 +189,7 @@ class WithCache:
             return self.model(ids, past_key_values=cache, **options)
 
 
-@pytest.mark.skipif(
-    not (DATA / "persuasion.txt").exists(), reason=f"no persuasion.txt in {DATA}"
-)
+@pytest.mark.skipif(not (DATA / "persuasion.txt").exists(), reason=f"no persuasion.txt in {DATA}")
 def test_perplexity_of_an_int8_cache(model_path: Path) -> None:
     """SmolLM2 with 8-bit weights, 3 windows of 256 tokens of a novel."""
     given = {"gguf_file": model_path.name}

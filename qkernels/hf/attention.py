@@ -192,7 +192,7 @@ def by_distance(bias: Tensor, offset: int) -> Any:
 
 def _dense(q: Tensor, k: Tensor, v: Tensor, seen: SeenKeys, scores: _Scores) -> Tensor:
     """[B, Hq, T, D] on [B, Hkv, S, D] -> [B, T, Hq, Dv]."""
-    batch, _, queries, dim = q.shape
+    queries, dim = q.shape[2:]
     keys, v_dim = k.shape[2], v.shape[3]
     if keys < seen.keys and not (seen.causal and keys >= int(seen.offset) + queries):
         raise ValueError(
@@ -203,7 +203,7 @@ def _dense(q: Tensor, k: Tensor, v: Tensor, seen: SeenKeys, scores: _Scores) -> 
         bias = _reach_bias(q, seen.reach)
     # Padding in between changes distances; on the sides it does not.
     placed = seen.window > 0 or bias is not None
-    if bias is False or seen.reach >= 0 and scores.bias is not None:
+    if bias is False or (seen.reach >= 0 and scores.bias is not None):
         _tell("a bias that is no function of the distance alone")
         return _plain(q, k, v, seen.dense(q.device), scores)
     if placed and seen.valid is not None and not seen.kept("sided", lambda: _sided(seen)):
@@ -314,7 +314,7 @@ def _padded(
         return kept_rows(valid)
 
     def kept_queries() -> tuple[Tensor, Tensor] | None:
-        if not (placed or seen.causal) or queries == 1 and not placed:
+        if not (placed or seen.causal) or (queries == 1 and not placed):
             return None
         assert seen.valid is not None
         offset = int(seen.offset)
