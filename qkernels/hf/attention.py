@@ -25,15 +25,15 @@ _told: set[str] = set()
 
 
 class SlowAttentionWarning(UserWarning):
-    """A mask or bias that the kernels cannot express: plain torch serves it, in full."""
+    """A mask, bias or head that the kernels do not take: what is done instead costs time."""
 
 
-def _tell(reason: str) -> None:
+def _tell(reason: str, instead: str = "plain torch serves it, with a [B, H, T, S] tensor") -> None:
+    """Warns, once per reason, of a way that is exact but slow."""
     if reason not in _told:
         _told.add(reason)
         warnings.warn(
-            f"qkernels attention: {reason}; this runs in plain torch, exact, but slow and with a "
-            "[B, H, T, S] tensor",
+            f"qkernels attention: {reason}: exact, but slow, as {instead}",
             SlowAttentionWarning,
             stacklevel=4,
         )
@@ -84,7 +84,7 @@ def qkernels_attention(
                 "qkernels attention: attention_mask must be [B, 1, T, S], or made by transformers' "
                 f"mask functions, got {list(attention_mask.shape)}"
             )
-        _tell("a mask of any shape came as a tensor")
+        _tell("a mask that is not causal, a window or padding, given as a tensor")
         return _plain(query, key, value, attention_mask, scores), None
     if isinstance(key, StoredKeys):
         bias = scores.distance_bias(attention_mask)
@@ -192,7 +192,7 @@ def by_distance(bias: Tensor, offset: int) -> Any:
 
 def _dense(q: Tensor, k: Tensor, v: Tensor, seen: SeenKeys, scores: _Scores) -> Tensor:
     """[B, Hq, T, D] on [B, Hkv, S, D] -> [B, T, Hq, Dv]."""
-    batch, _, queries, dim = q.shape
+    queries, dim = q.shape[2:]
     keys, v_dim = k.shape[2], v.shape[3]
     if keys < seen.keys and not (seen.causal and keys >= int(seen.offset) + queries):
         raise ValueError(
@@ -203,7 +203,7 @@ def _dense(q: Tensor, k: Tensor, v: Tensor, seen: SeenKeys, scores: _Scores) -> 
         bias = _reach_bias(q, seen.reach)
     # Padding in between changes distances; on the sides it does not.
     placed = seen.window > 0 or bias is not None
-    if bias is False or seen.reach >= 0 and scores.bias is not None:
+    if bias is False or (seen.reach >= 0 and scores.bias is not None):
         _tell("a bias that is no function of the distance alone")
         return _plain(q, k, v, seen.dense(q.device), scores)
     if placed and seen.valid is not None and not seen.kept("sided", lambda: _sided(seen)):
@@ -211,7 +211,8 @@ def _dense(q: Tensor, k: Tensor, v: Tensor, seen: SeenKeys, scores: _Scores) -> 
         return _plain(q, k, v, seen.dense(q.device), scores)
     if dim % 16 or v_dim != dim:
         wide = -(-max(dim, v_dim) // 16) * 16
-        _tell(f"heads of {dim} and {v_dim} dims are padded to {wide}") if dim % 16 else None
+        if dim % 16:
+            _tell(f"heads of {dim} dims", f"they are copied into {wide}")
         q, k, v = (_widened(x, wide) for x in (q, k, v))
     options: dict[str, Any] = {
         "scale": scores.scale,
@@ -313,7 +314,7 @@ def _padded(
         return kept_rows(valid)
 
     def kept_queries() -> tuple[Tensor, Tensor] | None:
-        if not (placed or seen.causal) or queries == 1 and not placed:
+        if not (placed or seen.causal) or (queries == 1 and not placed):
             return None
         assert seen.valid is not None
         offset = int(seen.offset)

@@ -47,10 +47,13 @@ class _Stored:
     def dim(self) -> int:
         return 4
 
+    def __getitem__(self, index: Any) -> NoReturn:
+        self.__getattr__("__getitem__")
+
     def __getattr__(self, name: str) -> NoReturn:
         raise AttributeError(
-            f"this model computes with the keys or values that its cache returned ({name!r}), and a "
-            "QuantizedStaticCache has them in quantized pages: use it with "
+            f"this model computes with the keys or values that its cache returned ({name!r}), and "
+            "a QuantizedStaticCache has them in quantized pages: use it with "
             "attn_implementation='sdpa', or use another cache"
         )
 
@@ -153,8 +156,8 @@ class QuantizedStaticLayer(CacheLayerMixin):
         batch, heads, _, dim = key_states.shape
         if dim % 16 or dim > MAX_HEAD_DIM or value_states.shape[-1] != dim:
             raise ValueError(
-                "QuantizedStaticCache: keys and values must have the same dims per head, a multiple "
-                f"of 16 up to {MAX_HEAD_DIM}, got {dim} and {value_states.shape[-1]}"
+                "QuantizedStaticCache: keys and values must have the same dims per head, a "
+                f"multiple of 16 up to {MAX_HEAD_DIM}, got {dim} and {value_states.shape[-1]}"
             )
         device = key_states.device
         kind = KV_DTYPES[self.kv_dtype]
@@ -234,8 +237,8 @@ class QuantizedStaticLayer(CacheLayerMixin):
                 raise ValueError(
                     "QuantizedStaticCache: the attention mask shows "
                     f"{past.expand(self.batch_size).tolist()} past tokens, the cache holds "
-                    f"{self.kv_len.tolist()}: give the whole mask with every call, and hide nothing "
-                    "that was no padding when it came"
+                    f"{self.kv_len.tolist()}: give the whole mask with every call, and hide "
+                    "nothing that was no padding when it came"
                 )
         self.seen.add_(tokens)
         if seen.counts is None:
@@ -341,8 +344,8 @@ class QuantizedStaticLayer(CacheLayerMixin):
 
     def _another_batch(self) -> NoReturn:
         raise NotImplementedError(
-            "QuantizedStaticCache: the number of its sequences is fixed; make a cache for the batch "
-            "that is needed"
+            "QuantizedStaticCache: the number of its sequences is fixed; make a cache for the "
+            "batch that is needed"
         )
 
     def offload(self) -> None:

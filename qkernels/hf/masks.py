@@ -89,8 +89,8 @@ class SeenKeys:
 
     def _refuse(self, what: str) -> NoReturn:
         raise TypeError(
-            f"this model {what} its attention mask, which attn_implementation='qkernels' keeps as a "
-            "description and not as a tensor; load the model with attn_implementation='sdpa'"
+            f"this model {what} its attention mask, which attn_implementation='qkernels' keeps as "
+            "a description and not as a tensor; load the model with attn_implementation='sdpa'"
         )
 
     def __getitem__(self, index: Any) -> NoReturn:
