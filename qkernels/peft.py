@@ -16,7 +16,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -48,7 +48,11 @@ _INITS = (True, False, "gaussian", "orthogonal")
 _asked: ContextVar[tuple[Scheme | None, str]] = ContextVar("_asked", default=(None, "auto"))
 
 
-class _OnPacked(BaseTunerLayer):
+# A plain class, so that a layer of PEFT can become one of ours by its __class__.
+_Mixin = BaseTunerLayer if TYPE_CHECKING else object
+
+
+class _OnPacked(_Mixin):
     """A tuner layer whose base is packed: PEFT's merge runs on a dense copy of the base, which is
     then quantized; unmerging puts the packed base of before back, bitwise."""
 
@@ -285,7 +289,9 @@ def _injecting(inject: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _refusing(create: Callable[..., Any], kind: Any) -> Callable[..., Any]:
-    def create_and_replace(config: Any, adapter: str, target: nn.Module, *args: Any, **kwargs: Any):  # type: ignore[no-untyped-def]
+    def create_and_replace(
+        config: Any, adapter: str, target: nn.Module, *args: Any, **kwargs: Any
+    ) -> Any:
         base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
         if isinstance(base, QuantLinear):
             where = kwargs.get("current_key") or "a packed layer"

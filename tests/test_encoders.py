@@ -358,7 +358,7 @@ def test_transcripts_of_whisper(monkeypatch: pytest.MonkeyPatch, no_fallback: No
     from real_models import WHISPER_PROMPT, whisper, whisper_tokenizer
     from real_speech import RATE, features, speak
 
-    text = "The quick brown fox jumps over the lazy dog. The house on the hill is wonderful."
+    text = "The house on the hill is wonderful in the morning."
     spoken = find_spec("espeakng_loader") is not None
     heard = features(speak(text) if spoken else vowels(RATE))
     assert heard.shape == (1, 80, 3000) and heard.isfinite().all()
@@ -377,7 +377,7 @@ def test_transcripts_of_whisper(monkeypatch: pytest.MonkeyPatch, no_fallback: No
     print(f"{'eSpeak' if spoken else 'vowels'}: {exact!r}")
     assert len(exact.strip()) > 1
     if spoken:
-        assert "over the lazy dog. The house on the hill is wonderful." in exact
+        assert exact.strip() == text
     assert say(quantized(model, "W8A16")) == exact
 
 
