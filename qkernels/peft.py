@@ -49,7 +49,10 @@ _asked: ContextVar[tuple[Scheme | None, str]] = ContextVar("_asked", default=(No
 
 
 # A plain class, so that a layer of PEFT can become one of ours by its __class__.
-_Mixin = BaseTunerLayer if TYPE_CHECKING else object
+if TYPE_CHECKING:
+    _Mixin = BaseTunerLayer
+else:
+    _Mixin = object
 
 
 class _OnPacked(_Mixin):
