@@ -86,8 +86,8 @@ def continuous_batching(model: Any) -> Iterator[Any]:
     model: a causal language model whose attention goes through transformers' AttentionInterface.
     Within the block `generate_batch`, `init_continuous_batching` and
     `continuous_batching_context_manager` compute with it; `model.generate` does not. After it the
-    model has the implementation that it had. Keys and values stay in transformers' own cache, in floats. Raises ValueError for a model
-    that does not support flash attention, whose hook this is.
+    model has the implementation that it had. Keys and values stay in transformers' own cache, in
+    floats. Raises ValueError for a model that does not support flash attention, whose hook this is.
     """
     if not getattr(model, "_supports_flash_attn", False):
         raise ValueError(
