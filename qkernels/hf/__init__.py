@@ -11,7 +11,14 @@ from typing import Any
 from .versions import HostVersionError, require
 
 # Public name -> the module here that has it.
-_NAMES: dict[str, str] = {}
+_NAMES: dict[str, str] = {
+    "ATTENTION": "attention",
+    "QuantizedStaticCache": "cache",
+    "SlowAttentionWarning": "attention",
+    "compile_decode": "compiled",
+    "continuous_batching": "continuous",
+    "qkernels_attention": "attention",
+}
 
 __all__ = ["HostVersionError"]  # and _NAMES
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
@@ -87,6 +88,17 @@ class QuantLinear(HoldsPacked, nn.Linear):
         empty._parameters["weight"] = weights[key]
         empty._parameters["bias"] = like(empty._parameters.get("bias"), bias)
         return empty.train(self.training)
+
+    @property
+    def base_layer(self) -> Any:
+        """There is none. PEFT asks every layer that it wraps: without our hooks it would take codes
+        for values, so it is stopped here."""
+        if "peft" in sys.modules and "qkernels.peft" not in sys.modules:
+            raise RuntimeError(
+                "QuantLinear: PEFT needs `import qkernels.peft` before it wraps packed layers: its "
+                "own merge would change their codes as if they were weights"
+            )
+        raise AttributeError("QuantLinear has no base_layer")
 
     def reset_parameters(self) -> None:
         raise RuntimeError(
