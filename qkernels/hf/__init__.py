@@ -11,7 +11,13 @@ from typing import Any
 from .versions import HostVersionError, require
 
 # Public name -> the module here that has it.
-_NAMES: dict[str, str] = {}
+_NAMES: dict[str, str] = {
+    "QKernelsConfig": "quantizer",
+    "give_back": "takeover",
+    "register": "quantizer",
+    "take_over": "takeover",
+    "taken_over": "takeover",
+}
 
 __all__ = ["HostVersionError"]  # and _NAMES
 
@@ -20,6 +26,7 @@ def __getattr__(name: str) -> Any:
     if name not in _NAMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     require("transformers")
+    import_module(".quantizer", __name__).register()
     return getattr(import_module(f".{_NAMES[name]}", __name__), name)
 
 
