@@ -77,7 +77,9 @@ def outcome(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], d
     run = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
     run += [f"--master-port={free_port()}", str(HERE / "hf_parallel_worker.py")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(HERE.parent), environment.get("PYTHONPATH", "")])
+    environment["PYTHONPATH"] = os.pathsep.join(
+        [str(HERE.parent), environment.get("PYTHONPATH", "")]
+    )
     done = subprocess.run(
         [*run, str(at / "cases.json"), str(at / "found.json")],
         env=environment, capture_output=True, text=True, timeout=600,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -319,7 +319,7 @@ class Quantize(Loader):
 class _Read(_Operation):
     """The tensors of a layer in its checkpoint's format to those of the packed weight."""
 
-    loader: Stored
+    loader: Gathers
     parts: Mapping[str, str]  # source pattern -> the name of the part
 
     def convert(  # type: ignore[override]
@@ -329,12 +329,41 @@ class _Read(_Operation):
         missing_keys: set[str] | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
+        path = full_layer_name.removesuffix(".weight")
         tensors = {self.parts[key]: _only({key: value}) for key, value in input_dict.items()}
-        return self.loader.read(full_layer_name.removesuffix(".weight"), tensors, missing_keys)
+        device = next(iter(tensors.values())).device
+
+        def make(slot: Slot) -> PackedWeight:
+            return self.loader.packed(slot, path, tensors)
+
+        return self.loader.fill(path, make, device, missing_keys)
 
 
-class Stored(Loader):
-    """Layers that a checkpoint has quantized already, exactly as they are.
+class Gathers(Loader):
+    """Layers that are quantized already, each from several tensors."""
+
+    def _gathered(self) -> tuple[Sequence[str], Sequence[str]]:
+        """The paths that have tensors in the checkpoint, and the last parts of their names."""
+        raise NotImplementedError
+
+    def packed(self, slot: Slot, path: str, tensors: Mapping[str, Tensor]) -> PackedWeight:
+        """A packed weight, from the tensors at its path by the last parts of their names."""
+        raise NotImplementedError
+
+    def conversions(self, quantizer: Any) -> list[WeightConverter]:
+        paths, parts = self._gathered()
+        if not paths:
+            return []
+        operation, either = _Read(quantizer, self), self._any_of(paths)
+        converter = WeightConverter(
+            [rf"^({either})\.{re.escape(part)}$" for part in parts], [r"\1.weight"], [operation]
+        )
+        operation.parts = dict(zip(converter.source_patterns, parts, strict=True))
+        return [converter]
+
+
+class Stored(Gathers):
+    """Layers that a checkpoint of transformers has quantized, exactly as they are.
 
     act: of linear layers of which no note says it: "int8", "float", or "auto", what the checkpoint
     says of its activations.
@@ -363,35 +392,17 @@ class Stored(Loader):
             return noted.act
         return self.checkpoint.format.act(path, "Linear") if self._act == "auto" else self._act
 
-    def conversions(self, quantizer: Any) -> list[WeightConverter]:
-        paths = [*self.checkpoint.quantized]
-        if not paths:
-            return []
-        operation = _Read(quantizer, self)
-        names = [re.escape(part) for part in self.checkpoint.parts]
-        either = self._any_of(paths)
-        converter = WeightConverter(
-            [rf"^({either})\.{name}$" for name in names], [r"\1.weight"], [operation]
-        )
-        operation.parts = dict(zip(converter.source_patterns, self.checkpoint.parts, strict=True))
-        return [converter]
+    def _gathered(self) -> tuple[Sequence[str], Sequence[str]]:
+        return [*self.checkpoint.quantized], self.checkpoint.parts
 
-    def read(
-        self, path: str, tensors: Mapping[str, Tensor], missing: set[str] | None
-    ) -> dict[str, Tensor]:
-        first = next(iter(tensors.values()))
-        where = self.checkpoint.where
+    def packed(self, slot: Slot, path: str, tensors: Mapping[str, Tensor]) -> PackedWeight:
+        where, stored = self.checkpoint.where, self.checkpoint.format
         source = StateDict({f"{path}.{name}": tensor for name, tensor in tensors.items()}, where)
-
-        def make(slot: Slot) -> PackedWeight:
-            stored = self.checkpoint.format
-            if isinstance(stored, PackedFormat):
-                return stored.packed(source, path)
-            kind = "Embedding" if slot.targets[0].kind == "embedding" else "Linear"
-            matrix = stored.open(source, path, slot.n, slot.k, kind)
-            step = rows_per_block(4 * slot.k)
-            rows = ((at, matrix.read(at, min(at + step, slot.n))) for at in range(0, slot.n, step))
-            noted = ((at, as_noted(plain, slot.spec, f"{where}: {path}")) for at, plain in rows)
-            return pack_blocks(slot.spec, slot.n, slot.k, noted)
-
-        return self.fill(path, make, first.device, missing)
+        if isinstance(stored, PackedFormat):
+            return stored.packed(source, path)
+        kind = "Embedding" if slot.targets[0].kind == "embedding" else "Linear"
+        matrix = stored.open(source, path, slot.n, slot.k, kind)
+        step = rows_per_block(4 * slot.k)
+        rows = ((at, matrix.read(at, min(at + step, slot.n))) for at in range(0, slot.n, step))
+        noted = ((at, as_noted(plain, slot.spec, f"{where}: {path}")) for at, plain in rows)
+        return pack_blocks(slot.spec, slot.n, slot.k, noted)

@@ -162,6 +162,10 @@ class QKernelsQuantizer(HfQuantizer):
             self._loader = Stored(model, checkpoint, config.act)
         else:
             self._loader = Quantize(model, config.request(), config.algo)
+        return self._prepared(model, device_map)
+
+    def _prepared(self, model: Any, device_map: Any) -> Any:
+        assert self._loader is not None
         # With several devices accelerate takes the model over before the first hook where errors
         # could be raised: then transformers reports them, in a table.
         several = isinstance(device_map, Mapping) and len(set(device_map.values())) > 1
@@ -235,9 +239,7 @@ class QKernelsQuantizer(HfQuantizer):
         for name, tensor in model.state_dict().items():
             path, _, part = name.rpartition(".")
             module = model.get_submodule(path)
-            if not isinstance(module, HoldsPacked):
-                state[name] = tensor
-            elif part == "bias":
+            if not isinstance(module, HoldsPacked) or part == "bias":
                 state[name] = tensor
         self.quantization_config.stored = found.config
         model.config.quantization_config = self.quantization_config
@@ -255,6 +257,8 @@ class QKernelsQuantizer(HfQuantizer):
         return True
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> nn.Module:
+        if parallel.is_split(model):
+            raise ValueError("dequantize: the packed layers are split between ranks")
         return dequantize_(model, dtype)
 
 
