@@ -1,5 +1,5 @@
-"""One rank of tests/test_hf_parallel.py: loads models split over all ranks, and writes down what they
-say. Run by torchrun."""
+"""One rank of tests/test_hf_parallel.py: loads models split over all ranks, and writes down what
+they say. Run by torchrun."""
 
 from __future__ import annotations
 

@@ -152,12 +152,12 @@ def test_what_cannot_be_split() -> None:
     order = qk.nn.QuantLinear(
         quantize_packed(weight, qk.QuantSpec(4, 32, act_order=True), g_idx=g_idx)
     )
-    with pytest.raises(ValueError, match="act-order.* K = 96 cannot be split over 2 ranks"):
+    with pytest.raises(ValueError, match=r"act-order.* K = 96 cannot be split over 2 ranks"):
         _split(order, 1, 0, 2)
     plain = qk.nn.QuantLinear(quantize_packed(weight, qk.QuantSpec(4, 32)))
-    with pytest.raises(ValueError, match="K = 96, over 2 ranks 48 per rank.*multiple of 32"):
+    with pytest.raises(ValueError, match=r"K = 96, over 2 ranks 48 per rank.*multiple of 32"):
         _split(plain, 1, 0, 2)
     with pytest.raises(ValueError, match="N = 64, of which the last of 65 ranks would have none"):
         _split(plain, 0, 0, 65)
-    with pytest.raises(ValueError, match="style 'packed_colwise' .*not known.*colwise, "):
+    with pytest.raises(ValueError, match=r"style 'packed_colwise' .*not known.*colwise, "):
         PackedStyle("packed_colwise").install_forward(plain, None)

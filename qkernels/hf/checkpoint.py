@@ -165,7 +165,7 @@ def _holder(found: Mapping[str, Mapping[str, Any]], source: TensorSource) -> str
     for path, parts in found.items():
         if any(name in source.shapes for name in parts if name != f"{path}.weight"):
             return path
-    for path, parts in found.items():
+    for path in found:
         if source.dtypes.get(f"{path}.weight", torch.float32) not in _FLOATS:
             return path
         if f"{path}.weight" not in source.shapes and not any(

@@ -6,8 +6,8 @@ packed layout as one row of bytes, and `<path>.scale`, `.zero` and so on are the
 `PackedWeight`. A transformers that knows no such method warns and goes on with a float model; then
 the shapes of the weights do not match, which is an error there, never a random model.
 
-Both have a note in `quantization_config`, which says exactly what each layer was: compressed-tensors
-knows no type of scales and little of activations.
+Both have a note in `quantization_config`, which says exactly what each layer was:
+compressed-tensors does not know the type of scales, and little of activations.
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ VERSION = 1
 
 @dataclass(frozen=True)
 class Noted:
-    """What is known of a layer: its format, its activations, its shape."""
+    """What is known of a layer: its format, its shape, and the activations of the linear layers
+    that hold it ("auto" for a table that none is tied to)."""
 
     spec: QuantSpec
     act: str
@@ -215,7 +216,11 @@ def packed_modules(model: nn.Module) -> tuple[dict[str, HoldsPacked], dict[str, 
 def describe(model: nn.Module) -> dict[str, Any]:
     """The quantization_config of a model's packed layers, as they would be saved."""
     modules, tied = packed_modules(model)
-    noted = note({path: Noted(m.spec, _act(m), m._n, m._k) for path, m in modules.items()}, tied)
+    acts = {path: _act(module) for path, module in modules.items()}
+    for path, first in tied.items():
+        if isinstance(modules[first], QuantEmbedding):  # a table has none, the head tied to it has
+            acts[first] = _act(model.get_submodule(path))
+    noted = note({path: Noted(m.spec, acts[path], m._n, m._k) for path, m in modules.items()}, tied)
     if not _fits_compressed_tensors(modules):
         return {"quant_method": METHOD, **noted}
     dense = [
