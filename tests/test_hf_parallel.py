@@ -34,9 +34,10 @@ SIZES = {
 MINIMA = {"bits": 4, "group_size": 32, "zero": "minimum"}
 # name -> (tied to the table, arguments of QKernelsConfig, saved and loaded again first, dtype)
 CASES: dict[str, tuple[bool, dict[str, Any], bool, str]] = {
-    "on load": (False, {"spec": "W4A16"}, False, "float32"),
+    "on load, a head too": (
+        False, {"spec": "W4A16", "modules_to_not_convert": []}, False, "float32",
+    ),
     "on load, bfloat16": (True, {"spec": "W8A16", "group_size": -1}, False, "bfloat16"),
-    "a head too": (False, {"spec": "W6A16", "modules_to_not_convert": []}, False, "float32"),
     "compressed-tensors": (True, {"spec": "W4A16"}, True, "float32"),
     "packed on disk, with its table": (
         True, {"spec": MINIMA, "embeddings": "W8A16"}, True, "float32",

@@ -132,16 +132,16 @@ CASES: dict[str, tuple[str, Any]] = {
     "packed-3-act-order": ("compressed-tensors", packed(3, order=True)),
     "plain-8": ("compressed-tensors", plain),
 }
+TIED = ("gptq-4", "awq", "packed-4-asymmetric")  # the others have a head of their own
 
 
-@pytest.mark.parametrize("tied", [False, True], ids=["", "tied"])
 @pytest.mark.parametrize("case", CASES)
-def test_exactly(case: str, tied: bool, tmp_path: Path) -> None:
+def test_exactly(case: str, tmp_path: Path) -> None:
     """The packed weights are bitwise those of the file, and the logits are the dequantized
     model's: two orders of summing products of float32 in a model of two layers. Saved and loaded
     again, both are bitwise the same."""
     method, make = CASES[case]
-    model = float_model(tie_word_embeddings=tied)
+    model = float_model(tie_word_embeddings=case in TIED)
     matrices = make(model, tmp_path / "given")
     with hf.taken_over(method):
         taken = load(tmp_path / "given", dtype=torch.float32)
@@ -258,7 +258,7 @@ def test_a_setting_that_is_not_supported(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(config))
     with (
         hf.taken_over("gptq"),
-        pytest.raises(CheckpointError, match="bits must be one of .* got 7"),
+        pytest.raises(CheckpointError, match=r"bits must be one of .* got 7"),
     ):
         load(tmp_path)
 

@@ -136,6 +136,10 @@ class Loader:
             )
             return {}
         slot.filled = True
+        for module in slot.modules:
+            if module.weight.is_floating_point():  # what is offloaded takes type and shape from it
+                empty = torch.empty_like(packed.codes, device="meta")
+                module.weight = nn.Parameter(empty, requires_grad=False)
         return {
             f"{name}.{_PARAMETER.get(part, part)}": tensor
             for name in slot.names
@@ -212,8 +216,8 @@ class Quantize(Loader):
     def __init__(self, model: Any, request: Request, algo: str) -> None:
         super().__init__(model)
         self._algo = algo
-        self._before = Census.of(model)
         with tied(model):
+            self._before = Census.of(model)
             self._plan: Plan = plan(model, request)
         slots = []
         for group in self._plan.targets:
