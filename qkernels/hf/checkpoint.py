@@ -110,7 +110,8 @@ class Checkpoint:
         """Tensors of quantized layers that no module of the model takes would be lost, and what
         they belong to would be random."""
         holders = set(self.quantized)
-        lost, padding = [], []
+        lost: list[str] = []
+        padding: list[str] = []
         for name in source.shapes:
             path, _, part = name.rpartition(".")
             if name in claimed:

@@ -60,7 +60,7 @@ class Split:
         if start % UNIT_ROWS == 0 and (stop % UNIT_ROWS == 0 or stop == packed.n):
             part = packed.slice_rows(start, stop)
             # Not a view, which would keep the whole weight.
-            own = {
+            own: dict[str, Any] = {
                 name: t.clone() if name not in ("table", "perm") else t
                 for name, t in part.tensors().items()
             }
@@ -184,11 +184,12 @@ def use_packed_styles(model: Any) -> None:
     for path, module in model.named_modules():
         if not isinstance(module, HoldsPacked):
             continue
-        module._qkernels_path = path  # type: ignore[assignment]
+        module._qkernels_path = path
         for rule in (replace_layer_number_by_wildcard(path), path):
             style = plan.get(rule)
             if style is None or style.startswith(_PREFIX) or style not in ALL_PARALLEL_STYLES:
                 continue
             if _PREFIX + style not in ALL_PARALLEL_STYLES:
-                ALL_PARALLEL_STYLES.register(_PREFIX + style, PackedStyle(style))
+                styles: Any = ALL_PARALLEL_STYLES  # annotated as functions
+                styles.register(_PREFIX + style, PackedStyle(style))
             plan[rule] = _PREFIX + style

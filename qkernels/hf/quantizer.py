@@ -55,7 +55,7 @@ class QKernelsConfig(QuantizationConfigMixin):
         embeddings: Scheme | None = None,
         act: str = "auto",
     ) -> None:
-        self.quant_method = METHOD
+        self.quant_method: Any = METHOD  # annotated as one of transformers' own
         self.spec, self.group_size, self.algo, self.act = spec, group_size, algo, act
         self.modules_to_not_convert = modules_to_not_convert
         self.overrides, self.embeddings = overrides, embeddings
@@ -133,6 +133,7 @@ class QKernelsQuantizer(HfQuantizer):
     """transformers' hooks. `report`, a `qk.QuantReport`, says what was quantized on load."""
 
     requires_calibration = False
+    quantization_config: QKernelsConfig
 
     def __init__(self, quantization_config: QKernelsConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)

@@ -263,5 +263,5 @@ def _layers(modules: Mapping[str, HoldsPacked]) -> Iterable[Layer]:
     return [Layer(path, m.packed, "Linear", _act(m) == "int8") for path, m in modules.items()]
 
 
-def _act(module: HoldsPacked) -> str:
-    return getattr(module, "act", "auto")
+def _act(module: nn.Module) -> str:
+    return str(getattr(module, "act", "auto"))

@@ -48,8 +48,9 @@ def take_over(*methods: str, act: str = "auto") -> None:
         if method == GGUF:
             from .gguf import quantizer_class
 
-            _before[method] = AUTO_QUANTIZER_MAPPING[method]
-            AUTO_QUANTIZER_MAPPING[method] = quantizer_class(act)
+            quantizers: Any = AUTO_QUANTIZER_MAPPING
+            _before[method] = quantizers[method]
+            quantizers[method] = quantizer_class(act)
         else:
             _before[method] = AUTO_QUANTIZATION_CONFIG_MAPPING[method]
             AUTO_QUANTIZATION_CONFIG_MAPPING[method] = _config_class(act)
@@ -103,7 +104,7 @@ def recognise_own() -> None:
     note in it; other checkpoints of that method go where they went before."""
     stock: Any = AUTO_QUANTIZATION_CONFIG_MAPPING[_OWN]
 
-    class OwnOrStock(stock):  # type: ignore[misc]
+    class OwnOrStock(stock):
         @classmethod
         def from_dict(
             cls, config_dict: Mapping[str, Any], return_unused_kwargs: bool = False, **kwargs: Any
