@@ -1,9 +1,14 @@
-"""One rank of tests/test_hf_parallel.py: loads models split over all ranks, and writes down what
-they say. Run by torchrun."""
+"""The ranks of tests/test_hf_parallel.py: they load models split over both, and the first writes
+down what they say.
+
+Run by torchrun, this is one rank. Else it becomes two, with the environment that torchrun gives: a
+fork after the imports, which cost more than the test.
+"""
 
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -36,6 +41,11 @@ def load(directory: str, arguments: dict[str, Any] | None, **kwargs: Any) -> Any
 
 def main() -> None:
     torch.set_num_threads(1)
+    child = None
+    if "RANK" not in os.environ:
+        child = os.fork()
+        rank = "0" if child else "1"
+        os.environ |= {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2"}
     cases = json.loads(Path(sys.argv[1]).read_text())
     found: dict[str, Any] = {}
     for name, (directory, arguments, dtype) in cases.items():
@@ -56,6 +66,8 @@ def main() -> None:
     if dist.get_rank() == 0:
         Path(sys.argv[2]).write_text(json.dumps(found))
     dist.destroy_process_group()
+    if child:
+        sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 
 
 if __name__ == "__main__":
