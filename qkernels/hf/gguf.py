@@ -17,6 +17,7 @@ from ..convert.plan import Choice, Target, kind_of
 from ..loading import load_gguf
 from ..models import UnsupportedModelError
 from ..quant import PackedWeight
+from . import parallel
 from .loading import Gathers, Slot
 from .quantizer import QKernelsConfig, QKernelsQuantizer
 
@@ -134,6 +135,11 @@ class GgufQuantizer(QKernelsQuantizer):
         return self.get_weight_conversions()
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        if parallel.is_split(model):
+            raise ValueError(
+                "qkernels: a GGUF file is not loaded with tensor parallelism: load it without, "
+                "save_pretrained it, and load that"
+            )
         self.quantization_config = QKernelsConfig.of_stored({})
         model = super()._process_model_after_weight_loading(model, **kwargs)
         model.config.quantization_config = self.quantization_config
