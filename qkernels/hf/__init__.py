@@ -13,11 +13,16 @@ from .versions import HostVersionError, require
 # Public name -> the module here that has it.
 _NAMES: dict[str, str] = {
     "ATTENTION": "attention",
-    "QuantizedStaticCache": "cache",
-    "SlowAttentionWarning": "attention",
     "compile_decode": "compiled",
     "continuous_batching": "continuous",
+    "give_back": "takeover",
     "qkernels_attention": "attention",
+    "QKernelsConfig": "quantizer",
+    "QuantizedStaticCache": "cache",
+    "register": "quantizer",
+    "SlowAttentionWarning": "attention",
+    "take_over": "takeover",
+    "taken_over": "takeover",
 }
 
 __all__ = ["HostVersionError"]  # and _NAMES
@@ -27,6 +32,7 @@ def __getattr__(name: str) -> Any:
     if name not in _NAMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     require("transformers")
+    import_module(".quantizer", __name__).register()
     return getattr(import_module(f".{_NAMES[name]}", __name__), name)
 
 
