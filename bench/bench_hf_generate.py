@@ -7,7 +7,8 @@ variants hold the same weights (W4A8, the table of embeddings and output at 8 bi
 process and take turns, the order reversed every round; medians. Before that, every variant has to
 agree with the first of ours. Writes bench/results/hf-generate.json.
 
---quick: 3 rounds of 16 tokens and prompts of 128, without the variants that wait for a C++ compiler; writes nothing.
+--quick: 3 rounds of 16 tokens and prompts of 128, without the variants that wait for a C++
+compiler; writes nothing.
 A new variant is a function below with @variant; it is made of the float model.
 """
 
