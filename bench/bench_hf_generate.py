@@ -7,7 +7,8 @@ variants hold the same weights (W4A8, the table of embeddings and output at 8 bi
 process and take turns, the order reversed every round; medians. Before that, every variant has to
 agree with the first of ours. Writes bench/results/hf-generate.json.
 
---quick: 3 rounds of 16 tokens, without the variants that wait for a C++ compiler; writes nothing.
+--quick: 3 rounds of 16 tokens and prompts of 128, without the variants that wait for a C++
+compiler; writes nothing.
 A new variant is a function below with @variant; it is made of the float model.
 """
 
@@ -131,17 +132,17 @@ def seconds(call: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
-def speeds(made: Variant, turn: int, new: int) -> dict[str, float]:
+def speeds(made: Variant, turn: int, new: int, prefill: int) -> dict[str, float]:
     vocab = (
         made.model.config.vocab
         if isinstance(made.model, qk.QuantDecoder)
         else made.model.config.vocab_size
     )
-    prompt, long = ids(vocab, PROMPT, turn), ids(vocab, PREFILL, turn)
+    prompt, long = ids(vocab, PROMPT, turn), ids(vocab, prefill, turn)
     one = seconds(lambda: answer(made, prompt, 1))
     many = seconds(lambda: answer(made, prompt, new + 1))
-    prefill = seconds(lambda: answer(made, long, 1))
-    return {"decode": new / (many - one), "prefill": PREFILL / prefill}
+    whole = seconds(lambda: answer(made, long, 1))
+    return {"decode": new / (many - one), "prefill": prefill / whole}
 
 
 def check(models: dict[str, Variant]) -> None:
@@ -167,7 +168,8 @@ def main() -> None:
     parser.add_argument("--variants", nargs="+", choices=list(VARIANTS))
     parser.add_argument("--no-write", action="store_true")
     options = parser.parse_args()
-    rounds, new = (3, 16) if options.quick else (options.rounds, NEW)
+    quick: tuple[int, int, int] = (3, 16, 128)
+    rounds, new, prefill = quick if options.quick else (options.rounds, NEW, PREFILL)
     names = options.variants or [
         name for name in VARIANTS if not (options.quick and name in COMPILED)
     ]
@@ -179,7 +181,7 @@ def main() -> None:
     with torch.no_grad():
         for turn in range(rounds + 1):  # the first warms up
             for name in list(models) if turn % 2 else list(models)[::-1]:
-                for what, value in speeds(models[name], turn, new).items():
+                for what, value in speeds(models[name], turn, new, prefill).items():
                     if turn:
                         samples[name].setdefault(what, []).append(value)
     medians = {

@@ -64,7 +64,7 @@ def batch(padding: str, tokens: int = 20) -> tuple[torch.Tensor, torch.Tensor]:
     return ids, mask.flip(1) if padding == "right" else mask
 
 
-def generate(model: Any, padding: str, new: int = 16, **options: Any) -> torch.Tensor:
+def generate(model: Any, padding: str, new: int = 12, **options: Any) -> torch.Tensor:
     """Greedy tokens, the prompt included."""
     ids, mask = batch(padding)
     options = {"do_sample": False, "max_new_tokens": new, **options}

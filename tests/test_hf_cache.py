@@ -35,8 +35,8 @@ def test_tokens_are_those_of_the_float_cache(case: str, padding: str) -> None:
     assert torch.equal(generate(model, padding, past_key_values=cache), truth)
     stored = [layer.kv_len.tolist() for layer in cache.layers]
     dropped = [7, 2, 0] if padding == "left" else [0, 0, 0]
-    assert stored == [[35 - n for n in dropped]] * 2  # padding takes no room
-    assert int(cache.get_seq_length()) == 35
+    assert stored == [[31 - n for n in dropped]] * 2  # padding takes no room
+    assert int(cache.get_seq_length()) == 31
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "int8", "int4"])

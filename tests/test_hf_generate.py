@@ -25,10 +25,9 @@ ROOT = Path(__file__).resolve().parent.parent
 DATA = Path(os.environ.get("QKERNELS_TEST_DATA", ROOT.parent / "shared" / "data"))
 
 
-@pytest.mark.parametrize("case", ["llama", "gemma3"])
-def test_the_decode_step_compiles_once(case: str) -> None:
-    """One graph without breaks, for all later tokens, answers and paddings."""
-    model = tiny(case, quantized=True)
+def test_the_decode_step_compiles_once() -> None:
+    """One graph without breaks for all tokens, answers and paddings; one layer has a window."""
+    model = tiny("gemma3", quantized=True)
     model.set_attn_implementation(hf.ATTENTION)
     cache = hf.QuantizedStaticCache(model.config, 100, "int8")
 
@@ -191,7 +190,7 @@ class WithCache:
 
 @pytest.mark.skipif(not (DATA / "persuasion.txt").exists(), reason=f"no persuasion.txt in {DATA}")
 def test_perplexity_of_an_int8_cache(model_path: Path) -> None:
-    """SmolLM2 with 8-bit weights, 3 windows of 256 tokens of a novel."""
+    """SmolLM2 in float32, 3 windows of 128 tokens of a novel."""
     given = {"gguf_file": model_path.name}
     model = transformers.AutoModelForCausalLM.from_pretrained(
         model_path.parent,
@@ -201,14 +200,18 @@ def test_perplexity_of_an_int8_cache(model_path: Path) -> None:
         quantization_config=transformers.GgufConfig(dequantize=True),
     )
     tokenizer = transformers.AutoTokenizer.from_pretrained(model_path.parent, **given)
-    qk.quantize_(model.eval(), "W8A8", embeddings="W8A8", algo="rtn", progress=False)
     text = (DATA / "persuasion.txt").read_text(encoding="utf-8")
     value = {
         dtype: perplexity(
-            WithCache(model, dtype), text, window=256, windows=3, bos=False, tokenizer=tokenizer
+            WithCache(model.eval(), dtype),
+            text,
+            window=128,
+            windows=3,
+            bos=False,
+            tokenizer=tokenizer,
         ).value
         for dtype in ("float32", "int8")
     }
-    assert 10 < value["float32"] < 60
+    assert 10 < value["float32"] < 150  # with so little context; 1 token in 49152 is chance
     assert value["int8"] != value["float32"]
     assert value["int8"] <= value["float32"] * 1.005

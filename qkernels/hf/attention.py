@@ -70,6 +70,7 @@ def qkernels_attention(
     _check(module, query, key, value, dropout, s_aux, kwargs)
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
     if is_packed(kwargs):
+        assert isinstance(key, Tensor) and isinstance(value, Tensor)
         sinks = None if s_aux is None else s_aux.float()
         return attend_packed(
             module, query, key, value, scale, sliding_window, softcap, sinks, kwargs
@@ -93,6 +94,7 @@ def qkernels_attention(
             dense = attention_mask.dense(query.device)
             return _plain(query, key, value, dense, scores), None
         return key.attend(query, attention_mask, scale, softcap or 0.0, scores.sinks, bias), None
+    assert isinstance(value, Tensor)
     return _dense(query, key, value, attention_mask, scores), None
 
 
@@ -343,6 +345,7 @@ def _plain(
 ) -> Tensor:
     """Attention with a mask [B or 1, H or 1, T, S], bool or added; computed in float32."""
     if isinstance(k, StoredKeys):
+        assert isinstance(v, StoredValues)
         k, v = k.write_padded(), v.read()
     assert isinstance(v, Tensor)
     mask = mask[..., : k.shape[2]]

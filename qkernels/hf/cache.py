@@ -259,7 +259,8 @@ class QuantizedStaticLayer(CacheLayerMixin):
 
     def read(self, which: int, dtype: torch.dtype) -> Tensor:
         """All keys (0) or values (1) as floats: [B, Hkv, max_cache_len, D]."""
-        pages, scale = self.pages[which], self.pages[which + 2]
+        pages = (self.k_pages, self.v_pages)[which]
+        scale = (self.k_scale, self.v_scale)[which]
         if scale is not None:
             codes = pages if pages.shape[3] == self.head_dim else unpack_nibbles(pages)
             step, zero = scale.float().unbind(2)
@@ -394,7 +395,7 @@ class QuantizedStaticCache(Cache):
                 f"QuantizedStaticCache: layers must be {' or '.join(LAYERS)}, this model has "
                 f"{', '.join(unknown)}"
             )
-        layers = [
+        layers: list[Any] = [
             QuantizedStaticLayer(text, max_cache_len, dtype, option.get("sliding_window") or 0)
             for option in options
         ]
@@ -404,7 +405,7 @@ class QuantizedStaticCache(Cache):
     @property
     def nbytes(self) -> int:
         """Bytes held now."""
-        return sum(layer.nbytes for layer in self.layers)
+        return sum(layer.nbytes for layer in self.layers if isinstance(layer, QuantizedStaticLayer))
 
     def get_max_cache_shape(self, layer_idx: int | None = None) -> int:
         """max_cache_len."""

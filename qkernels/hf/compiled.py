@@ -73,6 +73,6 @@ def compile_decode(model: Any, backend: str = "inductor", *, fullgraph: bool = T
             "compile_decode: this transformers has no way to compile on a CPU "
             "(CompileConfig._compile_all_devices)"
         )
-    compiled._compile_all_devices = True
+    compiled._compile_all_devices = True  # type: ignore[assignment]
     config.compile_config = compiled
     return model

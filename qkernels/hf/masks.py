@@ -208,11 +208,11 @@ def seen_keys(
     if parts is None:
         options.pop("allow_is_causal_skip", None)
         options.pop("allow_is_bidirectional_skip", None)
-        mask: Tensor = host.sdpa_mask(
+        mask = host.sdpa_mask(
             batch_size,
             q_length,
             kv_length,
-            q_offset,
+            q_offset,  # type: ignore[arg-type]  # a static cache's is a tensor
             kv_offset,
             mask_function,
             attention_mask,
@@ -222,6 +222,7 @@ def seen_keys(
             device=device,
             **options,
         )
+        assert mask is not None  # nothing was allowed to be skipped
         return mask
     if isinstance(q_offset, Tensor):  # a static cache's own length, which it will count up
         q_offset = q_offset.clone()
