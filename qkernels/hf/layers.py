@@ -1,4 +1,4 @@
-"""`replace_decoder_layers_`: the decoder layers of a transformers model run by ours, cache included;
+"""`replace_decoder_layers_`: the decoder layers of a transformers model run by ours, cache and all;
 `restore_decoder_layers_`: back.
 
 Importing this module does not import transformers.
@@ -63,7 +63,7 @@ def replace_decoder_layers_(
     decoder = _decoder_of(model)
     if _is_replaced(decoder):
         raise ValueError(
-            f"{_REPLACE}: the decoder layers are replaced already; use restore_decoder_layers_ first"
+            f"{_REPLACE}: the layers are replaced already; use restore_decoder_layers_ first"
         )
     family, config = _described(decoder)
     length = context_length(max_seq_len, config)
@@ -72,9 +72,7 @@ def replace_decoder_layers_(
     if spec is not None:
         quantize_(model, spec, act=act, **quantize)
     elif quantize:
-        raise TypeError(
-            f"{_REPLACE}: {', '.join(quantize)} belong to quantize_, and need a spec"
-        )
+        raise TypeError(f"{_REPLACE}: {', '.join(quantize)} belong to quantize_, and need a spec")
     _install(model, decoder, family, config, asked, length)
     return model
 
@@ -195,7 +193,7 @@ def _check_angles(decoder: Any, config: ModelConfig, length: int) -> None:
         found = held.get(name)
         if found is None or not torch.equal(found.cpu(), buffer.to(found.dtype)):
             raise ValueError(f"{where} says: its {name} has been changed")
-    # The host rounds frequencies to float32, which turns position p by up to p * 2^-24 more or less.
+    # The host rounds frequencies to float32, which turns position p by up to p * 2^-24.
     positions = sorted({0, 1, 7, min(length, 4096) // 2, min(length, 4096) - 1} & {*range(length)})
     # The host has a rotation for each kind of layer that occurs, if they differ.
     kinds: dict[str, tuple[Any, ...]] = {"rope": ()}

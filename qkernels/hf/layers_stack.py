@@ -30,7 +30,7 @@ from ..nn.parts import angles
 from ..nn.program import hidden_program, layer_programs, lower
 from ..ops.linear import default_act_group, resolve_act
 from ..quant import PackedWeight
-from .layers_cache import CacheShape, Sequences, sequences_of
+from .layers_cache import CacheShape, Sequences, is_ours, sequences_of
 from .layers_mask import HostAngles, HostMask
 
 Weight = PackedWeight | torch.Tensor
@@ -170,14 +170,15 @@ class DecoderStack(nn.ModuleList):
             found[name] = angles(rope, self.shape.max_seq_len).to(self.shape.device)
         return found
 
-    def plan(self, dtype: torch.dtype) -> Plan:
-        """What runs the layers now. dtype: of the host's hidden states."""
+    def plan(self, dtype: torch.dtype, fresh: bool = True) -> Plan:
+        """What runs the layers now. dtype: of the host's hidden states. fresh: whether to look if
+        vectors that had to be copied have changed since."""
         device = next(self.parameters()).device
         rows = torch.float32 if device.type == "cpu" else dtype
         key = (*backends.current(), device, rows)
         plan = self._plan
-        if plan is not None and plan.key == key:
-            if [_version(tensor) for tensor in self._copied] == self._versions:
+        if plan is not None and plan.key == key:  # noqa: SIM102
+            if not fresh or [_version(tensor) for tensor in self._copied] == self._versions:
                 return plan
         if device != self.shape.device:
             self.shape = CacheShape(**{**vars(self.shape), "device": device})
@@ -218,7 +219,7 @@ class DecoderStack(nn.ModuleList):
 
     # ---- which way ----
 
-    def _host_runs(self, hidden: torch.Tensor) -> bool:
+    def _host_runs(self, hidden: torch.Tensor, named: Mapping[str, Any]) -> bool:
         """Whether the host's own layers have to run."""
         if torch.is_grad_enabled() and (
             hidden.requires_grad or any(p.requires_grad for p in self.parameters())
@@ -226,6 +227,11 @@ class DecoderStack(nn.ModuleList):
             return True
         if self.training and getattr(self.host_config, "attention_dropout", 0.0):
             return True
+        # A step of decoding: the cache is ours, so that the host's layers could not go on with it.
+        # To look at hundreds of modules would cost it 5%; what changes inside a layer while a cache
+        # is in use counts from the next prompt on.
+        if hidden.shape[1] == 1 and is_ours(named.get("past_key_values")):
+            return False
         for modules, seen in self._watched:
             if list(modules.values()) != seen:
                 self._scan()
@@ -235,8 +241,8 @@ class DecoderStack(nn.ModuleList):
         if self._foreign is not None and not self._warned:
             self._warned = True
             warnings.warn(
-                f"{self._foreign}, not what was replaced: the decoder layers run as the host's own, "
-                "module by module, and not as one native call",
+                f"{self._foreign}, not what was replaced: the decoder layers run as the host's "
+                "own, module by module, and not as one native call",
                 stacklevel=2,
             )
         return self._foreign is not None
@@ -259,7 +265,7 @@ class DecoderStack(nn.ModuleList):
     def runs_whole(self, hidden: torch.Tensor, named: Mapping[str, Any]) -> bool:
         """Whether the stack may run all layers at once."""
         asked = self._asked_for_outputs(named)
-        if self._host_runs(hidden) or asked:
+        if self._host_runs(hidden, named) or asked:
             return False
         return not (any(self._layer_hooks) and _has_hooks(self._layer_hooks))
 
@@ -290,7 +296,7 @@ class DecoderStack(nn.ModuleList):
         batch, count, width = hidden.shape
         if batch == 0 or count == 0:
             return hidden.clone()
-        plan = self.plan(hidden.dtype)
+        plan = self.plan(hidden.dtype, fresh=count > 1 or not is_ours(past_key_values))
         if past_key_values is not None:
             sequences = sequences_of(past_key_values, self.shape)
         else:
@@ -378,7 +384,7 @@ class LayerForward:
 
     def __call__(self, hidden_states: torch.Tensor, **named: Any) -> Any:
         self.stack._asked_for_outputs(named)
-        if self.stack._host_runs(hidden_states):
+        if self.stack._host_runs(hidden_states, named):
             return self.stack.host(self.index, hidden_states, named)
         return self.stack.run(hidden_states, self.index, **named)
 
@@ -410,5 +416,6 @@ def _padding_of(mask: Any) -> torch.Tensor | None:
         return mask.bool()
     what = list(mask.shape) if isinstance(mask, torch.Tensor) else type(mask).__name__
     raise ValueError(
-        f"attention_mask: replaced layers take one of shape [B, tokens], with 0 at padding, got {what}"
+        f"attention_mask: replaced layers take one of shape [B, tokens], with 0 at padding, got "
+        f"{what}"
     )
