@@ -28,7 +28,7 @@ from ..nn.linear import QuantLinear
 from ..nn.native import refusal, uses_of
 from ..nn.parts import angles
 from ..nn.program import hidden_program, layer_programs, lower
-from ..ops.linear import default_act_group, resolve_act
+from ..ops.linear import resolve_act
 from ..quant import PackedWeight
 from .layers_cache import CacheShape, Sequences, is_ours, sequences_of
 from .layers_mask import HostAngles, HostMask
@@ -136,7 +136,7 @@ class DecoderStack(nn.ModuleList):
     def __getstate__(self) -> dict[str, Any]:
         # A copy looks at its own modules, and makes plans of its own: a native one belongs to its
         # tensors.
-        own = ("_plan", "_watched", "_inner_hooks", "_layer_hooks")
+        own = ("_plan", "_watched", "_inner_hooks", "_layer_hooks", "_values", "_copied")
         return {name: value for name, value in self.__dict__.items() if name not in own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -183,19 +183,12 @@ class DecoderStack(nn.ModuleList):
         if device != self.shape.device:
             self.shape = CacheShape(**{**vars(self.shape), "device": device})
         self._values = weights = self._weights()
-        acts = {
-            d.name: resolve_act(module.act, device)
+        self._groups = {
+            d.name: 0 if resolve_act(module.act, device) == "float" else module._act_group
             for d, module, _ in self._matrices()
             if isinstance(module, QuantLinear)
         }
-
-        def act_group(name: str) -> int:
-            weight = weights[name]
-            if not isinstance(weight, PackedWeight) or acts[name] == "float":
-                return 0
-            return default_act_group(weight)
-
-        self._act_group = act_group
+        act_group = self._act_group
         steps = hidden_program(self._steps, self.model_config.hidden)
         because = refusal(uses_of(steps, weights, act_group), device, rows)
         lowered = lower(steps, act_group, column_orders(weights).get)
@@ -207,6 +200,10 @@ class DecoderStack(nn.ModuleList):
         plan = Plan(key, whole, [None] * len(self), because is None, because, rows)
         self._plan = plan
         return plan
+
+    def _act_group(self, name: str) -> int:
+        """Columns per scale of the int8 activations that a weight takes; 0: it takes float ones."""
+        return self._groups.get(name, 0)
 
     def single(self, plan: Plan, layer: int) -> Executor:
         """What runs one layer."""
