@@ -9,6 +9,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -25,12 +26,14 @@ transformers = pytest.importorskip("transformers", reason="the layers are those 
 from qkernels.hf.layers_cache import PagedLayer  # noqa: E402
 from qkernels.hf.layers_stack import DecoderStack  # noqa: E402
 
-GREEDY = {"do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+ROOT = Path(__file__).resolve().parent.parent
+GREEDY = {"do_sample": False, "pad_token_id": 0}
 W4 = qk.QuantSpec(4, 16, scale="float32")
 
 
 def quantized(case: str, spec: Any = W8, act: str = "float", **arguments: Any) -> Any:
     model = random_model(case)
+    model.generation_config.eos_token_id = None  # as many tokens as asked for
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", QuantWarning)  # these models are all table
         qk.quantize_(model, spec, act=act, progress=False, **arguments)
@@ -504,6 +507,17 @@ def test_saved_as_if_nothing_had_been_replaced(tmp_path: Any) -> None:
     assert files == sorted(p.name for p in (tmp_path / "ours").iterdir())
     for name in files:
         assert (tmp_path / "theirs" / name).read_bytes() == (tmp_path / "ours" / name).read_bytes()
+
+
+def test_the_example_of_the_document_runs() -> None:
+    code = (ROOT / "docs/decoder-layers.md").read_text().split("```python\n")[1].split("```")[0]
+    model = random_model("llama-tied")
+    names: dict[str, Any] = {"model": model, "ids": prompt()[:1, :10]}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", QuantWarning)
+        exec(compile(code, "docs/decoder-layers.md", "exec"), names)
+    assert names["out"].shape == (1, 18)
+    assert type(model.model.layers[0].mlp.up_proj) is qk.nn.QuantLinear
 
 
 def test_importing_qkernels_does_not_import_transformers() -> None:

@@ -332,9 +332,7 @@ class DecoderStack(nn.ModuleList):
     def host(self, layer: int, hidden: torch.Tensor, named: dict[str, Any]) -> Any:
         """The host's own forward of a layer."""
         module = self[layer]
-        mask, host_angles = named.get("attention_mask"), named.get("position_embeddings")
-        if isinstance(mask, HostMask):
-            named = {**named, "attention_mask": mask.dense()}
+        host_angles = named.get("position_embeddings")
         if isinstance(host_angles, HostAngles):
             named = {**named, "position_embeddings": host_angles.made()}
         return type(module).forward(module, hidden, **named)
@@ -365,6 +363,7 @@ class _First:
         self._stack = stack
         self.ran_all = False
 
+    @torch.compiler.disable  # native calls, and looking at values: nothing to trace
     def __call__(self, hidden_states: torch.Tensor, **named: Any) -> Any:
         stack = self._stack
         self.ran_all = stack.runs_whole(hidden_states, named)
@@ -379,6 +378,7 @@ class LayerForward:
     def __init__(self, stack: DecoderStack, index: int) -> None:
         self.stack, self.index = stack, index
 
+    @torch.compiler.disable
     def __call__(self, hidden_states: torch.Tensor, **named: Any) -> Any:
         self.stack._asked_for_outputs(named)
         if self.stack._host_runs(hidden_states, named):
@@ -413,6 +413,6 @@ def _padding_of(mask: Any) -> torch.Tensor | None:
         return mask.bool()
     what = list(mask.shape) if isinstance(mask, torch.Tensor) else type(mask).__name__
     raise ValueError(
-        f"attention_mask: replaced layers take one of shape [B, tokens], with 0 at padding, got "
-        f"{what}"
+        f"attention_mask: replaced layers take one of shape [B, tokens], with 0 at padding, and "
+        f"the attention implementation that they have set, got {what}"
     )
