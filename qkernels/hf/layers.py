@@ -141,6 +141,8 @@ def _described(decoder: Any) -> tuple[Family, ModelConfig]:
     except ValueError as error:
         raise type(error)(f"{where}: {error}") from error
     check_head_dim(config, where)
+    if decoder.config.output_attentions:
+        raise ValueError(f"{where}: config.output_attentions is set, which nobody computes here")
     if not getattr(decoder.config, "is_causal", True):
         raise ValueError(f"{where}: attention must be causal (config.is_causal is False)")
     return family, config

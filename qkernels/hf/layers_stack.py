@@ -173,13 +173,16 @@ class DecoderStack(nn.ModuleList):
     def plan(self, dtype: torch.dtype, fresh: bool = True) -> Plan:
         """What runs the layers now. dtype: of the host's hidden states. fresh: whether to look if
         vectors that had to be copied have changed since."""
+        plan = self._plan  # None since the layers have moved, if they have
+        if (
+            plan is not None
+            and plan.key == (*backends.current(), dtype)
+            and (not fresh or [_version(tensor) for tensor in self._copied] == self._versions)
+        ):
+            return plan
         device = next(self.parameters()).device
         rows = torch.float32 if device.type == "cpu" else dtype
-        key = (*backends.current(), device, rows)
-        plan = self._plan
-        if plan is not None and plan.key == key:  # noqa: SIM102
-            if not fresh or [_version(tensor) for tensor in self._copied] == self._versions:
-                return plan
+        key = (*backends.current(), dtype)
         if device != self.shape.device:
             self.shape = CacheShape(**{**vars(self.shape), "device": device})
         self._values = weights = self._weights()
@@ -248,16 +251,16 @@ class DecoderStack(nn.ModuleList):
         """Whether hidden states are wanted. Raises ValueError where attentions are, which nobody
         computes here."""
 
-        def asked(name: str) -> bool:
-            value = named.get(name)
-            return bool(getattr(self.host_config, name, False) if value is None else value)
-
-        if asked("output_attentions"):
+        if named.get("output_attentions"):
             raise ValueError(
                 "output_attentions: replaced layers have no attention weights to return; use "
                 "qk.restore_decoder_layers_ first"
             )
-        return asked("output_hidden_states")
+        asked = named.get("output_hidden_states")
+        if asked is None:
+            # Not by getattr: a configuration's own takes some microseconds.
+            asked = object.__getattribute__(self.host_config, "__dict__")["output_hidden_states"]
+        return bool(asked)
 
     def runs_whole(self, hidden: torch.Tensor, named: Mapping[str, Any]) -> bool:
         """Whether the stack may run all layers at once."""
