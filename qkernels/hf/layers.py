@@ -108,7 +108,8 @@ def _decoder_of(model: Any, what: str = _REPLACE) -> Any:
         raise TypeError(f"{what}: a QuantDecoder runs these programs by itself")
     if not isinstance(model, nn.Module):
         raise TypeError(f"{what}: model must be an nn.Module, got {type(model).__name__}")
-    found = model.get_decoder() if hasattr(model, "get_decoder") else None
+    get_decoder: Any = getattr(model, "get_decoder", None)
+    found = None if get_decoder is None else get_decoder()
     if not isinstance(found, PreTrainedModel) or not isinstance(
         getattr(found, "layers", None), nn.ModuleList
     ):

@@ -416,7 +416,8 @@ _UPDATED = (
 def is_ours(cache: Any) -> bool:
     """Whether a host's cache holds tokens in pages of ours."""
     layers = getattr(cache, "layers", None)
-    return bool(layers) and isinstance(layers[0], PagedLayer) and layers[0].sequences.length > 0
+    first = layers[0] if layers else None
+    return isinstance(first, PagedLayer) and first.sequences.length > 0
 
 
 def sequences_of(cache: Any, shape: CacheShape) -> Sequences:

@@ -88,7 +88,7 @@ class DecoderStack(nn.ModuleList):
             return super().__getitem__(index)
         if index.start in (None, 0) and index.step in (None, 1) and index.stop == len(self):
             return _Loop(self)
-        return nn.ModuleList(list(self._modules.values())[index])  # type: ignore[arg-type]
+        return nn.ModuleList(list(self._modules.values())[index])
 
     # ---- what the layers are made of ----
 
@@ -105,19 +105,17 @@ class DecoderStack(nn.ModuleList):
         self._plan = None
         self._foreign = None
         layers = list(self._modules.values())
-        inner = [m for layer in layers for m in layer.modules() if m is not layer]  # type: ignore[union-attr]
+        inner = [m for layer in layers for m in layer.modules() if m is not layer]
         self._watched = [
             (module._modules, list(module._modules.values()))
             for module in (*layers, *inner)
-            if module._modules  # type: ignore[union-attr]
+            if module._modules
         ]
         self._inner_hooks = [
             hooks for m in inner for hooks in (m._forward_hooks, m._forward_pre_hooks)
         ]
         self._layer_hooks = [
-            hooks
-            for m in layers
-            for hooks in (m._forward_hooks, m._forward_pre_hooks)  # type: ignore[union-attr]
+            hooks for m in layers for hooks in (m._forward_hooks, m._forward_pre_hooks)
         ]
         for d, module, path in self._matrices():
             fits = type(module) is nn.Linear or isinstance(module, QuantLinear)
@@ -225,11 +223,11 @@ class DecoderStack(nn.ModuleList):
             hidden.requires_grad or any(p.requires_grad for p in self.parameters())
         ):
             return True
-        if self.training and getattr(self.host_config, "attention_dropout", 0.0):
+        if self.training and self.host_config.attention_dropout:
             return True
         # A step of decoding: the cache is ours, so that the host's layers could not go on with it.
-        # To look at hundreds of modules would cost it 5%; what changes inside a layer while a cache
-        # is in use counts from the next prompt on.
+        # Looking at hundreds of modules would slow it down; what changes inside a layer while a
+        # cache is in use counts from the next prompt on.
         if hidden.shape[1] == 1 and is_ours(named.get("past_key_values")):
             return False
         for modules, seen in self._watched:
