@@ -102,8 +102,9 @@ def variants(model: Any) -> dict[str, Any]:
     given = ids(model.config.vocab_size, 64, 1)
     with torch.no_grad():
         kl = kl_divergence(linears(given).logits[0], replaced(given).logits[0]).mean().item()
-    # The same weights and scheme: what differs is where activations are rounded to bfloat16.
-    if not kl < 0.02:
+    # The same weights and scheme. What differs is that the host rounds to bfloat16 between modules,
+    # and its frequencies too, when a model is cast; 4-bit weights cost 0.1 and more.
+    if not kl < 0.05:
         raise RuntimeError(f"{REPLACED}: KL {kl:.3g} against the same model with its own layers")
     nothing = copy.deepcopy(replaced)
     nothing.get_decoder().layers.run = lambda hidden, layer, **named: hidden
