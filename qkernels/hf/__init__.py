@@ -13,14 +13,16 @@ from .versions import HostVersionError, require
 # Public name -> the module here that has it.
 _NAMES: dict[str, str] = {
     "ATTENTION": "attention",
+    "QKernelsConfig": "quantizer",
+    "QuantizedStaticCache": "cache",
+    "SlowAttentionWarning": "attention",
     "compile_decode": "compiled",
     "continuous_batching": "continuous",
     "give_back": "takeover",
     "qkernels_attention": "attention",
-    "QKernelsConfig": "quantizer",
-    "QuantizedStaticCache": "cache",
     "register": "quantizer",
-    "SlowAttentionWarning": "attention",
+    "replace_decoder_layers_": "layers",
+    "restore_decoder_layers_": "layers",
     "take_over": "takeover",
     "taken_over": "takeover",
 }

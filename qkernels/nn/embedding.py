@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .. import ops
+from ..ops.embedding import apply
 from ..quant import PackedWeight
 from .keep import HoldsPacked, KeepsTypes
 
@@ -38,7 +38,8 @@ class QuantEmbedding(HoldsPacked):
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         dtype = self.float_dtype or torch.float32
-        rows = ops.embedding(ids.long().contiguous(), self.packed, dtype)
+        ids = ids.long().contiguous()
+        rows = apply(ids, self._op_args(), self._kind, self._buffers["perm"], dtype)
         if self.multiplier == 1.0:
             return rows
         # In two roundings, as the layer that this one stands for.

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import reference
 from ..backends import select
-from ..quant.weight import PackedWeight
+from ..quant.weight import PackedWeight, WeightKind
 from . import checks
 from .pack import _unpermute
 from .registry import WEIGHT, define
@@ -45,8 +45,21 @@ def embedding(
     Raises RuntimeError for wrong dtypes, and on the CPU for an id out of range. A GPU, which would
     have to be waited for, gives a row of NaN.
     """
-    op = select("embedding", ids.device, weight=weight.kind)
-    rows = op(ids.reshape(-1), *weight.op_args(), dtype, multiplier)
-    if weight.perm is not None:
-        rows = _unpermute(rows, weight.perm)
-    return rows if ids.dim() == 1 else rows.reshape(*ids.shape, weight.k)
+    return apply(ids, weight.op_args(), weight.kind, weight.perm, dtype, multiplier)
+
+
+def apply(
+    ids: Tensor,
+    args: tuple[Any, ...],
+    kind: WeightKind,
+    perm: Tensor | None,
+    dtype: torch.dtype,
+    multiplier: float = 1.0,
+) -> Tensor:
+    """`embedding` on the arguments of a packed weight, whose kind and perm they do not tell: for
+    modules, which hold the tensors themselves."""
+    op = select("embedding", ids.device, weight=kind)
+    rows = op(ids.reshape(-1), *args, dtype, multiplier)
+    if perm is not None:
+        rows = _unpermute(rows, perm)
+    return rows if ids.dim() == 1 else rows.reshape(*ids.shape, args[-1])
