@@ -138,7 +138,9 @@ class QKernelsConfig(QuantizationConfig):
             return None if head else UnquantizedLinearMethod()
         if head:
             named = self.checkpoint.header.shapes
-            if not any(name.startswith(f"{prefix}.") and name != f"{prefix}.weight" for name in named):
+            if not any(
+                name.startswith(f"{prefix}.") and name != f"{prefix}.weight" for name in named
+            ):
                 return None
             raise ValueError(
                 f"qkernels: {prefix} is quantized; of tables and heads qkernels serves dense ones "
@@ -195,9 +197,7 @@ class QKernelsLinearMethod(LinearMethodBase):
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
         stored = self._stored
-        tensors = {
-            name: getattr(layer, name).detach().as_subclass(Tensor) for name in stored.parts
-        }
+        tensors = {name: getattr(layer, name).detach().as_subclass(Tensor) for name in stored.parts}
         columns = None
         with torch.device("cpu"):
             matrix = self.checkpoint.open(stored, tensors)

@@ -11,8 +11,9 @@ from vllm.config import get_current_vllm_config_or_none
 from vllm.model_executor.kernels.linear import (
     Int8ScaledMMLinearKernel,
     Int8ScaledMMLinearLayerConfig,
+    MPLinearKernel,
+    MPLinearLayerConfig,
 )
-from vllm.model_executor.kernels.linear import MPLinearKernel, MPLinearLayerConfig
 from vllm.platforms import current_platform
 
 from ..ops.linear import resolve_act
@@ -114,7 +115,10 @@ class QKernelsInt8LinearKernel(Int8ScaledMMLinearKernel):
     @classmethod
     def can_implement(cls, c: Int8ScaledMMLinearLayerConfig) -> tuple[bool, str | None]:
         if c.is_static_input_scheme:
-            return False, f"{METHOD} finds scales of activations at run time, it takes no static ones"
+            return (
+                False,
+                f"{METHOD} finds scales of activations at run time, it takes no static ones",
+            )
         if not c.input_symmetric:
             return False, f"{METHOD} has no zero points of activations"
         return True, None

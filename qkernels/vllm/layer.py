@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from ..ops.linear import apply, default_act_group, resolve_act
@@ -63,9 +62,7 @@ def hold(
     for name in names:
         layer._parameters.pop(name, None)
         layer.__dict__.pop(name, None)
-    for name, tensor in zip(
-        names, (weight.codes, weight.scale, weight.zero, columns), strict=True
-    ):
+    for name, tensor in zip(names, (weight.codes, weight.scale, weight.zero, columns), strict=True):
         parameter = None if tensor is None else nn.Parameter(tensor, requires_grad=False)
         layer.register_parameter(name, parameter)
     chosen = resolve_act(act, weight.device)

@@ -40,9 +40,7 @@ def make_parameters(
         if len(shape) != 2 and dims.rows is not None:
             raise NoKernel(f"qkernels: {what}: {name} is one for the whole tensor, not per row")
         floats = part.dtypes[0].is_floating_point
-        data = torch.zeros(
-            shape, dtype=torch.float32 if floats else part.dtypes[-1], device="cpu"
-        )
+        data = torch.zeros(shape, dtype=torch.float32 if floats else part.dtypes[-1], device="cpu")
         if dims.rows is None:
             made[name] = _group_index(data, what, name)
             continue

@@ -148,9 +148,7 @@ class Checkpoint:
             return [
                 new
                 for name in names
-                if (
-                    new := rename(name) if "." in name and not name.startswith("re:") else name
-                )
+                if (new := rename(name) if "." in name and not name.startswith("re:") else name)
                 is not None
             ]
 

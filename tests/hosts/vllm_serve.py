@@ -102,7 +102,11 @@ def formats() -> dict[str, Any]:
         "gptq-sym-8": gptq(8, 32, True),
         "gptq-asym": gptq(4, 32, False),
         "gptq-asym-3-act-order": gptq(3, 64, False, True),
-        "awq": ({"bits": 4, "group": 32, "symmetric": False}, awq_tensors, {**AWQ, "group_size": 32}),
+        "awq": (
+            {"bits": 4, "group": 32, "symmetric": False},
+            awq_tensors,
+            {**AWQ, "group_size": 32},
+        ),
         "ct-asym": packed(4, 32, False),
         "ct-act-order": packed(4, 32, True, act_order=True),
     }
@@ -191,9 +195,13 @@ def check(directory: Path, case: str, act: str, dtype: str, tokens: list[int]) -
     ids = [*prompt, *tokens[:-1]]
     exact = logits(directory / f"{case}.float", ids, torch.float32)
     if act == "int8" or "w8a8" in case:
-        rough = qk.QuantDecoder.from_pretrained(directory / case, act="int8")(torch.tensor([ids])).logits
+        rough = qk.QuantDecoder.from_pretrained(directory / case, act="int8")(
+            torch.tensor([ids])
+        ).logits
     elif dtype == "float32":
-        rough = qk.QuantDecoder.from_pretrained(directory / case, act="float")(torch.tensor([ids])).logits
+        rough = qk.QuantDecoder.from_pretrained(directory / case, act="float")(
+            torch.tensor([ids])
+        ).logits
     else:
         rough = logits(directory / f"{case}.float", ids, getattr(torch, dtype))
     rough = rough.reshape(exact.shape).float()
