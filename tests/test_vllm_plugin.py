@@ -161,9 +161,9 @@ def packed_config(bits: int, group: int, symmetric: bool, order: bool = False) -
 
 
 CASES: dict[str, tuple[dict[str, Any], Matrix, dict[str, Tensor]]] = {}
-for bits, group in ((2, 32), (3, 64), (4, 32), (8, 96)):
+for bits, group in ((2, 32), (3, 64), (4, 32), (8, 96), (4, -1)):
     m = matrix(bits, group, False)
-    CASES[f"gptq-{bits}"] = (
+    CASES["gptq-row" if group == -1 else f"gptq-{bits}"] = (
         {**GPTQ, "bits": bits, "group_size": group}, m, gptq_tensors(m)
     )  # fmt: skip
 m = matrix(4, 32, False)
@@ -216,14 +216,16 @@ def test_the_columns_of_a_rank_are_packed_exactly(case: str, rank: int | None) -
     for name in stored.parts:
         dim = stored.dims[name].columns
         tensor = tensors[name]
-        alone = name != "weight" and stored.group_size == -1  # a scale for every row
+        # A scale for the whole row goes to every rank.
+        alone = stored.group_size == -1 and name not in (stored.names.codes, stored.names.columns)
         if rank is not None and dim is not None and not alone and tensor.dim() > dim:
             size = tensor.shape[dim] // 2
             tensor = tensor.narrow(dim, rank * size, size)
         cut[name] = tensor.float() if tensor.is_floating_point() else tensor
         assert tuple(tensor.shape) == stored.parts[name].shape
     if "g_idx" in cut:
-        cut["g_idx"] = torch.arange(k, dtype=torch.int64) // stored.group_size
+        group = k if stored.group_size == -1 else stored.group_size
+        cut["g_idx"] = torch.arange(k, dtype=torch.int64) // group
     made = weights.packed(checkpoint(case).open(stored, cut))
     columns = slice(None) if rank is None else slice(rank * k, (rank + 1) * k)
     assert torch.equal(made.dequantize(), m.dense[:, columns])
@@ -274,14 +276,21 @@ def test_a_rank_takes_its_columns_of_an_act_order_matrix(symmetric: bool, ranks:
     torch.testing.assert_close(total, x @ m.dense.T, rtol=1e-5, atol=1e-4)
 
 
-def test_columns_in_order_are_taken_by_rank_too() -> None:
-    found = checkpoint("gptq-4")
+@pytest.mark.parametrize("case", ["gptq-4", "gptq-3", "gptq-row"])
+def test_columns_in_order_are_taken_by_rank_too(case: str) -> None:
+    """AutoGPTQ writes a g_idx for those as well."""
+    found, m = checkpoint(case), CASES[case][1]
     stored = found.layer(["mlp.up_proj"], N, K)
-    assert stored is not None
-    opened = found.open(stored, CASES["gptq-4"][2])
-    weight, columns = rank_columns(opened, 1, 2)
-    dense = torch.zeros(N, K // 2).index_add_(1, columns, weight.dequantize())
-    assert torch.equal(dense, CASES["gptq-4"][1].dense[:, K // 2 :])
+    assert stored is not None and stored.act_order
+    opened = found.open(stored, CASES[case][2])
+    for rank in range(2):
+        weight, columns = rank_columns(opened, rank, 2)
+        assert columns is None and weight.spec == opened.spec
+        own = slice(rank * K // 2, (rank + 1) * K // 2)
+        assert torch.equal(weight.dequantize(), m.dense[:, own])
+    if m.scale.shape[1] > 1:
+        with pytest.raises(weights.NoKernel, match=f"has {K // 24} input columns on this rank"):
+            rank_columns(opened, 0, 24)
 
 
 def test_what_is_dense_has_no_tensors() -> None:

@@ -221,13 +221,24 @@ def _told(parts: dict[str, Part] | None) -> str:
     return ", ".join(f"{name} {list(part.shape)}" for name, part in parts.items())
 
 
-def rank_columns(matrix: StoredMatrix, rank: int, ranks: int) -> tuple[PackedWeight, Tensor]:
-    """One rank's columns of a matrix that may be in act-order, and where in its x they lie."""
+def rank_columns(matrix: StoredMatrix, rank: int, ranks: int) -> tuple[PackedWeight, Tensor | None]:
+    """One rank's columns of a matrix that may be in act-order, and where in its x they lie; None if
+    they are in order. Raises NoKernel where they are, and are not whole groups."""
+    k = matrix.k // ranks
+    start, stop = rank * k, (rank + 1) * k
     with torch.device("cpu"):
         plain = matrix.read(0, matrix.n)
-        k = matrix.k // ranks
-        if plain.g_idx is None:  # in order after all
-            g_idx = (torch.arange(matrix.k) // plain.spec.group(matrix.k)).int()
-            plain = replace(plain, spec=replace(plain.spec, act_order=True), g_idx=g_idx)
-        cut, columns = weights.columns_by_position(plain, rank * k, (rank + 1) * k)
-        return cut.pack(), columns
+        if plain.g_idx is not None:
+            cut, columns = weights.columns_by_position(plain, start, stop)
+            return cut.pack(), columns
+        group = plain.spec.group_size
+        weights.check_split("a layer", k, group, matrix.k)
+        groups = slice(None) if group == -1 else slice(start // group, stop // group)
+        zero = None if plain.zero is None else plain.zero[:, groups].contiguous()
+        cut = replace(
+            plain,
+            codes=plain.codes[:, start:stop].contiguous(),
+            scale=plain.scale[:, groups].contiguous(),
+            zero=zero,
+        )
+        return cut.pack(), None

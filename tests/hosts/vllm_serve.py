@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shutil
 import sys
 import time
 import traceback
@@ -118,6 +117,7 @@ OWN = {
     "own-w4a16-asym": {"spec": "W4A16", "zero": "integer"},
     "own-w6a16": {"spec": "W6A16", "group_size": 64},
     "own-w8a8": {"spec": "W8A8", "group_size": -1},
+    "own-mixed": {"spec": "W4A16", "overrides": {"o_proj": ("W8A16", 128)}},
 }
 
 
@@ -164,19 +164,19 @@ def write(directory: Path, layers: int, heads: int) -> None:
         write_checkpoint(directory / name, model, stored, config)
         write_checkpoint(directory / f"{name}.float", model, {}, None)
     for name, arguments in OWN.items():
-        model.load_state_dict(original)
         given = dict(arguments)
         spec = given.pop("spec")
-        if "zero" in given:
-            given = {"overrides": {}}
+        if given.pop("zero", None):
             spec = qk.QuantSpec(4, 32, zero="integer")
+        for pattern, (scheme, group) in given.get("overrides", {}).items():
+            overrides = {pattern: qk.QuantSpec.from_scheme(scheme, group)}
+            given = {**given, "overrides": overrides}
         quantized = type(model)(model.config).eval()
         quantized.load_state_dict(original)
         qk.quantize_(quantized, spec, **given)
         qk.save_pretrained(quantized, directory / name, overwrite=True)
         qk.dequantize_(quantized)
         write_checkpoint(directory / f"{name}.float", quantized, {}, None)
-    shutil.rmtree(directory / "float", ignore_errors=True)
 
 
 def logits(directory: Path, ids: list[int], dtype: torch.dtype) -> torch.Tensor:
@@ -205,15 +205,21 @@ def check(directory: Path, case: str, act: str, dtype: str, tokens: list[int]) -
     else:
         rough = logits(directory / f"{case}.float", ids, getattr(torch, dtype))
     rough = rough.reshape(exact.shape).float()
-    tolerance = 2 * float((rough - exact).abs().max())
-    behind, same = 0.0, 0
-    for at, token in enumerate(tokens):
-        row = exact[len(prompt) - 1 + at]
-        behind = max(behind, float(row.max() - row[token]))
+    first = len(prompt) - 1
+    worst, same = (0.0, 0.0), 0
+    for token, row, other in zip(tokens, exact[first:], rough[first:], strict=True):
+        # The error of the logits that matter: of the tokens that either likes best.
+        likely = torch.cat([row.topk(4).indices, other.topk(4).indices, torch.tensor([token])])
+        tolerance = 2 * float((row - other)[likely].abs().max())
+        behind = float(row.max() - row[token])
+        assert behind <= tolerance, (
+            f"{case}: token {token} is {behind:.4f} behind {int(row.argmax())}, which the float "
+            f"model chooses; allowed are {tolerance:.4f}"
+        )
+        worst = max(worst, (behind, tolerance))
         same += int(row.argmax()) == token
-    text = f"{same}/{len(tokens)} argmax, behind {behind:.4f} of {tolerance:.4f}"
-    assert behind <= tolerance, f"{case}: a token that the float model does not choose: {text}"
-    return text
+    told = f", the others at most {worst[0]:.4f} behind of {worst[1]:.4f}" if worst[0] else ""
+    return f"{same} of {len(tokens)} tokens are the float model's{told}"
 
 
 def ours(worker: Any) -> dict[str, Any]:
