@@ -4,6 +4,7 @@ rank's part of a layer. tests/hosts/vllm.sh serves checkpoints with the real one
 from __future__ import annotations
 
 import logging
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,7 +30,7 @@ from qkernels.checkpoints import CheckpointError
 from qkernels.hf import HostVersionError
 from qkernels.hf.versions import KNOWN, require
 from qkernels.vllm import weights
-from qkernels.vllm.layer import Names, compute, hold
+from qkernels.vllm.layer import OPTION, Names, act_option, compute, hold
 from qkernels.vllm.stored import Checkpoint, Header, rank_columns
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -144,6 +145,9 @@ def test_a_device_without_kernels_is_a_reason() -> None:
     with qk.backend("reference"):
         said = weights.reason_on("cpu", qk.QuantSpec(4, 32), K, "float")
     assert said is not None and "no kernel of W4 g32 float16 with act=float on cpu" in said
+    with qk.backend("cuda"):
+        said = weights.reason_on("cpu", qk.QuantSpec(4, 32), K, "float")
+    assert said is not None and "backend 'cuda' has no row for device cpu" in said
 
 
 # What our own method loads: the tensors of a checkpoint, cut for a rank.
@@ -429,3 +433,26 @@ def test_either_distribution_of_vllm_counts(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(versions, "_ALSO", {})
     with pytest.raises(HostVersionError, match="vllm is not installed"):
         require("vllm")
+
+
+def test_the_option_of_activations() -> None:
+    assert [act_option(given) for given in (None, {}, {OPTION: "float"})] == [
+        "auto", "auto", "float"
+    ]  # fmt: skip
+    with pytest.raises(ValueError, match="qkernels_act must be one of auto, int8, float, got 8"):
+        act_option({OPTION: 8})
+
+
+def test_the_document_says_what_the_code_does() -> None:
+    text = " ".join((ROOT / "docs/vllm.md").read_text().split())
+    with pytest.raises(weights.NoKernel) as error:
+        weights.check_split("a layer", 192, 128, 384)
+    assert str(error.value) in text
+    assert f"| `{plugin.VARIABLE}` |" in text and f"--quantization {plugin.METHOD}" in text
+    assert f'{{"{OPTION}": "float"}}' in text
+    assert f"Versions {KNOWN['vllm'][0]} up to {KNOWN['vllm'][1]} of vLLM" in text
+    kernels = (ROOT / "qkernels/vllm/kernels.py").read_text()
+    for name in re.findall(r"QKernels\w+Kernel\b", text):
+        assert f"class {name}(" in kernels
+    for path in re.findall(r"`((?:tests|qkernels|bench)/[\w/.]+)`", text):
+        assert (ROOT / path).exists(), path

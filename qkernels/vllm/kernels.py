@@ -20,21 +20,14 @@ from ..ops.linear import resolve_act
 from ..quant import QuantSpec
 from ..quant.spec import FLAT_SCALES
 from . import METHOD, weights
-from .layer import ACTS, Names, compute, hold
-
-OPTION = "qkernels_act"
+from .layer import Names, act_option, compute, hold
 
 
 def act_mode() -> str:
-    """What `--additional-config '{"qkernels_act": ...}'` says; "auto" if it says nothing. vLLM
-    hashes that option into the key of its compiled graphs, as it must: the mode is a constant
-    there. Raises ValueError for another value."""
+    """The option of the vLLM that is being configured. vLLM hashes it into the key of its compiled
+    graphs, as it must: the mode is a constant there."""
     config = get_current_vllm_config_or_none()
-    given: Any = {} if config is None else config.additional_config
-    act = given.get(OPTION, "auto") if isinstance(given, dict) else "auto"
-    if act not in ACTS:
-        raise ValueError(f"{OPTION} must be one of {', '.join(ACTS)}, got {act!r}")
-    return act
+    return act_option(None if config is None else config.additional_config)
 
 
 def _plain(parameter: Any, rows_first: bool = True) -> Tensor:

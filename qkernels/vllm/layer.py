@@ -8,6 +8,7 @@ here imports vLLM.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from ..ops.linear import apply, default_act_group, resolve_act
 from ..quant import PackedWeight
 from ..quant.weight import WeightKind
 
+OPTION = "qkernels_act"
 ACTS = ("auto", "int8", "float")
 # Of this process: layers that hold a packed weight, by what they are ("W4 g32 float16, act=int8").
 held: Counter[str] = Counter()
@@ -40,6 +42,15 @@ class Constants(NamedTuple):
     k: int
     act: str
     act_group: int
+
+
+def act_option(given: Any) -> str:
+    """What the option qkernels_act of vLLM's `additional_config` says; "auto" if it says nothing.
+    Raises ValueError for another value than auto, int8 and float."""
+    act = given.get(OPTION, "auto") if isinstance(given, Mapping) else "auto"
+    if act not in ACTS:
+        raise ValueError(f"{OPTION} must be one of {', '.join(ACTS)}, got {act!r}")
+    return act
 
 
 def hold(

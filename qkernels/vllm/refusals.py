@@ -14,21 +14,21 @@ def reason_of_vllm(raw: Mapping[str, Any]) -> str | None:
     """Why vLLM does not serve a checkpoint with this `quantization_config`; None if it does, as far
     as can be told without the model."""
     method = raw["quant_method"]
+    if method == "awq" and raw.get("zero_point") is False:
+        return "AWQ without zero points: it would take the codes for values"
+    if method == "compressed-tensors":
+        for name, group in (raw.get("config_groups") or {}).items():
+            reason = _compressed_tensors(raw, group)
+            if reason is not None:
+                return f"config_groups.{name}: {reason}"
     try:
         config: Any = get_quantization_config(method).from_config(copy.deepcopy(dict(raw)))
         if method == "gptq":
             from vllm.model_executor.layers.quantization.auto_gptq import AutoGPTQLinearMethod
 
-            AutoGPTQLinearMethod(config)  # looks at the group size
-    except (ValueError, NotImplementedError, KeyError) as error:
+            AutoGPTQLinearMethod(config)  # looks at the types and group sizes of the platform
+    except (ValueError, NotImplementedError) as error:
         return str(error)
-    if method == "awq" and raw.get("zero_point") is False:
-        return "AWQ without zero points: it would take the codes for values"
-    if method == "compressed-tensors":
-        for name, group in raw.get("config_groups", {}).items():
-            reason = _compressed_tensors(raw, group)
-            if reason is not None:
-                return f"config_groups.{name}: {reason}"
     return None
 
 

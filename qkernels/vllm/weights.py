@@ -62,7 +62,10 @@ def reason_on(device: str, spec: QuantSpec, k: int, act: str) -> str | None:
     group = default_act_group(weight) if act == "int8" else 0
     case = {"weight": weight.kind, "act": act, "group": weight.group, "act_group": group}
     facts = backends.facts_of(torch.device(device))
-    choice = backends.choose("linear", device, {**case, **facts})
+    try:
+        choice = backends.choose("linear", device, {**case, **facts})
+    except RuntimeError as error:  # QKERNELS_BACKEND names one that does not stand for the device
+        return f"has no kernel of {weight.kind}: {error}"
     if choice.row.name != "reference":
         return None
     told = "; ".join(f"{name}: {reason}" for name, reason in choice.reasons) or "none stands for it"

@@ -66,7 +66,7 @@ serve gptq-asym gptq-asym:$exact gptq-asym-3-act-order:$exact ct-act-order:$exac
   gptq-sym:method=qkernels,same own-w8a8:method=qkernels,same
 # Two ranks, over gloo: the same tokens.
 serve gptq-sym:act=float,ranks=2,same awq:act=float,ranks=2,same gptq-asym:$exact,ranks=2,same \
-  ct-asym:$exact,ranks=2,same own-w4a16:$exact,ranks=2,same own-w8a8:ranks=2,same \
+  ct-asym:$exact,ranks=2,same own-w4a16:$exact,ranks=2,same own-w8a8:ranks=2 \
   gptq-asym-3-act-order:$exact,ranks=2,same ct-act-order:$exact,ranks=2,same
 # Compiled by vLLM, not eager.
 serve own-w4a16:$exact,compile,same gptq-asym:$exact,compile,same

@@ -13,7 +13,7 @@ from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.model_executor.kernels import linear as tables
 from vllm.model_executor.kernels.linear import Int8ScaledMMLinearLayerConfig, MPLinearLayerConfig
 from vllm.model_executor.layers import quantization
-from vllm.platforms import PlatformEnum
+from vllm.platforms import PlatformEnum, current_platform
 from vllm.scalar_type import ScalarType, scalar_types
 
 from qkernels import vllm as plugin
@@ -155,7 +155,7 @@ def test_which_int8_layers_are_taken(static: bool, symmetric: bool, reason: str 
     ("raw", "reason"),
     [
         (GPTQ, None),
-        ({**GPTQ, "bits": 8}, None),
+        ({**GPTQ, "bits": 8}, "uint8b128" if current_platform.is_cpu() else None),
         ({**GPTQ, "sym": False}, "sym=False"),
         ({**GPTQ, "bits": 3}, "bits=3"),
         ({**GPTQ, "desc_act": True}, "desc_act"),
