@@ -77,7 +77,8 @@ def hold(
         parameter = None if tensor is None else nn.Parameter(tensor, requires_grad=False)
         layer.register_parameter(name, parameter)
     chosen = resolve_act(act, weight.device)
-    layer.qkernels = Constants(
+    holder: Any = layer
+    holder.qkernels = Constants(
         names, weight.kind, weight.group, weight.n, weight.k, chosen, default_act_group(weight)
     )
     held[f"{weight.kind}, act={chosen}"] += 1
