@@ -70,6 +70,7 @@ serve gptq-sym:act=float,ranks=2,same awq:act=float,ranks=2,same gptq-asym:$exac
   gptq-asym-3-act-order:$exact,ranks=2,same ct-act-order:$exact,ranks=2,same
 # Compiled by vLLM, not eager.
 serve own-w4a16:$exact,compile,same gptq-asym:$exact,compile,same
+serve docs
 # Ranks that split a group: the numbers are in the log of a worker.
 serve own-mixed:$exact,ranks=2,error=a_worker 2>&1 | tee "$HERE/split.log" | grep "^ok:\|^FAILED:" || failed=1
 grep -q "has 192 input columns on this rank (384 of the layer over 2 ranks), expected a multiple of the group size 128" \

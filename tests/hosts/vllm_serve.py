@@ -174,7 +174,7 @@ def write(directory: Path, layers: int, heads: int) -> None:
         quantized = type(model)(model.config).eval()
         quantized.load_state_dict(original)
         qk.quantize_(quantized, spec, **given)
-        qk.save_pretrained(quantized, directory / name, overwrite=True)
+        qk.save_pretrained(quantized, directory / name, tokenizer, overwrite=True)
         qk.dequantize_(quantized)
         write_checkpoint(directory / f"{name}.float", quantized, {}, None)
 
@@ -316,6 +316,18 @@ def refused(directory: Path, case: Case) -> str:
     raise AssertionError(f"{case.name}: served, expected an error with {case.error!r}")
 
 
+def documented(directory: Path) -> str:
+    """The example of docs/vllm.md, on one of the checkpoints."""
+    (code,) = (ROOT / "docs/vllm.md").read_text().split("```python\n")[1:]
+    code = code.split("```")[0].replace("DIRECTORY", str(directory / "own-w4a16"))
+    names: dict[str, Any] = {}
+    exec(compile(code, "vllm.md", "exec"), names)
+    from qkernels.vllm import layer
+
+    assert layer.held, "no layer holds our weights"
+    return "the example of docs/vllm.md ran"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -332,6 +344,9 @@ def main() -> None:
     failed = 0
     for case in options.cases:
         try:
+            if case.name == "docs":
+                print(f"ok: {documented(options.directory)}", flush=True)
+                continue
             run = refused if case.error else serve
             print(f"ok: {case}: {run(options.directory, case)}", flush=True)
         except Exception as error:
