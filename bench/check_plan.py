@@ -6,7 +6,8 @@ MODEL: GGUF file, directory or PACKAGE:FILE. Each is loaded in a process of its 
 resident memory after its imports, the peak while it loads, and the memory once a context is full.
 Then come rounds: the read bandwidth, a decode from a short prompt, one from a prompt that nearly
 fills the context, a prefill. The plan is made from the medians of the bandwidth and the peaks
-measured in these rounds, and from the memory after imports. Results: bench/results/plan-<model>.json.
+measured in these rounds, and from the memory after imports. Results:
+bench/results/plan-<model>.json.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import record
+import record  # noqa: E402
 
 TOLERANCE = 0.2
 DECODE = 64

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 
 import torch
 
@@ -35,11 +36,16 @@ ATTENTION_SHARE = 0.65  # of float32 operations, in prefill
 LAYER_SECONDS = 10e-6  # barriers and small steps of a layer, of a decode step
 OP_SECONDS = 15e-6  # a torch op, where a model runs one op after the other
 ELEMENT_OPS = 1170  # float32 operations' worth of norms, gates and copies per element and token
-GPU_READ_SHARE = 0.86  # predicted, never measured: docs/cuda-kernels.md
+# Predicted, never measured: docs/cuda-kernels.md; and a kernel of a captured graph, assumed.
+GPU_READ_SHARE, GPU_STEP_SECONDS = 0.86, 2e-6
 # A packed model is loaded with at most two unpacked blocks beside it; quantizing a block takes its
 # float32 values and the candidates of the search.
 LOADING_BLOCKS, QUANTIZING_BLOCKS = 2, 8
-TOKENIZER_BYTES = 700  # per entry of the vocabulary: texts, merges and their tables
+# Of a tokenizer while it is made, per entry of the vocabulary of a GGUF file: byte-level BPE has
+# its merges there, in SentencePiece's kind they follow from the scores, several per token. A
+# tokenizer.json takes so many times its size.
+TOKENIZER_BYTES = {"gpt2": 700, "llama": 1720}
+TOKENIZER_JSON = 15
 HEAP_BYTES = 10 << 20  # what the allocator keeps, threads' stacks, first use of libraries
 
 
@@ -193,14 +199,23 @@ class Estimate:
             tables=tables,
             kv=pages * PAGE * self.kv_token,
             workspace=self.registers(min(PREFILL_CHUNK, batch * context), batch),
-            text=TOKENIZER_BYTES * config.vocab if self.machine.kind == "cpu" else 0,
-            heap=HEAP_BYTES if self.machine.kind == "cpu" else 0,
+            text=self.text_bytes() if self.on_cpu else 0,
+            heap=HEAP_BYTES if self.on_cpu else 0,
             loading=min(factor * blocks, factor * 2 * BLOCK_BYTES) if self.on_cpu else 0,
         )
 
     @property
     def on_cpu(self) -> bool:
         return self.machine.kind == "cpu"
+
+    def text_bytes(self) -> int:
+        """Of the tokenizer, the most while it is made; 0 without one."""
+        gguf, path = self.checkpoint.gguf, Path(self.checkpoint.source) / "tokenizer.json"
+        if gguf is not None:
+            kind = gguf.metadata.get("tokenizer.ggml.model")
+            entries = gguf.metadata.get("tokenizer.ggml.tokens", ())
+            return TOKENIZER_BYTES.get(str(kind), 0) * len(entries)
+        return TOKENIZER_JSON * path.stat().st_size if path.is_file() else 0
 
     def longest(self, batch: int) -> int:
         """The longest context that fits, 0 if none."""
@@ -239,7 +254,8 @@ class Estimate:
         packed, dense = self.read_bytes()
         kv = batch * self.kv_read(context)
         if not self.on_cpu:
-            return (packed + dense + kv) / (GPU_READ_SHARE * machine.read)
+            read = (packed + dense + kv) / (GPU_READ_SHARE * machine.read)
+            return read + len(self.steps) * GPU_STEP_SECONDS
         _, operations = self.operations()
         seconds = packed / (READ_SHARE * machine.read) + dense / (DENSE_SHARE * machine.read)
         if self.act == "float" and machine.float_ops and packed:

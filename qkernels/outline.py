@@ -59,7 +59,7 @@ def outline_gguf(path: str | Path) -> Checkpoint:
                 raise CheckpointError(
                     f"{path}: tensor {d.gguf}: expected a type among {known}, got {kind.name}"
                 )
-        return Checkpoint(family, config, weights, str(path))
+        return Checkpoint(family, config, weights, str(path), gguf=file)  # closed: for its metadata
 
 
 def outline_directory(
