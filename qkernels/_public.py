@@ -7,6 +7,7 @@ from __future__ import annotations
 from . import _library, nn, ops, triton
 from .backends import backend, set_backend
 from .convert import QuantReport, dequantize_, quantize_
+from .hf.layers import replace_decoder_layers_, restore_decoder_layers_
 from .info import info
 from .nn.decoder import QuantDecoder
 from .quant import PackedWeight, PlainWeight, QuantSpec
@@ -29,6 +30,8 @@ __all__ = [
     "ops",
     "quantize_",
     "quantize_directory",
+    "replace_decoder_layers_",
+    "restore_decoder_layers_",
     "save_pretrained",
     "set_backend",
 ]

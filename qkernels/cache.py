@@ -315,6 +315,21 @@ class PagedKVCache:
         self._lengths[seq] = length
         self._table = None
 
+    def fork(self, seq: int) -> int:
+        """A copy of a sequence, in pages of its own; returns its number. Raises as `grow` does."""
+        self._check(seq)
+        copy = self.add()
+        try:
+            self.grow([copy], [self._lengths[seq]])
+        except BaseException:
+            self.free(copy)
+            raise
+        source, target = self.pages(seq), self.pages(copy)
+        for pages in (self.k_pages, self.v_pages, self.k_scale, self.v_scale):
+            if pages is not None and source:
+                pages[:, target] = pages[:, source]
+        return copy
+
     def free(self, seq: int) -> None:
         """Removes a sequence. Raises KeyError if there is none of that number."""
         self.truncate(seq, 0)

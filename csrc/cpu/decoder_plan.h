@@ -25,7 +25,9 @@ enum Opcode : int64_t {
   kGate,
   kSelect,
   kQuantize,
-  kPermute
+  kPermute,
+  kInput,
+  kOutput
 };
 
 // One step, decoded. Registers and tensors are indices, -1 where there is none.
@@ -85,7 +87,9 @@ struct Plan {
   std::vector<std::optional<Tensor>> tensors;  // owned: the pointers in `steps` stay valid
   std::vector<Register> registers;
   std::vector<Step> steps;
-  int64_t vocab = 0, vocab_in = 0, layers = 0, kv_heads = 0, dim = 0;
+  int64_t vocab = 0;                    // columns of the result
+  int64_t vocab_in = 0, width_in = 0;  // of the table, or of the rows that come instead of ids
+  int64_t layers = 0, kv_heads = 0, dim = 0;
   std::vector<char> scratch;
   SteadyThreads threads;
   std::mutex busy;  // registers are shared state: one step at a time
@@ -99,11 +103,15 @@ class Decoder {
 
   void run() {
     while (at_ < code_.size()) plan_.steps.push_back(step());
-    check(!plan_.steps.empty() && plan_.steps.back().op == kLinear, kPlan,
-          "the last step must be a linear (the head)");
-    check(plan_.registers[size_t(plan_.steps.back().src)].selected, kPlan,
+    check(!plan_.steps.empty() &&
+              (plan_.steps.back().op == kLinear || plan_.steps.back().op == kOutput),
+          kPlan, "the last step must be a linear (the head) or an output");
+    const Step& last = plan_.steps.back();
+    for (const Step& s : plan_.steps)
+      check(s.op != kOutput || &s == &last, kPlan, "an output must be the last step");
+    check(plan_.registers[size_t(last.op == kOutput ? last.dst : last.src)].selected, kPlan,
           "the head must read what select wrote: logits have a row per selected token");
-    plan_.vocab = plan_.steps.back().weight.n;
+    plan_.vocab = plan_.registers[size_t(last.dst)].width;
     replicate();
     for (bool one : {false, true}) place_barriers(one);
     find_linears();
@@ -192,10 +200,31 @@ class Decoder {
       case kEmbed:
         s.dst = reg(), s.weight = weight(), s.number = number();
         is_float(s.dst, "the embedding"), width_is(s.dst, s.weight.k, "the embedding");
-        check(plan_.vocab_in == 0, kPlan, "a program has one embedding");
+        check(plan_.vocab_in == 0 && plan_.width_in == 0, kPlan,
+              "a program has one embedding, or one input");
         plan_.vocab_in = s.weight.n;
         write(s.dst, false);
         break;
+      case kInput:
+        s.dst = reg();
+        is_float(s.dst, "the input");
+        check(plan_.vocab_in == 0 && plan_.width_in == 0, kPlan,
+              "a program has one embedding, or one input");
+        plan_.width_in = plan_.registers[size_t(s.dst)].width;
+        write(s.dst, false);
+        break;
+      case kOutput: {
+        s.dst = reg(), s.src = reg(), s.second = reg(true);
+        const int64_t width = plan_.registers[size_t(s.src)].width;
+        is_float(s.dst, "output"), is_float(s.src, "output"), width_is(s.dst, width, "output");
+        check(written_.count(s.src), kPlan, "register ", s.src, " is read before it is written");
+        unselected(s.src, "output"), differs(s.dst, s.src, "output");
+        if (s.second >= 0)
+          is_float(s.second, "output"), width_is(s.second, width, "output"),
+              same_rows(s.second, s.src), differs(s.dst, s.second, "output");
+        write(s.dst, true);
+        break;
+      }
       case kNorm: {
         s.dst = reg(), s.src = reg();
         const int64_t width = plan_.registers[size_t(s.src)].width;
@@ -346,7 +375,8 @@ class Decoder {
   // into registers of its own, if these are written by such steps alone.
   void replicate() {
     const auto cheap = [](Opcode op) {
-      return op == kEmbed || op == kNorm || op == kSelect || op == kQuantize || op == kPermute;
+      return op == kEmbed || op == kInput || op == kNorm || op == kSelect || op == kQuantize ||
+             op == kPermute;
     };
     for (Register& r : plan_.registers) r.replicated = true;
     for (Step& s : plan_.steps) s.replicated = cheap(s.op);

@@ -102,12 +102,13 @@ LayeredPages make_layered_pages(const char* op, const Tensor& k, const Tensor& v
 
 // What a step needs beyond the plan.
 struct Inputs {
-  const int64_t* ids;     // [T]
+  const int64_t* ids;     // [T]; null for a program with an input
+  const float* rows;      // [T, width_in] instead of ids
   const int64_t* select;  // [S] rows of the batch
   int64_t tokens, selected;
   Ragged batch;
   LayeredPages pages;
-  float* logits;  // [S, vocab]
+  float* logits;  // [S, vocab], the result
 
   bool one() const { return tokens == 1 && selected == 1; }
 };
@@ -151,6 +152,22 @@ class Runner {
       case kEmbed:
         return k_.embedding({in_.ids, s.weight, values(s.dst), Dtype::f32, in_.tokens, s.number},
                             team);
+      case kInput: {
+        const int64_t width = reg(s.dst).width;
+        const Range mine = team.share(in_.tokens * width);
+        std::copy_n(in_.rows + mine.begin, mine.end - mine.begin, values(s.dst) + mine.begin);
+        return;
+      }
+      case kOutput: {
+        const int64_t width = reg(s.src).width;
+        const Range mine = team.share(in_.selected * width);
+        const float *x = values(s.src), *add = s.second >= 0 ? values(s.second) : nullptr;
+        for (int64_t i = mine.begin; i < mine.end; i++) {
+          const int64_t from = in_.select[i / width] * width + i % width;
+          in_.logits[i] = add ? x[from] + add[from] : x[from];
+        }
+        return;
+      }
       case kNorm: {
         NormArgs a{};
         const int64_t heads = s.heads ? s.heads : 1, width = reg(s.src).width / heads;
@@ -262,7 +279,8 @@ class Runner {
 // select, int vocab,
 //              Tensor(a!) k_pages, Tensor(b!) v_pages, Tensor(c!)? k_scale, Tensor(d!)? v_scale) ->
 //              Tensor
-// ids [T] int64, select [S] int64, pages [layers, P, Hkv, page, D] -> logits [S, vocab] float32.
+// ids [T] int64, or for a program with an input its rows [T, width] float32; select [S] int64,
+// pages [layers, P, Hkv, page, D] -> logits, or the rows of an output, [S, vocab] float32.
 Tensor decoder_step(int64_t handle, const Tensor& ids, const Tensor& query_start,
                     const Tensor& kv_len, const Tensor& page_table, const Tensor& select,
                     int64_t vocab, const Tensor& k_pages, const Tensor& v_pages,
@@ -270,12 +288,15 @@ Tensor decoder_step(int64_t handle, const Tensor& ids, const Tensor& query_start
   const auto plan = find_plan(handle);
   std::lock_guard<std::mutex> lock(plan->busy);
   check(vocab == plan->vocab, kStep, "vocab must be ", plan->vocab, ", got ", vocab);
-  expect(kStep, "ids", ids, ScalarType::Long, {-1});
+  if (plan->width_in) expect(kStep, "ids", ids, ScalarType::Float, {-1, plan->width_in});
+  else expect(kStep, "ids", ids, ScalarType::Long, {-1});
   expect(kStep, "select", select, ScalarType::Long, {-1});
   Inputs in{};
   in.tokens = ids.size(0), in.selected = select.size(0);
-  in.ids = data<int64_t>(ids), in.select = data<int64_t>(select);
-  for (int64_t i = 0; i < in.tokens; i++)
+  in.select = data<int64_t>(select);
+  if (plan->width_in) in.rows = data<float>(ids);
+  else in.ids = data<int64_t>(ids);
+  for (int64_t i = 0; in.ids && i < in.tokens; i++)
     check(in.ids[i] >= 0 && in.ids[i] < plan->vocab_in, kStep, "token id ", in.ids[i],
           " at position ", i, " is outside the vocabulary of ", plan->vocab_in);
   for (int64_t i = 0; i < in.selected; i++)

@@ -11,7 +11,10 @@ from typing import Any
 from .versions import HostVersionError, require
 
 # Public name -> the module here that has it.
-_NAMES: dict[str, str] = {}
+_NAMES: dict[str, str] = {
+    "replace_decoder_layers_": "layers",
+    "restore_decoder_layers_": "layers",
+}
 
 __all__ = ["HostVersionError"]  # and _NAMES
 

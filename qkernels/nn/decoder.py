@@ -34,51 +34,17 @@ from .arguments import (
     check_input_ids,
     check_values,
     context_length,
-    dtype_name,
     load,
     prompt_list,
     spec_of,
 )
 from .executor import ComposedExecutor, Executor, NativeExecutor, column_orders
 from .keep import HoldsPacked
+from .native import STEP_OPS, WeightUse, refusal, uses_of
 from .parts import angles, module_of
 from .pool import ChatMemory, pool_for
-from .program import Embed, Linear, Norm, Step, lower
+from .program import Linear, Norm, Step, lower
 from .steps import BATCHES, DeviceSteps
-
-# Ops of a step whose rows decide by the device alone.
-_STEP_OPS = (
-    "norm",
-    "add_norm",
-    "norm_quant",
-    "add_norm_quant",
-    "gate",
-    "gate_quant",
-    "kv_append",
-    "attention",
-    "quantize_act",
-)
-
-
-@dataclass(frozen=True)
-class WeightUse:
-    """One use of a matrix. op: embedding, linear, or linear_quant, which takes int8 activations in
-    groups of `act_group` columns."""
-
-    name: str
-    op: str
-    weight: Weight
-    act_group: int
-
-    @property
-    def case(self) -> dict[str, Any]:
-        """What rows of the op decide by; of packed weights only."""
-        assert isinstance(self.weight, PackedWeight)
-        if self.op == "embedding":
-            return {"weight": self.weight.kind}
-        act = "int8" if self.act_group else "float"
-        group = self.weight.group
-        return {"weight": self.weight.kind, "act": act, "group": group, "act_group": self.act_group}
 
 
 @dataclass
@@ -329,48 +295,18 @@ class QuantDecoder(nn.Module):
 
     def uses(self) -> list[WeightUse]:
         """What the program does with its matrices, in its order."""
-        found = []
-        for step in self._steps:
-            if isinstance(step, Embed):
-                op, group = "embedding", 0
-            elif isinstance(step, Linear):
-                group = self._act_group(step.weight)
-                op = "linear_quant" if group else "linear"
-            else:
-                continue
-            found.append(WeightUse(step.weight, op, self.weights()[step.weight], group))
-        return found
+        return uses_of(self._steps, self.weights(), self._act_group)
 
     def composed_because(self) -> str | None:
         """Why the model runs op by op and not as one native call per step; None if it does run
         natively.
         """
-        if self.device.type != "cpu":
-            return f"the native step needs the CPU, the weights are on {self.device}"
-        if self.dtype != torch.float32:
-            return f"activations are {dtype_name(self.dtype)}, the native step takes float32"
-        backend = backends.current()[0]
-        if backend not in ("auto", "cpu"):
-            return f"the backend in force is {backend!r}"
-        for use in self.uses():
-            if not isinstance(use.weight, PackedWeight):
-                return f"{use.name} is dense ({use.weight.dtype})"
-            if use.op == "embedding" and use.weight.perm is not None:
-                return f"{use.name}, the table, has its columns in act-order"
-            choice = backends.choose(use.op, "cpu", use.case)
-            if choice.row.name != "cpu":
-                why = "; ".join(reason for _, reason in choice.reasons)
-                return f"{use.name}: {why or f'the row {choice.row.name!r} computes it'}"
-        for op in _STEP_OPS:
-            row = backends.choose(op, "cpu", {}).row
-            if row.name != "cpu":
-                return f"the row {row.name!r} computes {op}"
-        return None
+        return refusal(self.uses(), self.device, self.dtype)
 
     def uncaptured_because(self) -> str | None:
         """Why a decode step on a GPU is not captured as a CUDA graph; None if it is."""
         device, facts = self.device.type, backends.facts_of(self.device)
-        cases: list[tuple[str, dict[str, Any]]] = [(op, {}) for op in (*_STEP_OPS, "sample")]
+        cases: list[tuple[str, dict[str, Any]]] = [(op, {}) for op in (*STEP_OPS, "sample")]
         cases += [(u.op, u.case) for u in self.uses() if isinstance(u.weight, PackedWeight)]
         for op, case in cases:
             choice = backends.choose(op, device, {**case, **facts})

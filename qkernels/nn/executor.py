@@ -20,9 +20,11 @@ from qkernels.nn.program import (
     Attention,
     Embed,
     Gate,
+    Input,
     KvAppend,
     Linear,
     Norm,
+    Output,
     Permute,
     Quantize,
     Select,
@@ -35,7 +37,11 @@ Weight = PackedWeight | torch.Tensor
 
 
 class Executor(Protocol):
-    """Something that turns token ids into logits and appends their keys and values to the cache."""
+    """Something that turns token ids into logits and appends their keys and values to the cache.
+
+    For a program that begins with an `Input`, rows [T, width] take the place of the ids, in the
+    type of the registers; where one ends with an `Output`, its rows that of the logits.
+    """
 
     def __call__(
         self, ids: torch.Tensor, batch: Batch, select: torch.Tensor | None, cache: PagedKVCache
@@ -141,6 +147,12 @@ class ComposedExecutor:
                     rows = torch.nn.functional.embedding(ids, table).float()
                     rows = rows * step.multiplier if step.multiplier != 1.0 else rows
                     floats[step.dst] = rows.to(self.dtype)
+            case Input():
+                floats[step.dst] = ids
+            case Output():
+                out = floats[step.src]
+                out = out if step.add is None else out + floats[step.add]
+                floats[step.dst] = out if select is None else out.index_select(0, select)
             case Norm():
                 self._norm(step, floats, acts)
             case Linear():
@@ -235,7 +247,20 @@ class ComposedExecutor:
 _OPCODES = {
     kind: code
     for code, kind in enumerate(
-        (Embed, Norm, Linear, KvAppend, Attention, Gate, Select, Quantize, Permute), start=1
+        (
+            Embed,
+            Norm,
+            Linear,
+            KvAppend,
+            Attention,
+            Gate,
+            Select,
+            Quantize,
+            Permute,
+            Input,
+            Output,
+        ),
+        start=1,
     )
 }
 _ACTIVATIONS = ("silu", "gelu_tanh", "gelu_erf", "relu")  # order of enum Activation in csrc/args.h
@@ -342,6 +367,11 @@ class _Encoder:
                     raise ValueError(f"{step.weight}: a table in act-order runs op by op only")
                 operands = self._weight(step.weight, table)
                 code = [self._write(step.dst, table.k), *operands, self._number(step.multiplier)]
+            case Input():
+                code = [self._write(step.dst, step.width)]
+            case Output():
+                dst = self._write(step.dst, self.width[step.src])
+                code = [dst, self._read(step.src), self._read(step.add)]
             case Norm():
                 dst = self._write(step.dst, self.width[step.src], step.act_group)
                 code = [

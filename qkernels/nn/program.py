@@ -25,6 +25,23 @@ class Embed:
 
 
 @dataclass(frozen=True)
+class Input:
+    """dst = the rows [T, width] that come in place of token ids: what a host has looked up."""
+
+    dst: str
+    width: int
+
+
+@dataclass(frozen=True)
+class Output:
+    """dst = the wanted rows of src + add: what goes back to a host, instead of logits."""
+
+    dst: str
+    src: str
+    add: str | None = None
+
+
+@dataclass(frozen=True)
 class Norm:
     """dst = norm(src) * weight + bias; with `add`, src is first added to that register, which keeps
     the sum.
@@ -134,15 +151,27 @@ class Permute:
     order: str
 
 
-Step = Embed | Norm | Linear | KvAppend | Attention | Gate | Select | Quantize | Permute
+Step = (
+    Embed
+    | Input
+    | Output
+    | Norm
+    | Linear
+    | KvAppend
+    | Attention
+    | Gate
+    | Select
+    | Quantize
+    | Permute
+)
 
 
 def reads(step: Step) -> tuple[str, ...]:
     """Registers that the step reads."""
     match step:
-        case Embed():
+        case Embed() | Input():
             return ()
-        case Norm():
+        case Norm() | Output():
             return (step.src,) if step.add is None else (step.src, step.add)
         case KvAppend():
             return (step.q, step.k, step.v)
@@ -159,6 +188,48 @@ def writes(step: Step) -> tuple[str, ...]:
     if isinstance(step, Norm) and step.add is not None:
         return (step.dst, step.add)
     return (step.dst,)
+
+
+def hidden_program(steps: Sequence[Step], width: int) -> tuple[Step, ...]:
+    """The program of a model between its embedding and its last norm: rows of hidden states in,
+    [T, width], rows of hidden states out. Raises ValueError for a program of another form.
+    """
+    match steps:
+        case [Embed(dst=dst), *layers, Norm(src=src, add=add), Select(), Linear()]:
+            return (Input(dst, width), *layers, Output("hidden", src, add))
+    raise ValueError("expected an embedding, layers, and a norm, a select and a linear at the end")
+
+
+def layer_programs(steps: Sequence[Step], width: int) -> list[tuple[Step, ...]]:
+    """As `hidden_program`, but one program for each layer. Layers begin at the norm that takes in
+    what the layer before has given; the sum that it makes is the output of that layer.
+    """
+    first, *inner, last = hidden_program(steps, width)
+    assert isinstance(first, Input) and isinstance(last, Output)
+    layers: list[list[Step]] = []
+    current = None
+    for step in inner:
+        at = _layer_of(step)
+        if at is not None and at != current:
+            layers.append([])
+            current = at
+        layers[-1].append(step)
+    programs = []
+    for i, (norm, *rest) in enumerate(layers):
+        sums = (first.dst, None) if i == 0 else (last.src, last.add)
+        if not isinstance(norm, Norm) or (norm.src, norm.add) != sums or norm.heads:
+            raise ValueError(f"expected layer {i} to begin with the norm of {sums}, got {norm}")
+        programs.append((first, replace(norm, src=first.dst, add=None), *rest, last))
+    return programs
+
+
+def _layer_of(step: Step) -> int | None:
+    """The number of the layer whose weight or cache the step uses, if any."""
+    if isinstance(step, (KvAppend, Attention)):
+        return step.layer
+    if isinstance(step, (Norm, Linear)):
+        return int(step.weight.split(".")[1])
+    return None
 
 
 def _next_uses(steps: Sequence[Step], start: int, register: str) -> list[Step]:

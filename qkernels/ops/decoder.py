@@ -24,7 +24,10 @@ def _step_fake(
     v_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
     op = "decoder_step"
-    checks.expect(op, "ids", ids, torch.int64, [-1])
+    if ids.is_floating_point():  # a program with an input
+        checks.expect(op, "ids", ids, torch.float32, [-1, -1])
+    else:
+        checks.expect(op, "ids", ids, torch.int64, [-1])
     checks.expect(op, "select", select, torch.int64, [-1])
     checks.same_device(
         op,
@@ -39,7 +42,7 @@ def _step_fake(
         k_scale=k_scale,
         v_scale=v_scale,
     )
-    return ids.new_empty((select.shape[0], vocab), dtype=torch.float32)
+    return select.new_empty((select.shape[0], vocab), dtype=torch.float32)
 
 
 # tensors: six entries per packed weight (codes, scale, zero, block_scale, block_zero, table), one
