@@ -252,6 +252,63 @@ def plan(
     run(PlanOptions(model, context, batch, prompt, **kinds, **where, as_json=as_json))
 
 
+@app.command()
+def serve(
+    model: Model,
+    port: Annotated[
+        int, typer.Option("--port", min=0, max=65535, help="0 takes a free one.")
+    ] = 8000,
+    host: Annotated[
+        str, typer.Option("--host", help="Address to listen on; others can reach 0.0.0.0.")
+    ] = "localhost",
+    name: Annotated[
+        str | None, typer.Option("--name", help="Of the model, for clients; default: the file's.")
+    ] = None,
+    api_key: Annotated[
+        str | None,
+        typer.Option("--api-key", envvar="QKERNELS_API_KEY", help="What clients must send."),
+    ] = None,
+    act: ActOption = Act.auto,
+    kv_dtype: KvOption = KvDtype.auto,
+    threads: Threads = None,
+    context: Context = None,
+    spec: Spec = None,
+    group_size: GroupSize = None,
+    attention: Annotated[
+        str | None,
+        typer.Option(
+            "--attn",
+            help="An attention implementation of transformers; its layers run then, not ours.",
+            rich_help_panel=LOADING,
+        ),
+    ] = None,
+    layers: Annotated[
+        bool,
+        typer.Option("--layers/--no-layers", help="Run decoder layers by our programs."),
+    ] = True,
+    continuous_batching: Annotated[
+        bool,
+        typer.Option(
+            "--continuous-batching",
+            help="Compute requests together, by the scheduler and layers of transformers.",
+        ),
+    ] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", help="Show requests.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Serve a model to OpenAI clients, through the server of transformers, on this machine only."""
+    from .serve import ServeOptions, run
+
+    kinds = {"act": act.value, "kv_dtype": kv_dtype.value, "spec": spec, "group_size": group_size}
+    ways = {"attention": attention, "layers": layers, "continuous_batching": continuous_batching}
+    run(
+        ServeOptions(
+            model, host, port, name, api_key, **kinds, context=context, threads=threads, **ways,
+            verbose=verbose,
+        )
+    )  # fmt: skip
+
+
 @app.command("eval")
 def evaluate(
     model: Model,
