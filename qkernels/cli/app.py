@@ -12,6 +12,7 @@ from typer.core import TyperGroup
 from . import output
 from .errors import BadInput, describe
 from .options import (
+    LOADING,
     Act,
     ActOption,
     Context,

@@ -72,7 +72,9 @@ def replace_decoder_layers_(
     if spec is not None:
         quantize_(model, spec, act=act, **quantize)
     elif quantize:
-        raise TypeError(f"{_REPLACE}: {', '.join(quantize)} belong to quantize_, and need a spec")
+        raise TypeError(
+            f"{_REPLACE}: {', '.join(quantize)} belong to quantize_, and need a spec"
+        )
     _install(model, decoder, family, config, asked, length)
     return model
 

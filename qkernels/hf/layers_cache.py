@@ -173,10 +173,8 @@ class Sequences:
     ) -> list[int | None]:
         """The shifts after these positions, checked to follow the tokens before them."""
         batch = len(self._handles)
-        if (
-            positions.dim() != 2
-            or positions.shape[0] not in (1, batch)
-            or (positions.shape[1] != count)
+        if positions.dim() != 2 or positions.shape[0] not in (1, batch) or (
+            positions.shape[1] != count
         ):
             raise ValueError(
                 f"position_ids must be [{batch}, {count}] here, got {list(positions.shape)}"
@@ -229,9 +227,7 @@ class Sequences:
         if self._padding is not None:
             self._padding = self._padding[:, : self.length]
 
-    def run(
-        self, step: Step, execute: Executor, x: torch.Tensor, layer: int | None
-    ) -> torch.Tensor:
+    def run(self, step: Step, execute: Executor, x: torch.Tensor, layer: int | None) -> torch.Tensor:
         """Rows [tokens, hidden] through all layers at once, or through one of them, which must be
         among those of the step -> [tokens, hidden]."""
         cache = self._cache if layer is None else _OneLayer(self._cache, layer)
@@ -336,7 +332,9 @@ def _chunks(counts: list[int]) -> Iterator[tuple[slice | torch.Tensor, list[int]
         if len(counts) == 1:
             yield slice(at, at + part[0]), part
             continue
-        rows = [torch.arange(b + at, b + at + n) for b, n in zip(begins, part, strict=False) if n]
+        rows = [
+            torch.arange(b + at, b + at + n) for b, n in zip(begins, part, strict=False) if n
+        ]
         yield torch.cat(rows), part
 
 

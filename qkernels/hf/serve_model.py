@@ -1,4 +1,4 @@
-"""The model that is served: of transformers, on packed weights, with layers of ours where they are."""
+"""The model that is served: of transformers, on packed weights, its decoder layers run by ours."""
 
 from __future__ import annotations
 
