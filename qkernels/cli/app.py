@@ -287,13 +287,15 @@ def serve(
         bool,
         typer.Option("--layers/--no-layers", help="Run decoder layers by our programs."),
     ] = True,
-    continuous_batching: Annotated[
-        bool,
+    slots: Annotated[
+        int,
         typer.Option(
-            "--continuous-batching",
-            help="Compute requests together, by the scheduler and layers of transformers.",
+            "--slots",
+            min=0,
+            help="Requests computed together, by the scheduler and layers of transformers; 0: one "
+            "after the other, on our layers.",
         ),
-    ] = False,
+    ] = 0,
     verbose: Annotated[bool, typer.Option("--verbose", help="Show requests.")] = False,
     debug: Debug = False,
 ) -> None:
@@ -301,7 +303,7 @@ def serve(
     from .serve import ServeOptions, run
 
     kinds = {"act": act.value, "kv_dtype": kv_dtype.value, "spec": spec, "group_size": group_size}
-    ways = {"attention": attention, "layers": layers, "continuous_batching": continuous_batching}
+    ways = {"attention": attention, "layers": layers, "slots": slots}
     run(
         ServeOptions(
             model, host, port, name, api_key, **kinds, context=context, threads=threads, **ways,

@@ -12,7 +12,7 @@ from .output import bar, note, warn
 from .source import model_path
 
 LOCAL = ("localhost", "127.0.0.1", "::1")
-GRACE = 5  # seconds that requests have to end after Ctrl-C
+GRACE = 2  # seconds that requests have to end after Ctrl-C
 OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_HUB_DISABLE_TELEMETRY")
 
 
@@ -34,7 +34,7 @@ class ServeOptions:
     threads: int | None = None
     attention: str | None = None
     layers: bool = True
-    continuous_batching: bool = False
+    slots: int = 0
     verbose: bool = False
 
 
@@ -59,7 +59,9 @@ def run(options: ServeOptions) -> None:
             from qkernels.hf.serve import application
             from qkernels.hf.serve_model import served_model
 
-            own = options.layers and not options.continuous_batching
+            quieten(options.verbose)
+
+            own = options.layers and not options.slots
             served = served_model(
                 path,
                 spec=options.spec,
@@ -76,7 +78,7 @@ def run(options: ServeOptions) -> None:
                 name,
                 (served.model, served.tokenizer),
                 limit=served.limit,
-                continuous_batching=options.continuous_batching,
+                slots=options.slots,
                 api_key=options.api_key,
             )
     host, port = listener.getsockname()[:2]
@@ -88,6 +90,13 @@ def run(options: ServeOptions) -> None:
     note(f"{name}: {served.runs}, context of {served.limit} tokens")
     note(f"serving on http://{shown}:{port}/v1 (Ctrl-C ends it)")
     serve(app, listener, options.verbose)
+
+
+def quieten(verbose: bool) -> None:
+    """Whether transformers says what it does."""
+    from transformers.utils import logging
+
+    (logging.set_verbosity_info if verbose else logging.set_verbosity_error)()
 
 
 def listen(host: str, port: int) -> socket.socket:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing
 from typing import Any
 
@@ -22,14 +22,18 @@ _HOST = parts()
 # Routes of the host that stay: the others load, unload or need other kinds of models.
 ROUTES = ("/v1/chat/completions", "/v1/completions", "/v1/models", "/health")
 
+PAGE, BATCH_TOKENS = 64, 256  # of the host's scheduler
+
 Loaded = tuple[Any, Any]  # model, tokenizer
 
 
 class OneModel(_HOST["ModelManager"]):  # type: ignore[misc]
-    """The one model of the server, under the name that requests give."""
+    """The one model of the server, under the name that requests give. close: ends generation."""
 
-    def __init__(self, name: str, loaded: Loaded, continuous_batching: bool = False) -> None:
-        self._loaded = loaded
+    def __init__(
+        self, name: str, loaded: Loaded, continuous_batching: bool, close: Callable[[], None]
+    ) -> None:
+        self._loaded, self._close = loaded, close
         super().__init__(
             device=str(loaded[0].device), force_model=name, continuous_batching=continuous_batching
         )
@@ -48,7 +52,8 @@ class OneModel(_HOST["ModelManager"]):  # type: ignore[misc]
         return [{"id": self.force_model, "object": "model", "created": 0, "owned_by": "qkernels"}]
 
     def shutdown(self) -> None:
-        """Nothing is unloaded before the process ends."""
+        """Ends generation. The model stays until the process ends."""
+        self._close()
 
 
 class Gone(Exception):
@@ -119,15 +124,66 @@ class OneByOne(_HOST["GenerateManager"]):  # type: ignore[misc]
         return processor.decode(new, skip_special_tokens=True), length, new
 
 
-class Generation(_HOST["GenerationState"]):  # type: ignore[misc]
-    """Who generates for a request."""
+# What the host's scheduler has one value of, for all requests.
+_SHARED = ("do_sample", "temperature", "top_p", "top_k", "repetition_penalty", "sequence_bias")
 
-    def __init__(self, continuous_batching: bool = False) -> None:
-        super().__init__(continuous_batching=continuous_batching)
-        self._own = OneByOne()
+
+class Together(_HOST["CBGenerateManager"]):  # type: ignore[misc]
+    """Answers requests together, by the host's scheduler, which samples all of them alike: as the
+    model's own settings say."""
+
+    def init_cb(self, model: Any, gen_config: Any) -> None:
+        own = model.generation_config
+        sampled = gen_config.do_sample or own.do_sample
+        for name in _SHARED if sampled else ("do_sample", "repetition_penalty", "sequence_bias"):
+            wanted, there = getattr(gen_config, name, None), getattr(own, name, None)
+            if wanted != there and (wanted or there):
+                raise refuse(name, f"requests that are computed together share {there!r}")
+        if gen_config.stop_strings:
+            raise refuse("stop", "requests that are computed together end at the model's own end")
+        super().init_cb(model, gen_config)
+
+    async def generate_non_streaming(
+        self, model: Any, processor: Any, inputs: Any, gen_config: Any, request_id: str
+    ) -> Any:
+        try:
+            return await super().generate_non_streaming(
+                model, processor, inputs, gen_config, request_id
+            )
+        except asyncio.CancelledError:
+            if self._cb is not None:
+                self._cb.cancel_request(request_id)
+            raise
+
+
+class Generation(_HOST["GenerationState"]):  # type: ignore[misc]
+    """Who generates for a request. slots: requests that are computed together, with room for
+    `limit` tokens each; 0: one after the other."""
+
+    def __init__(self, slots: int, limit: int) -> None:
+        config = None
+        if slots:
+            from transformers import ContinuousBatchingConfig
+
+            config = ContinuousBatchingConfig(
+                page_size=PAGE,
+                num_blocks=slots * -(-limit // PAGE),
+                max_batch_tokens=BATCH_TOKENS,
+                max_requests_per_batch=slots,
+                use_async_batching=False,
+                drop_unsupported_processors=False,
+            )
+        super().__init__(continuous_batching=bool(slots), cb_config=config)
+        self._own = Together(config) if slots else OneByOne()
 
     def get_manager(self, model_id: str, use_cb: bool = False) -> Any:
-        return super().get_manager(model_id, use_cb=True) if use_cb else self._own
+        return self._own
+
+    def shutdown(self) -> None:
+        self._own.stop()
+
+    def is_cb_alive(self) -> bool:
+        return self._own.is_alive() if isinstance(self._own, Together) else True
 
 
 class _Requests:
@@ -212,22 +268,21 @@ def application(
     loaded: Loaded,
     *,
     limit: int,
-    continuous_batching: bool = False,
+    slots: int = 0,
     api_key: str | None = None,
-    chat_template_kwargs: dict[str, Any] | None = None,
 ) -> Any:
     """The ASGI application.
 
     name: of the model, for clients. loaded: (model, tokenizer) of transformers. limit: tokens of a
-    prompt and its answer. continuous_batching: whether requests are computed together, by the
-    host's scheduler on the host's attention, or one after the other. api_key: what clients have to
+    prompt and its answer. slots: how many requests are computed together, by the host's scheduler
+    on the host's layers; 0: one after the other, as they come. api_key: what clients have to
     send as a bearer token; None: nothing.
     """
     from .serve_asgi import CancelWhenGone, RequireKey
 
-    models = OneModel(name, loaded, continuous_batching)
-    state = Generation(continuous_batching)
-    given = (models, state, chat_template_kwargs or {})
+    state = Generation(slots, limit)
+    models = OneModel(name, loaded, bool(slots), state.shutdown)
+    given = (models, state)
     chat, completion = Chat(*given), Completion(*given)
     chat.limit = completion.limit = limit
     app = _HOST["build_server"](

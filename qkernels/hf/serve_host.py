@@ -20,7 +20,7 @@ _MODULES = {
     "server": ("build_server",),
     "systemone": ("SystemOneHandler",),
     "transcription": ("TranscriptionHandler",),
-    "utils": ("GenerateManager", "GenerationState"),
+    "utils": ("CBGenerateManager", "GenerateManager", "GenerationState"),
 }
 # Methods that are called or replaced, and the arguments that they are called with by name.
 _METHODS = {
@@ -30,7 +30,11 @@ _METHODS = {
     "ModelManager.get_gen_models": (),
     "ModelManager.process_model_name": ("model_id",),
     "ModelManager.__init__": ("device", "force_model", "continuous_batching"),
-    "GenerationState.__init__": ("continuous_batching",),
+    "GenerationState.__init__": ("continuous_batching", "cb_config"),
+    "GenerationState.use_continuous_batching": ("model", "modality"),
+    "CBGenerateManager.__init__": ("cb_config",),
+    "CBGenerateManager.init_cb": ("model", "gen_config"),
+    "CBGenerateManager.generate_non_streaming": ("request_id",),
     "GenerationState.get_manager": ("model_id", "use_cb"),
     "GenerateManager.submit": ("fn",),
     "GenerateManager.generate_streaming": ("model", "processor", "inputs", "gen_config"),
