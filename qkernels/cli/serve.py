@@ -111,8 +111,16 @@ def listen(host: str, port: int) -> socket.socket:
 
 def serve(app: Any, listener: socket.socket, verbose: bool) -> None:
     """Answers until Ctrl-C. Raises KeyboardInterrupt then."""
+    import logging
+
     import uvicorn
+
+    class Server(uvicorn.Server):
+        def handle_exit(self, sig: int, frame: Any) -> None:
+            # Requests that are cut off after the grace would each be reported with a traceback.
+            logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
+            super().handle_exit(sig, frame)
 
     level = "info" if verbose else "warning"
     config = uvicorn.Config(app, log_level=level, timeout_graceful_shutdown=GRACE)
-    uvicorn.Server(config).run(sockets=[listener])
+    Server(config).run(sockets=[listener])

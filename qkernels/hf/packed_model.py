@@ -44,7 +44,10 @@ def packed_model(
     require("transformers")
     checkpoint = load(path, spec_of(spec), spec_of(embeddings), progress)
     text = text_of(checkpoint)
-    tokenizer = text.transformers
+    try:
+        tokenizer = text.transformers
+    except LookupError:
+        raise CheckpointError(f"{checkpoint.source} comes without a tokenizer") from None
     config = _config_of(checkpoint)
     if checkpoint.gguf is not None:
         config.bos_token_id, config.eos_token_id = text.bos_id, list(text.eos_ids) or None
@@ -131,10 +134,7 @@ def _set_generation(model: Any, checkpoint: Checkpoint, text: Any) -> None:
         model.generation_config = GenerationConfig.from_dict(dict(checkpoint.generation))
     config = model.generation_config
     if config.eos_token_id is None:
-        try:
-            config.eos_token_id = list(text.eos_ids) or None
-        except LookupError:  # without a tokenizer
-            return
+        config.eos_token_id = list(text.eos_ids) or None
     if config.pad_token_id is None and config.eos_token_id is not None:
         eos = config.eos_token_id
         config.pad_token_id = eos[0] if isinstance(eos, list) else eos

@@ -207,6 +207,9 @@ class _Requests:
     def _build_generation_config(
         self, body: dict[str, Any], model_generation_config: Any, use_cb: bool = False
     ) -> Any:
+        bias = body.pop("logit_bias", None)
+        if bias:  # the host takes no empty one, and no integers in it
+            body["logit_bias"] = {token: float(value) for token, value in bias.items()}
         seed = body.pop("seed", None)  # the host would set it now, for whoever generates
         if use_cb and seed is not None:
             raise refuse("seed", "requests that are computed together have one random sequence")

@@ -46,6 +46,12 @@ def check_body(body: Mapping[str, Any], chat: bool) -> None:
     _number(body, "temperature", 0.0, 2.0)
     _number(body, "top_p", 0.0, 1.0, above=True)
     _number(body, "frequency_penalty", -0.999, 2.0)
+    bias = body.get("logit_bias") or {}
+    if not isinstance(bias, Mapping) or not all(
+        str(k).isdigit() and isinstance(v, int | float) and -100 <= v <= 100
+        for k, v in bias.items()
+    ):
+        raise wrong(400, "logit_bias must map token ids to numbers from -100 to 100", "logit_bias")
     stop = body.get("stop")
     if stop is not None:
         texts = [stop] if isinstance(stop, str) else stop
