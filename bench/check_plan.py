@@ -145,11 +145,42 @@ def report(found: dict[str, Any]) -> bool:
     return ok
 
 
+# Recorded runs: file, layers, and the bytes of keys and values that a step of the row reads.
+RECORDED = {
+    "decoder-smollm2-135m-instruct.q4_1": 30,
+    "peer-smollm2-135m-instruct.q4_1": 30,
+    "peer-gemma-3-270m-q4_k_m": 18,
+    "race-llama-3.2-1b-q4_0": 16,
+    "race-llama-3.2-1b-q4_k_m": 16,
+    "race-llama-3.1-8b-q4_k_m": 32,
+}
+
+
+def recorded() -> None:
+    """What the formula for packed weights and int8 activations gives for files in bench/results,
+    from the read bandwidth that they have."""
+    from qkernels.estimate import LAYER_SECONDS, READ_SHARE
+
+    for name, layers in RECORDED.items():
+        found = json.loads((record.RESULTS / f"{name}.json").read_text())
+        read = found["read_ceiling_gb_per_s"] * 1e9
+        rows = [r for r in found["rows"] if r.get("act", "int8") == "int8"]
+        row = next(r for r in rows if "decode" in r or r["what"].startswith("decode"))
+        nbytes = row.get("bytes_per_token") or found["bytes_per_token"]
+        measured = (row["decode"] if "decode" in row else row["qkernels"])["median"]
+        planned = 1 / (nbytes / (READ_SHARE * read) + layers * LAYER_SECONDS)
+        print(
+            f"{name:40} planned {planned:6.1f}  recorded {measured:6.1f} tok/s "
+            f"{planned / measured - 1:+6.1%}"
+        )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("models", nargs="+", metavar="MODEL")
+    parser.add_argument("models", nargs="*", metavar="MODEL")
+    parser.add_argument("--recorded", action="store_true", help="the formula and older results")
     parser.add_argument("--context", type=int, default=1024)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=2)
@@ -162,6 +193,10 @@ def main() -> None:
     if options.child:
         child(options.models[0], options.context, options.rounds, options.threads, kinds)
         return
+    if options.recorded:
+        recorded()
+    elif not options.models:
+        parser.error("a MODEL is needed, or --recorded")
     from qkernels.cli.source import model_path
 
     ok = True

@@ -132,6 +132,17 @@ def test_answers_are_those_of_the_decoder(server: Server, tiny: Path) -> None:
         assert made.usage.prompt_tokens == len(decoder.encode(prompt))
 
 
+def test_the_example_of_the_document_runs(
+    server: Server, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = (ROOT / "docs/serving.md").read_text()
+    (code,) = (block.split("```")[0] for block in text.split("```python\n")[1:])
+    assert "http://localhost:8000/v1" in code and 'api_key="none"' in code
+    code = code.replace("http://localhost:8000/v1", server.url).replace('"none"', repr(KEY))
+    exec(compile(code, "docs/serving.md", "exec"), {})
+    assert capsys.readouterr().out
+
+
 def test_answers_many_at_once(server: Server) -> None:
     client = server.client()
     texts = [f"hello {i}" for i in range(6)]
@@ -352,7 +363,7 @@ def test_a_model_has_the_weights_of_its_file(output: str | None, tmp_path: Path)
     assert model.generation_config.eos_token_id == [tokenizer.eos_token_id]
 
 
-@pytest.mark.parametrize(("case", "spec"), [("llama", "W8A16"), ("qwen2", None), ("gemma3", None)])
+@pytest.mark.parametrize(("case", "spec"), [("llama", "MXFP4"), ("qwen2", None), ("gemma3", None)])
 def test_a_model_of_a_directory(case: str, spec: str | None, tmp_path: Path) -> None:
     random_model(case).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="comes without a tokenizer"):
