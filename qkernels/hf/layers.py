@@ -1,4 +1,4 @@
-"""`replace_decoder_layers_`: the decoder layers of a transformers model run by ours, cache included;
+"""`replace_decoder_layers_`: the decoder layers of a transformers model run by ours, cache and all;
 `restore_decoder_layers_`: back.
 
 Importing this module does not import transformers.
@@ -63,7 +63,7 @@ def replace_decoder_layers_(
     decoder = _decoder_of(model)
     if _is_replaced(decoder):
         raise ValueError(
-            f"{_REPLACE}: the decoder layers are replaced already; use restore_decoder_layers_ first"
+            f"{_REPLACE}: the layers are replaced already; use restore_decoder_layers_ first"
         )
     family, config = _described(decoder)
     length = context_length(max_seq_len, config)
@@ -72,9 +72,7 @@ def replace_decoder_layers_(
     if spec is not None:
         quantize_(model, spec, act=act, **quantize)
     elif quantize:
-        raise TypeError(
-            f"{_REPLACE}: {', '.join(quantize)} belong to quantize_, and need a spec"
-        )
+        raise TypeError(f"{_REPLACE}: {', '.join(quantize)} belong to quantize_, and need a spec")
     _install(model, decoder, family, config, asked, length)
     return model
 
@@ -186,13 +184,17 @@ def _check_modules(decoder: Any, family: Family, config: ModelConfig) -> None:
 
 def _check_angles(decoder: Any, config: ModelConfig, length: int) -> None:
     """The host's rotation must be ours: a kind of scaling that we read differently would give wrong
-    text without a word."""
-    rotary = decoder.rotary_emb
-    device = next(decoder.layers.parameters()).device
-    # The host rounds frequencies to float32, which turns position p by up to p * 2^-24 more or less.
-    where = sorted({0, 1, 7, min(length, 4096) // 2, min(length, 4096) - 1} & {*range(length)})
-    positions = torch.tensor([where], device=device)
-    probe = torch.zeros(1, 1, 1, dtype=torch.float32, device=device)
+    text without a word. A host that was cast (`.bfloat16()`) has rounded its frequencies; ours are
+    those of its configuration, as when it is loaded in that type."""
+    where = f"{_REPLACE}: {type(decoder).__name__} rotates by other angles than its configuration"
+    fresh = type(decoder.rotary_emb)(decoder.config)
+    held = dict(decoder.rotary_emb.named_buffers())
+    for name, buffer in fresh.named_buffers():
+        found = held.get(name)
+        if found is None or not torch.equal(found.cpu(), buffer.to(found.dtype)):
+            raise ValueError(f"{where} says: its {name} has been changed")
+    # The host rounds frequencies to float32, which turns position p by up to p * 2^-24.
+    positions = sorted({0, 1, 7, min(length, 4096) // 2, min(length, 4096) - 1} & {*range(length)})
     # The host has a rotation for each kind of layer that occurs, if they differ.
     kinds: dict[str, tuple[Any, ...]] = {"rope": ()}
     if config.local_rope is not None:
@@ -201,16 +203,13 @@ def _check_angles(decoder: Any, config: ModelConfig, length: int) -> None:
         kinds = {name: (kind,) for name, kind in named.items() if kind in used}
     for name, kind in kinds.items():
         rope = config.ropes[name]
-        cosines, sines = rotary(probe, positions, *kind)
-        ours = angles(rope, max(where) + 1)[where]
+        cosines, sines = fresh(torch.zeros(1, 1, 1), torch.tensor([positions]), *kind)
         half = rope.dim // 2
-        theirs = torch.cat((cosines[0, :, :half], sines[0, :, :half]), dim=1).float().cpu()
-        allowed = torch.tensor(where).unsqueeze(1) * 2.0**-22 + 1e-5
+        theirs = torch.cat((cosines[0, :, :half], sines[0, :, :half]), dim=1).float()
+        ours = angles(rope, max(positions) + 1)[positions]
+        allowed = torch.tensor(positions).unsqueeze(1) * 2.0**-22 + 1e-5
         if theirs.shape != ours.shape or not bool(((theirs - ours).abs() <= allowed).all()):
-            raise ValueError(
-                f"{_REPLACE}: {type(decoder).__name__} rotates by other angles than its "
-                f"configuration says ({name}: {rope})"
-            )
+            raise ValueError(f"{where} means here ({name}: {rope})")
 
 
 # Into the host

@@ -112,8 +112,8 @@ class Sequences:
         """
         if self._pending is not None and self._pending.layers:
             raise ValueError(
-                f"layers {sorted(self._pending.layers)} have not seen the tokens before these: every "
-                "layer must, in turn; start again with a new cache"
+                f"layers {sorted(self._pending.layers)} have not seen the tokens before these: "
+                "every layer must, in turn; start again with a new cache"
             )
         if not self._handles:
             self._handles = [self._cache.add() for _ in range(batch)]
@@ -147,8 +147,8 @@ class Sequences:
         if padding is None:
             if self._padding is not None:
                 raise ValueError(
-                    "attention_mask is missing; earlier tokens were padding, so it must be given for "
-                    f"all {self.length + count} tokens"
+                    "attention_mask is missing; earlier tokens were padding, so it must be given "
+                    f"for all {self.length + count} tokens"
                 )
             return None
         wanted = (batch, self.length + count)
@@ -163,8 +163,8 @@ class Sequences:
         same = past.all() if self._padding is None else torch.equal(past, self._padding)
         if not same:
             raise ValueError(
-                "attention_mask has changed for tokens that are in the cache already; replaced layers "
-                "leave padding out of it, so it must stay as it was"
+                "attention_mask has changed for tokens that are in the cache already; replaced "
+                "layers leave padding out of it, so it must stay as it was"
             )
         return new
 
@@ -173,8 +173,10 @@ class Sequences:
     ) -> list[int | None]:
         """The shifts after these positions, checked to follow the tokens before them."""
         batch = len(self._handles)
-        if positions.dim() != 2 or positions.shape[0] not in (1, batch) or (
-            positions.shape[1] != count
+        if (
+            positions.dim() != 2
+            or positions.shape[0] not in (1, batch)
+            or (positions.shape[1] != count)
         ):
             raise ValueError(
                 f"position_ids must be [{batch}, {count}] here, got {list(positions.shape)}"
@@ -227,7 +229,9 @@ class Sequences:
         if self._padding is not None:
             self._padding = self._padding[:, : self.length]
 
-    def run(self, step: Step, execute: Executor, x: torch.Tensor, layer: int | None) -> torch.Tensor:
+    def run(
+        self, step: Step, execute: Executor, x: torch.Tensor, layer: int | None
+    ) -> torch.Tensor:
         """Rows [tokens, hidden] through all layers at once, or through one of them, which must be
         among those of the step -> [tokens, hidden]."""
         cache = self._cache if layer is None else _OneLayer(self._cache, layer)
@@ -307,8 +311,8 @@ class Sequences:
 
 
 _ONE_BY_ONE = (
-    "position_ids: replaced layers number the tokens of a sequence one by one, padding left out, and "
-    "{}"
+    "position_ids: replaced layers number the tokens of a sequence one by one, padding left out, "
+    "and {}"
 )
 
 
@@ -332,9 +336,7 @@ def _chunks(counts: list[int]) -> Iterator[tuple[slice | torch.Tensor, list[int]
         if len(counts) == 1:
             yield slice(at, at + part[0]), part
             continue
-        rows = [
-            torch.arange(b + at, b + at + n) for b, n in zip(begins, part, strict=False) if n
-        ]
+        rows = [torch.arange(b + at, b + at + n) for b, n in zip(begins, part, strict=False) if n]
         yield torch.cat(rows), part
 
 
@@ -405,9 +407,16 @@ class PagedLayer(CacheLayerMixin):
 
 
 _UPDATED = (
-    "this cache belongs to replaced decoder layers, which write it themselves; the host's own layers "
-    "(with adapters inside, or for a gradient) need a cache of their own, from the first token on"
+    "this cache belongs to replaced decoder layers, which write it themselves; the host's own "
+    "layers (with adapters inside, or for a gradient) need one of their own, from the first token "
+    "on"
 )
+
+
+def is_ours(cache: Any) -> bool:
+    """Whether a host's cache holds tokens in pages of ours."""
+    layers = getattr(cache, "layers", None)
+    return bool(layers) and isinstance(layers[0], PagedLayer) and layers[0].sequences.length > 0
 
 
 def sequences_of(cache: Any, shape: CacheShape) -> Sequences:
@@ -429,13 +438,13 @@ def sequences_of(cache: Any, shape: CacheShape) -> Sequences:
     if not isinstance(cache, DynamicCache) or cache.offloading:
         what = f"an offloading {type(cache).__name__}" if cache.offloading else type(cache).__name__
         raise TypeError(
-            "replaced layers keep keys and values themselves, in kv_dtype: past_key_values must be a "
-            f"DynamicCache (leave cache_implementation at its default), got {what}"
+            "replaced layers keep keys and values themselves, in kv_dtype: past_key_values must be "
+            f"a DynamicCache (leave cache_implementation at its default), got {what}"
         )
     if cache.get_seq_length():
         raise ValueError(
-            f"past_key_values hold {cache.get_seq_length()} tokens of the host's own layers; replaced "
-            "layers begin with an empty cache"
+            f"past_key_values hold {cache.get_seq_length()} tokens of the host's own layers; "
+            "replaced layers begin with an empty cache"
         )
     sequences = Sequences(shape)
     cache.layers[:] = [PagedLayer(sequences, i) for i in range(shape.layers)]

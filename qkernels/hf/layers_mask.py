@@ -14,8 +14,8 @@ from transformers import AttentionInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-# The attention implementation of a model with replaced layers. Where the host's own layers run,
-# attention is torch's scaled_dot_product_attention.
+# The attention implementation of a model with replaced layers. For the host's own layers, where
+# they run, it is torch's scaled_dot_product_attention.
 NAME = "qkernels_layers"
 
 
@@ -46,7 +46,17 @@ def _host_mask(**arguments: Any) -> HostMask:
     return HostMask(arguments)
 
 
-AttentionInterface.register(NAME, ALL_ATTENTION_FUNCTIONS["sdpa"])
+def _attention(
+    module: Any, query: Any, key: Any, value: Any, attention_mask: Any, **named: Any
+) -> Any:
+    # Also of a model with layers of its own that shares its configuration with a replaced one.
+    if isinstance(attention_mask, HostMask):
+        attention_mask = attention_mask.dense()
+    sdpa = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    return sdpa(module, query, key, value, attention_mask, **named)
+
+
+AttentionInterface.register(NAME, _attention)
 AttentionMaskInterface.register(NAME, _host_mask)
 
 

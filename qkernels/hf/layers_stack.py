@@ -28,9 +28,9 @@ from ..nn.linear import QuantLinear
 from ..nn.native import refusal, uses_of
 from ..nn.parts import angles
 from ..nn.program import hidden_program, layer_programs, lower
-from ..ops.linear import default_act_group, resolve_act
+from ..ops.linear import resolve_act
 from ..quant import PackedWeight
-from .layers_cache import CacheShape, Sequences, sequences_of
+from .layers_cache import CacheShape, Sequences, is_ours, sequences_of
 from .layers_mask import HostAngles, HostMask
 
 Weight = PackedWeight | torch.Tensor
@@ -136,7 +136,7 @@ class DecoderStack(nn.ModuleList):
     def __getstate__(self) -> dict[str, Any]:
         # A copy looks at its own modules, and makes plans of its own: a native one belongs to its
         # tensors.
-        own = ("_plan", "_watched", "_inner_hooks", "_layer_hooks")
+        own = ("_plan", "_watched", "_inner_hooks", "_layer_hooks", "_values", "_copied")
         return {name: value for name, value in self.__dict__.items() if name not in own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -170,31 +170,25 @@ class DecoderStack(nn.ModuleList):
             found[name] = angles(rope, self.shape.max_seq_len).to(self.shape.device)
         return found
 
-    def plan(self, dtype: torch.dtype) -> Plan:
-        """What runs the layers now. dtype: of the host's hidden states."""
+    def plan(self, dtype: torch.dtype, fresh: bool = True) -> Plan:
+        """What runs the layers now. dtype: of the host's hidden states. fresh: whether to look if
+        vectors that had to be copied have changed since."""
         device = next(self.parameters()).device
         rows = torch.float32 if device.type == "cpu" else dtype
         key = (*backends.current(), device, rows)
         plan = self._plan
-        if plan is not None and plan.key == key:
-            if [_version(tensor) for tensor in self._copied] == self._versions:
+        if plan is not None and plan.key == key:  # noqa: SIM102
+            if not fresh or [_version(tensor) for tensor in self._copied] == self._versions:
                 return plan
         if device != self.shape.device:
             self.shape = CacheShape(**{**vars(self.shape), "device": device})
         self._values = weights = self._weights()
-        acts = {
-            d.name: resolve_act(module.act, device)
+        self._groups = {
+            d.name: 0 if resolve_act(module.act, device) == "float" else module._act_group
             for d, module, _ in self._matrices()
             if isinstance(module, QuantLinear)
         }
-
-        def act_group(name: str) -> int:
-            weight = weights[name]
-            if not isinstance(weight, PackedWeight) or acts[name] == "float":
-                return 0
-            return default_act_group(weight)
-
-        self._act_group = act_group
+        act_group = self._act_group
         steps = hidden_program(self._steps, self.model_config.hidden)
         because = refusal(uses_of(steps, weights, act_group), device, rows)
         lowered = lower(steps, act_group, column_orders(weights).get)
@@ -207,6 +201,10 @@ class DecoderStack(nn.ModuleList):
         self._plan = plan
         return plan
 
+    def _act_group(self, name: str) -> int:
+        """Columns per scale of the int8 activations that a weight takes; 0: it takes float ones."""
+        return self._groups.get(name, 0)
+
     def single(self, plan: Plan, layer: int) -> Executor:
         """What runs one layer."""
         found = plan.single[layer]
@@ -218,7 +216,7 @@ class DecoderStack(nn.ModuleList):
 
     # ---- which way ----
 
-    def _host_runs(self, hidden: torch.Tensor) -> bool:
+    def _host_runs(self, hidden: torch.Tensor, named: Mapping[str, Any]) -> bool:
         """Whether the host's own layers have to run."""
         if torch.is_grad_enabled() and (
             hidden.requires_grad or any(p.requires_grad for p in self.parameters())
@@ -226,6 +224,11 @@ class DecoderStack(nn.ModuleList):
             return True
         if self.training and getattr(self.host_config, "attention_dropout", 0.0):
             return True
+        # A step of decoding: the cache is ours, so that the host's layers could not go on with it.
+        # To look at hundreds of modules would cost it 5%; what changes inside a layer while a cache
+        # is in use counts from the next prompt on.
+        if hidden.shape[1] == 1 and is_ours(named.get("past_key_values")):
+            return False
         for modules, seen in self._watched:
             if list(modules.values()) != seen:
                 self._scan()
@@ -235,8 +238,8 @@ class DecoderStack(nn.ModuleList):
         if self._foreign is not None and not self._warned:
             self._warned = True
             warnings.warn(
-                f"{self._foreign}, not what was replaced: the decoder layers run as the host's own, "
-                "module by module, and not as one native call",
+                f"{self._foreign}, not what was replaced: the decoder layers run as the host's "
+                "own, module by module, and not as one native call",
                 stacklevel=2,
             )
         return self._foreign is not None
@@ -259,7 +262,7 @@ class DecoderStack(nn.ModuleList):
     def runs_whole(self, hidden: torch.Tensor, named: Mapping[str, Any]) -> bool:
         """Whether the stack may run all layers at once."""
         asked = self._asked_for_outputs(named)
-        if self._host_runs(hidden) or asked:
+        if self._host_runs(hidden, named) or asked:
             return False
         return not (any(self._layer_hooks) and _has_hooks(self._layer_hooks))
 
@@ -290,7 +293,7 @@ class DecoderStack(nn.ModuleList):
         batch, count, width = hidden.shape
         if batch == 0 or count == 0:
             return hidden.clone()
-        plan = self.plan(hidden.dtype)
+        plan = self.plan(hidden.dtype, fresh=count > 1 or not is_ours(past_key_values))
         if past_key_values is not None:
             sequences = sequences_of(past_key_values, self.shape)
         else:
@@ -329,9 +332,7 @@ class DecoderStack(nn.ModuleList):
     def host(self, layer: int, hidden: torch.Tensor, named: dict[str, Any]) -> Any:
         """The host's own forward of a layer."""
         module = self[layer]
-        mask, host_angles = named.get("attention_mask"), named.get("position_embeddings")
-        if isinstance(mask, HostMask):
-            named = {**named, "attention_mask": mask.dense()}
+        host_angles = named.get("position_embeddings")
         if isinstance(host_angles, HostAngles):
             named = {**named, "position_embeddings": host_angles.made()}
         return type(module).forward(module, hidden, **named)
@@ -362,6 +363,7 @@ class _First:
         self._stack = stack
         self.ran_all = False
 
+    @torch.compiler.disable  # native calls, and looking at values: nothing to trace
     def __call__(self, hidden_states: torch.Tensor, **named: Any) -> Any:
         stack = self._stack
         self.ran_all = stack.runs_whole(hidden_states, named)
@@ -376,9 +378,10 @@ class LayerForward:
     def __init__(self, stack: DecoderStack, index: int) -> None:
         self.stack, self.index = stack, index
 
+    @torch.compiler.disable
     def __call__(self, hidden_states: torch.Tensor, **named: Any) -> Any:
         self.stack._asked_for_outputs(named)
-        if self.stack._host_runs(hidden_states):
+        if self.stack._host_runs(hidden_states, named):
             return self.stack.host(self.index, hidden_states, named)
         return self.stack.run(hidden_states, self.index, **named)
 
@@ -410,5 +413,6 @@ def _padding_of(mask: Any) -> torch.Tensor | None:
         return mask.bool()
     what = list(mask.shape) if isinstance(mask, torch.Tensor) else type(mask).__name__
     raise ValueError(
-        f"attention_mask: replaced layers take one of shape [B, tokens], with 0 at padding, got {what}"
+        f"attention_mask: replaced layers take one of shape [B, tokens], with 0 at padding, and "
+        f"the attention implementation that they have set, got {what}"
     )
