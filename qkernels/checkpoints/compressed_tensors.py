@@ -48,13 +48,14 @@ FORMATS = (PACKED, *PLAIN)
 @dataclass(frozen=True)
 class _Scheme:
     """How the weights of one config group are stored. group_size: -1 for a scale per row, 0 for one
-    of the whole tensor."""
+    of the whole tensor. int8_activations: they are quantized at run time, by token."""
 
     format: str
     bits: int
     group_size: int
     symmetric: bool
     act_order: bool
+    int8_activations: bool
 
     def groups(self, k: int) -> int:
         return -(-k // self.group_size) if self.group_size > 0 else 1
@@ -97,6 +98,10 @@ class CompressedTensors(QuantizedFormat):
         # Names first, then patterns, then classes; each in alphabetical order, as in the package.
         order = sorted(self._targets, key=lambda t: (t == kind, "re:" in t, t))
         return next((self._targets[t] for t in order if _matches(t, path, kind)), None)
+
+    def act(self, path: str, kind: str) -> str:
+        scheme = self._scheme_at(path, kind)
+        return "int8" if scheme is not None and scheme.int8_activations else "float"
 
     def parts(
         self, source: TensorSource, path: str, n: int, k: int, kind: str
@@ -206,7 +211,8 @@ def _scheme(group: Settings, default_format: Any) -> _Scheme | None:
     # "weight" (or "static") only says in which order the columns were quantized.
     at.text("actorder", "weight", "weight", "static", "group", "dynamic")
     by_group = order in ("group", "dynamic") and group_size > 0
-    return _Scheme(str(given), bits, group_size, at.flag("symmetric", True), by_group)
+    symmetric = at.flag("symmetric", True)
+    return _Scheme(str(given), bits, group_size, symmetric, by_group, inputs is not None)
 
 
 def _compiled(target: str, where: str) -> re.Pattern[str]:

@@ -69,6 +69,11 @@ class QuantizedFormat(ABC):
         """The matrix whose `parts` have been found there. Raises CheckpointError for values that
         mean nothing."""
 
+    def act(self, path: str, kind: str) -> str:
+        """What the checkpoint says of the activations of a quantized matrix: "int8", quantized at
+        run time, or "float"."""
+        return "float"
+
     def is_padding(self, source: TensorSource, name: str) -> bool:
         """Whether a tensor that the model does not have changes nothing."""
         return False

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Protocol
@@ -94,6 +94,16 @@ class SafetensorsDirectory:
                 raise CheckpointError(
                     f"{index}: lists {name} in {shard}, but it is in {self._paths[name].name}"
                 )
+
+    @classmethod
+    def of_files(cls, files: Iterable[Path], where: str, stack: ExitStack) -> SafetensorsDirectory:
+        """The tensors of these files alone, whatever else lies beside them. where: for messages."""
+        source = cls.__new__(cls)
+        source.where = where
+        source.shapes, source.dtypes, source._files, source._paths = {}, {}, {}, {}
+        for path in files:
+            source._open(path, stack)
+        return source
 
     def _open(self, path: Path, stack: ExitStack) -> None:
         from safetensors import SafetensorError, safe_open

@@ -12,8 +12,13 @@ from .versions import HostVersionError, require
 
 # Public name -> the module here that has it.
 _NAMES: dict[str, str] = {
+    "QKernelsConfig": "quantizer",
+    "give_back": "takeover",
+    "register": "quantizer",
     "replace_decoder_layers_": "layers",
     "restore_decoder_layers_": "layers",
+    "take_over": "takeover",
+    "taken_over": "takeover",
 }
 
 __all__ = ["HostVersionError"]  # and _NAMES
@@ -23,6 +28,7 @@ def __getattr__(name: str) -> Any:
     if name not in _NAMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     require("transformers")
+    import_module(".quantizer", __name__).register()
     return getattr(import_module(f".{_NAMES[name]}", __name__), name)
 
 
