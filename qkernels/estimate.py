@@ -19,7 +19,19 @@ from .loading import BLOCK_BYTES, Checkpoint, Weight, rows_per_block
 from .machines import Machine
 from .nn.arguments import context_length
 from .nn.decoder import QuantDecoder
-from .nn.program import Attention, Embed, Gate, KvAppend, Linear, Norm, Select, Step, lower
+from .nn.program import (
+    Attention,
+    Embed,
+    Gate,
+    KvAppend,
+    Linear,
+    Norm,
+    Permute,
+    Quantize,
+    Select,
+    Step,
+    lower,
+)
 from .nn.steps import PAGE
 from .ops.linear import default_act_group, resolve_act
 from .quant import PackedWeight
@@ -99,8 +111,12 @@ def register_shapes(
                 width, group = shapes[step.src][0], step.act_group
             case Select():
                 width = shapes[step.src][0]
-            case _:  # quantized, or sorted
-                width, group = shapes[step.src][0], getattr(step, "act_group", 0)
+            case Permute():
+                width = shapes[step.src][0]
+            case Quantize():
+                width, group = shapes[step.src][0], step.act_group
+            case _:
+                raise TypeError(f"a whole model has no step {type(step).__name__}")
         shapes[step.dst] = width, group
     return shapes
 

@@ -48,12 +48,13 @@ def outline_gguf(path: str | Path) -> Checkpoint:
         family, config, defs = gguf_model(file)
         weights: dict[str, Weight] = {}
         for d in defs:
+            n, k = d.shape[0], d.shape[-1]
             kind = BY_NAME[file.tensors[d.gguf].type]
             if kind.dtype is not None:
                 dtype = kind.dtype if d.is_matrix else torch.float32
                 weights[d.name] = torch.empty(d.shape, dtype=dtype, device=META)
             elif kind.spec is not None and d.is_matrix:
-                weights[d.name] = PackedWeight.empty(kind.spec, *d.shape, device=META)
+                weights[d.name] = PackedWeight.empty(kind.spec, n, k, META)
             else:
                 known = ", ".join(QUANTIZED) if d.is_matrix else "F32, F16, BF16"
                 raise CheckpointError(
@@ -72,12 +73,13 @@ def outline_directory(
         stored, family, config, defs, quantized = hf_model(raw, source, spec)
         weights: dict[str, Weight] = {}
         for d in defs:
+            n, k = d.shape[0], d.shape[-1]
             wanted = embeddings if d.name == "embed.weight" else spec
             if stored is not None and d.name in quantized:
-                found = stored.open(source, path_of(d), *d.shape, kind_of(d)).spec
-                weights[d.name] = PackedWeight.empty(found, *d.shape, device=META)
+                found = stored.open(source, path_of(d), n, k, kind_of(d)).spec
+                weights[d.name] = PackedWeight.empty(found, n, k, META)
             elif d.is_matrix and wanted is not None:
-                weights[d.name] = PackedWeight.empty(wanted, *d.shape, device=META)
+                weights[d.name] = PackedWeight.empty(wanted, n, k, META)
             else:
                 dtype = source.dtypes[d.hf] if d.is_matrix else torch.float32
                 weights[d.name] = torch.empty(d.shape, dtype=dtype, device=META)

@@ -189,8 +189,11 @@ def _tensors(weights: dict[str, Weight]) -> tuple[Tensors, ...]:
     for name, weight in weights.items():
         match = re.search(r"\.(\d+)\.", name)
         short = name if match is None else f"{name[: match.start()]}.*.{name[match.end() :]}"
-        packed = isinstance(weight, PackedWeight)
-        kind = str(weight.spec) if packed else str(weight.dtype).removeprefix("torch.")
+        kind = (
+            str(weight.spec)
+            if isinstance(weight, PackedWeight)
+            else str(weight.dtype).removeprefix("torch.")
+        )
         layer = -1 if match is None else int(match[1])
         found.setdefault((short, kind), []).append((layer, weight))
     rows = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import signal
@@ -32,7 +33,9 @@ import qkernels as qk  # noqa: E402
 from qkernels.hf import serve_host  # noqa: E402
 from qkernels.hf.configs import host_config  # noqa: E402
 from qkernels.hf.packed_model import packed_model  # noqa: E402
+from qkernels.hf.serve import application  # noqa: E402
 from qkernels.hf.serve_errors import RequestError  # noqa: E402
+from qkernels.hf.serve_model import served_model  # noqa: E402
 from qkernels.hf.serve_requests import check_body, fit_length, sampled  # noqa: E402
 from qkernels.hf.versions import HostVersionError  # noqa: E402
 from qkernels.models import UnsupportedModelError  # noqa: E402
@@ -368,14 +371,82 @@ def test_a_model_of_a_directory(case: str, spec: str | None, tmp_path: Path) -> 
     random_model(case).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="comes without a tokenizer"):
         packed_model(tmp_path)
-    tokens = {f"<{i}>": i for i in range(CASES[case].vocab_size)}
+    write_tokenizer(tmp_path, CASES[case].vocab_size)
+    check_logits(tmp_path, **({} if spec is None else {"spec": spec}))
+
+
+def write_tokenizer(folder: Path, vocab: int) -> None:
+    tokens = {f"<{i}>": i for i in range(vocab)}
     fast = {
         "version": "1.0", "truncation": None, "padding": None, "added_tokens": [],
         "normalizer": None, "pre_tokenizer": None, "post_processor": None, "decoder": None,
         "model": {"type": "WordLevel", "vocab": tokens, "unk_token": "<0>"},
     }  # fmt: skip
-    (tmp_path / "tokenizer.json").write_text(json.dumps(fast))
-    check_logits(tmp_path, **({} if spec is None else {"spec": spec}))
+    (folder / "tokenizer.json").write_text(json.dumps(fast))
+
+
+@pytest.mark.filterwarnings("ignore:quantize_")
+def test_a_model_of_another_family(tmp_path: Path) -> None:
+    sizes = {"vocab_size": 96, "n_positions": 64, "n_embd": 64, "n_layer": 1, "n_head": 4}
+    config = transformers.GPT2Config(**sizes, bos_token_id=1, eos_token_id=2)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    write_tokenizer(tmp_path, 96)
+    (tmp_path / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"})
+    )
+    with pytest.raises(ValueError, match="--spec"):
+        served_model(tmp_path)
+    served = served_model(tmp_path, spec="MXFP4")
+    assert served.limit == 64 and "transformers" in served.runs
+    assert isinstance(served.model.transformer.h[0].mlp.c_fc, qk.nn.QuantLinear)
+    assert served.tokenizer.vocab_size == 96
+
+
+async def post(app: Any, path: str, body: dict[str, Any]) -> tuple[int, Any]:
+    """What an ASGI application answers to JSON."""
+    scope = {
+        "type": "http", "method": "POST", "path": path, "raw_path": path.encode(),
+        "headers": [(b"content-type", b"application/json")],
+        "query_string": b"", "http_version": "1.1", "scheme": "http", "client": ("here", 1),
+        "server": ("there", 2), "root_path": "", "asgi": {"version": "3.0"},
+    }  # fmt: skip
+    coming = [{"type": "http.request", "body": json.dumps(body).encode(), "more_body": False}]
+    sent: list[Any] = []
+
+    async def receive() -> Any:
+        if coming:
+            return coming.pop()
+        await asyncio.Event().wait()  # the client stays
+        raise AssertionError
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    await app(scope, receive, send)
+    return sent[0]["status"], json.loads(b"".join(m.get("body", b"") for m in sent[1:]))
+
+
+def test_requests_are_computed_together(tiny: Path) -> None:
+    served = served_model(tiny, act="float", context=256, replace_layers=False)
+    loaded = (served.model, served.tokenizer)
+    prompts = ["hello", "a world", "x"]
+    bodies: list[dict[str, Any]] = [
+        {"prompt": p, "max_tokens": 10, "temperature": 0} for p in prompts
+    ]
+    # Two at a time: the third waits for a slot. float16 or not, both are greedy in float32.
+    apps = {slots: application("tiny", loaded, limit=256, slots=slots) for slots in (0, 2)}
+
+    async def all_of(app: Any) -> list[tuple[int, Any]]:
+        return await asyncio.gather(*(post(app, "/v1/completions", body) for body in bodies))
+
+    one_by_one, together = (asyncio.run(all_of(app)) for app in apps.values())
+    assert not [s for _, s in (*one_by_one, *together) if "error" in s]
+    texts = [[said["choices"][0]["text"] for _, said in answers]
+             for answers in (one_by_one, together)]  # fmt: skip
+    assert texts[0] == texts[1] and all(texts[0])
+    for wrong in ({"temperature": 0.5}, {"seed": 3}, {"stop": "x"}, {"frequency_penalty": 0.5}):
+        status, said = asyncio.run(post(apps[2], "/v1/completions", {**bodies[0], **wrong}))
+        assert status == 400 and said["error"]["code"] == "unsupported_parameter", said
 
 
 # The command

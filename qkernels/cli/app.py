@@ -248,8 +248,18 @@ def plan(
     """Say whether a model fits and how fast it will be, from its header, before loading it."""
     from .plan import PlanOptions, run
 
-    kinds = {"kv_dtype": kv_dtype.value, "act": act.value, "spec": spec, "group_size": group_size}
-    where = {"device": device, "memory": memory, "bandwidth": bandwidth, "threads": threads}
+    kinds: dict[str, Any] = {
+        "kv_dtype": kv_dtype.value,
+        "act": act.value,
+        "spec": spec,
+        "group_size": group_size,
+    }
+    where: dict[str, Any] = {
+        "device": device,
+        "memory": memory,
+        "bandwidth": bandwidth,
+        "threads": threads,
+    }
     run(PlanOptions(model, context, batch, prompt, **kinds, **where, as_json=as_json))
 
 
@@ -302,8 +312,13 @@ def serve(
     """Serve a model to OpenAI clients, through the server of transformers, on this machine only."""
     from .serve import ServeOptions, run
 
-    kinds = {"act": act.value, "kv_dtype": kv_dtype.value, "spec": spec, "group_size": group_size}
-    ways = {"attention": attention, "layers": layers, "slots": slots}
+    kinds: dict[str, Any] = {
+        "act": act.value,
+        "kv_dtype": kv_dtype.value,
+        "spec": spec,
+        "group_size": group_size,
+    }
+    ways: dict[str, Any] = {"attention": attention, "layers": layers, "slots": slots}
     run(
         ServeOptions(
             model, host, port, name, api_key, **kinds, context=context, threads=threads, **ways,

@@ -49,7 +49,7 @@ def host_config(family: Family, config: ModelConfig) -> Any:
     if config.family in ("gemma3", "gemma3_text"):
         local = _rotation(config.local_rope or config.rope)
         scale = config.attention_scale or config.head_dim**-0.5
-        made = transformers.Gemma3TextConfig(
+        made: Any = transformers.Gemma3TextConfig(
             **sizes,
             sliding_window=window,
             layer_types=kinds,

@@ -19,6 +19,12 @@ from .serve_host import parts
 from .serve_requests import check_body, fit_length, sampled
 
 _HOST = parts()
+_ModelManager: Any = _HOST["ModelManager"]
+_GenerateManager: Any = _HOST["GenerateManager"]
+_CBGenerateManager: Any = _HOST["CBGenerateManager"]
+_GenerationState: Any = _HOST["GenerationState"]
+_ChatCompletionHandler: Any = _HOST["ChatCompletionHandler"]
+_CompletionHandler: Any = _HOST["CompletionHandler"]
 # Routes of the host that stay: the others load, unload or need other kinds of models.
 ROUTES = ("/v1/chat/completions", "/v1/completions", "/v1/models", "/health")
 
@@ -27,7 +33,7 @@ PAGE, BATCH_TOKENS = 64, 256  # of the host's scheduler
 Loaded = tuple[Any, Any]  # model, tokenizer
 
 
-class OneModel(_HOST["ModelManager"]):  # type: ignore[misc]
+class OneModel(_ModelManager):  # type: ignore[misc]
     """The one model of the server, under the name that requests give. close: ends generation."""
 
     def __init__(
@@ -92,7 +98,7 @@ class _Job:
         return self._model.generate(**kwargs)
 
 
-class OneByOne(_HOST["GenerateManager"]):  # type: ignore[misc]
+class OneByOne(_GenerateManager):  # type: ignore[misc]
     """Answers one request after the other, in the order in which they came."""
 
     def generate_streaming(
@@ -128,7 +134,7 @@ class OneByOne(_HOST["GenerateManager"]):  # type: ignore[misc]
 _SHARED = ("do_sample", "temperature", "top_p", "top_k", "repetition_penalty", "sequence_bias")
 
 
-class Together(_HOST["CBGenerateManager"]):  # type: ignore[misc]
+class Together(_CBGenerateManager):  # type: ignore[misc]
     """Answers requests together, by the host's scheduler, which samples all of them alike: as the
     model's own settings say."""
 
@@ -156,7 +162,7 @@ class Together(_HOST["CBGenerateManager"]):  # type: ignore[misc]
             raise
 
 
-class Generation(_HOST["GenerationState"]):  # type: ignore[misc]
+class Generation(_GenerationState):  # type: ignore[misc]
     """Who generates for a request. slots: requests that are computed together, with room for
     `limit` tokens each; 0: one after the other."""
 
@@ -242,11 +248,11 @@ class _Requests:
         )
 
 
-class Chat(_Requests, _HOST["ChatCompletionHandler"]):  # type: ignore[misc]
+class Chat(_Requests, _ChatCompletionHandler):  # type: ignore[misc]
     chat = True
 
 
-class Completion(_Requests, _HOST["CompletionHandler"]):  # type: ignore[misc]
+class Completion(_Requests, _CompletionHandler):  # type: ignore[misc]
     chat = False
 
 

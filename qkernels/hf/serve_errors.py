@@ -56,7 +56,9 @@ def server_error(app: Any) -> None:
     @app.exception_handler(RequestValidationError)
     async def of_validation(_: Any, error: RequestValidationError) -> JSONResponse:
         said = "; ".join(str(one.get("msg", one)) for one in error.errors())
-        body = error_body(f"expected a JSON object: {said}", "invalid_request_error")
+        body = error_body(
+            f"expected a JSON object, as application/json: {said}", "invalid_request_error"
+        )
         return JSONResponse(body, status_code=400)
 
     @app.exception_handler(Exception)
