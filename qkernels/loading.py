@@ -158,6 +158,25 @@ def placed(weight: Weight, device: torch.device | None) -> Weight:
     return weight if device is None else weight.to(device)
 
 
+def gguf_model(file: GGUFFile) -> tuple[Family, ModelConfig, tuple[WeightDef, ...]]:
+    """What model an open GGUF file holds, from its header, and the weights that it needs, all of
+    which are there in the right shapes. Raises as `load_gguf` does."""
+    path, metadata = file.path, file.metadata
+    architecture = metadata.get("general.architecture")
+    if not isinstance(architecture, str):
+        raise CheckpointError(f"{path}: expected the name of an architecture, got {architecture!r}")
+    shapes = {name: tuple(info.shape) for name, info in file.tensors.items()}
+    try:
+        family = family_of_gguf(architecture)
+        config = family.from_gguf(metadata, shapes, lambda name: file.dense(name).float().tolist())
+    except ValueError as error:
+        raise type(error)(f"{path}: {error}") from error
+    check_head_dim(config, path)
+    defs = family.weights(config)
+    check_names(defs, shapes, lambda d: d.gguf, family.ignored, path)
+    return family, config, defs
+
+
 def load_gguf(
     path: str | Path, progress: Progress | None = None, device: torch.device | None = None
 ) -> Checkpoint:
@@ -171,23 +190,7 @@ def load_gguf(
     """
     file = GGUFFile(path)
     try:
-        metadata = file.metadata
-        architecture = metadata.get("general.architecture")
-        if not isinstance(architecture, str):
-            raise CheckpointError(
-                f"{path}: expected the name of an architecture, got {architecture!r}"
-            )
-        shapes = {name: tuple(info.shape) for name, info in file.tensors.items()}
-        try:
-            family = family_of_gguf(architecture)
-            config = family.from_gguf(
-                metadata, shapes, lambda name: file.dense(name).float().tolist()
-            )
-        except ValueError as error:
-            raise type(error)(f"{path}: {error}") from error
-        check_head_dim(config, str(path))
-        defs = family.weights(config)
-        check_names(defs, shapes, lambda d: d.gguf, family.ignored, str(path))
+        family, config, defs = gguf_model(file)
         total, done = sum(file.tensors[d.gguf].nbytes for d in defs), 0
         weights: dict[str, Weight] = {}
         # One buffer for the codes of all blocks, mapped so that nothing of it stays in the heap.
@@ -242,6 +245,18 @@ def _finite(tensor: torch.Tensor) -> bool:
     return all(bool(torch.isfinite(part).all()) for part in tensor.reshape(-1).split(1 << 20))
 
 
+def hf_configuration(directory: Path) -> tuple[dict[str, Any], str]:
+    """The contents of config.json, with the quantization that a file beside it may describe, and
+    the name of the safetensors file if there is one only. Raises CheckpointError."""
+    raw = read_json(directory / "config.json")
+    single = None
+    if raw.get("quantization_config") is None:
+        config, single = beside(directory)
+        if config is not None:
+            raw["quantization_config"] = config
+    return raw, single or SINGLE
+
+
 def load_hf_directory(
     directory: Path,
     spec: QuantSpec | None,
@@ -252,15 +267,10 @@ def load_hf_directory(
     """Reads config.json and safetensors as transformers writes them, without transformers.
     Arguments as in `load_hf`.
     """
-    raw = read_json(directory / "config.json")
+    raw, single = hf_configuration(directory)
     generation = directory / "generation_config.json"
-    single = None
-    if raw.get("quantization_config") is None:
-        config, single = beside(directory)
-        if config is not None:
-            raw["quantization_config"] = config
     with ExitStack() as stack:
-        source = SafetensorsDirectory(directory, stack, single or SINGLE)
+        source = SafetensorsDirectory(directory, stack, single)
         loaded = load_hf(raw, source, spec, embeddings, progress, device)
     loaded.generation = read_json(generation) if generation.exists() else {}
     return loaded
@@ -285,23 +295,11 @@ def load_hf_model(
     return loaded
 
 
-def load_hf(
-    raw: dict[str, Any],
-    source: TensorSource,
-    spec: QuantSpec | None,
-    embeddings: QuantSpec | None,
-    progress: Progress | None = None,
-    device: torch.device | None = None,
-) -> Checkpoint:
-    """A model from the contents of config.json and its tensors.
-
-    spec: for every float matrix but the embedding table; embeddings: for that, and with tied
-    weights for the head. None leaves them dense in the checkpoint's type. Matrices that the
-    checkpoint has quantized (`quantization_config`) keep their values, and `spec` must be None.
-    device: where the weights go; None is where they are (the CPU, for files).
-    Quantizing and packing go by blocks of rows, so the peak of memory is the packed size plus a few
-    blocks. Raises CheckpointError, UnsupportedModelError or ValueError.
-    """
+def hf_model(
+    raw: dict[str, Any], source: TensorSource, spec: QuantSpec | None
+) -> tuple[QuantizedFormat | None, Family, ModelConfig, tuple[WeightDef, ...], set[str]]:
+    """What model config.json and these tensors are: the format of its quantized weights, family,
+    configuration, weights, and the names of those that are quantized. Raises as `load_hf` does."""
     stored = quantized_format(raw, source.where)
     if stored is not None and spec is not None:
         raise ValueError(
@@ -321,7 +319,27 @@ def load_hf(
     ignored = [*family.ignored]
     if config.tied:
         ignored.append(r"lm_head\.weight")
-    quantized = _check_tensors(defs, source, stored, ignored)
+    return stored, family, config, defs, _check_tensors(defs, source, stored, ignored)
+
+
+def load_hf(
+    raw: dict[str, Any],
+    source: TensorSource,
+    spec: QuantSpec | None,
+    embeddings: QuantSpec | None,
+    progress: Progress | None = None,
+    device: torch.device | None = None,
+) -> Checkpoint:
+    """A model from the contents of config.json and its tensors.
+
+    spec: for every float matrix but the embedding table; embeddings: for that, and with tied
+    weights for the head. None leaves them dense in the checkpoint's type. Matrices that the
+    checkpoint has quantized (`quantization_config`) keep their values, and `spec` must be None.
+    device: where the weights go; None is where they are (the CPU, for files).
+    Quantizing and packing go by blocks of rows, so the peak of memory is the packed size plus a few
+    blocks. Raises CheckpointError, UnsupportedModelError or ValueError.
+    """
+    stored, family, config, defs, quantized = hf_model(raw, source, spec)
     total, done = sum(int(np.prod(d.shape)) for d in defs), 0
     weights: dict[str, Weight] = {}
     for d in defs:
@@ -352,7 +370,7 @@ def _check_tensors(
         found = None
         if stored is not None and d.is_matrix:
             n, k = d.shape
-            found = stored.parts(source, _path(d), n, k, _kind(d))
+            found = stored.parts(source, path_of(d), n, k, kind_of(d))
         if found is None:
             wanted[d.hf] = d.shape
         else:
@@ -369,18 +387,20 @@ def _check_tensors(
     return quantized
 
 
-def _path(d: WeightDef) -> str:
+def path_of(d: WeightDef) -> str:
+    """The module that a weight belongs to."""
     return d.hf.removesuffix(".weight")
 
 
-def _kind(d: WeightDef) -> str:
+def kind_of(d: WeightDef) -> str:
+    """Its kind of module, as formats call them."""
     return "Embedding" if d.name == "embed.weight" else "Linear"
 
 
 def _quantized_weight(source: TensorSource, d: WeightDef, stored: QuantizedFormat) -> PackedWeight:
     n, k = d.shape
     # A quarter of a block: the words and shifts on the way to codes take a few times their size.
-    matrix, step = stored.open(source, _path(d), n, k, _kind(d)), rows_per_block(4 * k)
+    matrix, step = stored.open(source, path_of(d), n, k, kind_of(d)), rows_per_block(4 * k)
     blocks = ((at, matrix.read(at, min(at + step, n))) for at in range(0, n, step))
     return pack_blocks(matrix.spec, n, k, blocks)
 

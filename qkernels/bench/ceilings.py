@@ -31,15 +31,13 @@ class Ceilings:
     peak: dict[str, list[float]] = field(default_factory=lambda: {name: [] for name in PEAKS})
 
     def __post_init__(self) -> None:
-        least, most = _READ_BYTES
-        nbytes = min(max(least, 4 * last_level_cache()), most)
-        self._array = torch.ones(nbytes // 8, dtype=torch.int64)
+        self._array = torch.ones(array_bytes() // 8, dtype=torch.int64)
 
     def measure(self) -> None:
         """Adds one sample of each, the best of two or three tries."""
         self.read.append(best_read(self._array, repeats=2))
         for kind in PEAKS:
-            self.peak[kind].append(max(_peak(kind) for _ in range(3)))
+            self.peak[kind].append(max(peak(kind) for _ in range(3)))
 
     def to_dict(self) -> dict[str, Any]:
         """Medians and spread."""
@@ -47,7 +45,14 @@ class Ceilings:
         return {"read_gb_per_s": summary(self.read), **peaks}
 
 
-def _peak(kind: str) -> float:
+def array_bytes() -> int:
+    """Size of an array that the caches do not hold."""
+    least, most = _READ_BYTES
+    return min(max(least, 4 * last_level_cache()), most)
+
+
+def peak(kind: str) -> float:
+    """GOPS of multiply-adds on registers, of one of PEAKS."""
     start = time.perf_counter()
     done = torch.ops.qkernels.cpu_peak(kind, _PEAK_STEPS)
     return done / (time.perf_counter() - start) / 1e9

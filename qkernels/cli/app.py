@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,6 +11,28 @@ from typer.core import TyperGroup
 
 from . import output
 from .errors import BadInput, describe
+from .options import (
+    LOADING,
+    Act,
+    ActOption,
+    Context,
+    Debug,
+    DeviceOption,
+    GroupSize,
+    KvDtype,
+    KvOption,
+    MaxNewTokens,
+    MinP,
+    Model,
+    Penalty,
+    Seed,
+    Spec,
+    Stop,
+    Temperature,
+    Threads,
+    TopK,
+    TopP,
+)
 
 INTERRUPTED = 130  # 128 + SIGINT
 READER_GONE = 141  # 128 + SIGPIPE
@@ -65,117 +86,6 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Run quantized language models with this package's own kernels.",
 )
-
-
-class Act(str, Enum):
-    auto = "auto"
-    int8 = "int8"
-    float = "float"
-
-
-class KvDtype(str, Enum):
-    auto = "auto"
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
-    int8 = "int8"
-    int4 = "int4"
-
-
-LOADING = "Loading"
-SAMPLING = "Sampling (defaults: the model's own)"
-
-Model = Annotated[
-    str,
-    typer.Argument(
-        metavar="MODEL",
-        help="GGUF file, model directory, or PACKAGE:FILE for a file in an installed package.",
-    ),
-]
-ActOption = Annotated[
-    Act,
-    typer.Option(
-        "--act",
-        help="Activations of the linear layers; auto is int8 on the CPU, float on a GPU.",
-        rich_help_panel=LOADING,
-    ),
-]
-KvOption = Annotated[
-    KvDtype,
-    typer.Option(
-        "--kv-dtype", help="Type of the KV cache; auto is a 16-bit float.", rich_help_panel=LOADING
-    ),
-]
-DeviceOption = Annotated[
-    str,
-    typer.Option(
-        "--device",
-        help="cpu, cuda, cuda:1; auto is a GPU that can be used, else the CPU.",
-        rich_help_panel=LOADING,
-    ),
-]
-Threads = Annotated[
-    int | None,
-    typer.Option(
-        "--threads", min=1, help="CPU threads; default: torch's choice.", rich_help_panel=LOADING
-    ),
-]
-Context = Annotated[
-    int | None,
-    typer.Option("--context", min=2, help="Tokens of context to reserve.", rich_help_panel=LOADING),
-]
-Spec = Annotated[
-    str | None,
-    typer.Option(
-        "--spec", help="Quantize float weights on load, such as W4A16.", rich_help_panel=LOADING
-    ),
-]
-GroupSize = Annotated[
-    int | None,
-    typer.Option("--group-size", help="Columns per scale, with --spec.", rich_help_panel=LOADING),
-]
-MaxNewTokens = Annotated[
-    int, typer.Option("--max-new-tokens", "-n", min=1, help="Stop after so many tokens.")
-]
-Temperature = Annotated[
-    float | None,
-    typer.Option("--temperature", "-t", min=0.0, help="0 is greedy.", rich_help_panel=SAMPLING),
-]
-TopK = Annotated[
-    int | None,
-    typer.Option("--top-k", min=0, help="Keep the k likeliest; 0: all.", rich_help_panel=SAMPLING),
-]
-TopP = Annotated[
-    float | None,
-    typer.Option(
-        "--top-p", min=0.0, max=1.0, help="Keep this probability mass.", rich_help_panel=SAMPLING
-    ),
-]
-MinP = Annotated[
-    float | None,
-    typer.Option(
-        "--min-p",
-        min=0.0,
-        max=1.0,
-        help="Drop below this share of the likeliest.",
-        rich_help_panel=SAMPLING,
-    ),
-]
-Penalty = Annotated[
-    float | None,
-    typer.Option(
-        "--repetition-penalty", help="Above 1 discourages repeats.", rich_help_panel=SAMPLING
-    ),
-]
-Seed = Annotated[
-    int | None,
-    typer.Option("--seed", min=0, help="Makes sampling repeatable.", rich_help_panel=SAMPLING),
-]
-Stop = Annotated[
-    list[str] | None,
-    typer.Option("--stop", help="End before this text; may be repeated."),
-]
-Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
 
 
 def sampling(
@@ -304,6 +214,117 @@ def info(
         kv = kv_dtype.value
         options = LoadOptions(model, act.value, kv, threads, context, spec, group_size, device)
     run(options)
+
+
+@app.command()
+def plan(
+    model: Model,
+    device: Annotated[
+        str,
+        typer.Option(
+            "--device", help="cpu, cuda, cuda:1, auto, or the name of a GPU such as H200."
+        ),
+    ] = "auto",
+    memory: Annotated[
+        str | None, typer.Option("--memory", help="Memory to plan for, such as 16GB.")
+    ] = None,
+    bandwidth: Annotated[
+        float | None,
+        typer.Option("--bandwidth", min=0.001, help="Its bandwidth in GB/s; default: measured."),
+    ] = None,
+    context: Context = None,
+    batch: Annotated[int, typer.Option("--batch", min=1, help="Sequences at a time.")] = 1,
+    prompt: Annotated[
+        int | None, typer.Option("--prompt", min=1, help="Tokens until the first one is timed.")
+    ] = None,
+    act: ActOption = Act.auto,
+    kv_dtype: KvOption = KvDtype.auto,
+    threads: Threads = None,
+    spec: Spec = None,
+    group_size: GroupSize = None,
+    as_json: Annotated[bool, typer.Option("--json", help="JSON instead of a table.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Say whether a model fits and how fast it will be, from its header, before loading it."""
+    from .plan import PlanOptions, run
+
+    kinds: dict[str, Any] = {
+        "kv_dtype": kv_dtype.value,
+        "act": act.value,
+        "spec": spec,
+        "group_size": group_size,
+    }
+    where: dict[str, Any] = {
+        "device": device,
+        "memory": memory,
+        "bandwidth": bandwidth,
+        "threads": threads,
+    }
+    run(PlanOptions(model, context, batch, prompt, **kinds, **where, as_json=as_json))
+
+
+@app.command()
+def serve(
+    model: Model,
+    port: Annotated[
+        int, typer.Option("--port", min=0, max=65535, help="0 takes a free one.")
+    ] = 8000,
+    host: Annotated[
+        str, typer.Option("--host", help="Address to listen on; others can reach 0.0.0.0.")
+    ] = "localhost",
+    name: Annotated[
+        str | None, typer.Option("--name", help="Of the model, for clients; default: the file's.")
+    ] = None,
+    api_key: Annotated[
+        str | None,
+        typer.Option("--api-key", envvar="QKERNELS_API_KEY", help="What clients must send."),
+    ] = None,
+    act: ActOption = Act.auto,
+    kv_dtype: KvOption = KvDtype.auto,
+    threads: Threads = None,
+    context: Context = None,
+    spec: Spec = None,
+    group_size: GroupSize = None,
+    attention: Annotated[
+        str | None,
+        typer.Option(
+            "--attn",
+            help="An attention implementation of transformers; its layers run then, not ours.",
+            rich_help_panel=LOADING,
+        ),
+    ] = None,
+    layers: Annotated[
+        bool,
+        typer.Option("--layers/--no-layers", help="Run decoder layers by our programs."),
+    ] = True,
+    slots: Annotated[
+        int,
+        typer.Option(
+            "--slots",
+            min=0,
+            help="Requests computed together, by the scheduler and layers of transformers; 0: one "
+            "after the other, on our layers.",
+        ),
+    ] = 0,
+    verbose: Annotated[bool, typer.Option("--verbose", help="Show requests.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Serve a model to OpenAI clients, through the server of transformers, on this machine only."""
+    from .serve import ServeOptions, run
+
+    kinds: dict[str, Any] = {
+        "act": act.value,
+        "kv_dtype": kv_dtype.value,
+        "spec": spec,
+        "group_size": group_size,
+    }
+    ways: dict[str, Any] = {"attention": attention, "layers": layers, "slots": slots}
+    run(
+        ServeOptions(
+            model, host, port, name, api_key, **kinds, context=context, threads=threads, **ways,
+            verbose=verbose,
+        )
+    )  # fmt: skip
 
 
 @app.command("eval")

@@ -268,8 +268,9 @@ def _operations(conversion: Any) -> Collection[Any]:
 
 
 def register() -> None:
-    """Makes transformers know the method "qkernels", and what `save_pretrained` wrote as
-    compressed-tensors. Nothing happens the second time."""
+    """Makes transformers know the method "qkernels", what `save_pretrained` wrote as
+    compressed-tensors, and the attention of that name. Nothing happens the second time."""
+    from . import attention  # noqa: F401  (registers itself)
     from .takeover import recognise_own
 
     if METHOD not in AUTO_QUANTIZER_MAPPING:

@@ -125,22 +125,34 @@ def load(
         raise TypeError(
             f"expected a path or a transformers model, got {type(path_or_model).__name__}"
         )
-    path = Path(path_or_model).expanduser()
+    path = checkpoint_path(path_or_model)
+    if path.is_dir():
+        return load_hf_directory(path, spec, embeddings, progress, device)
+    refuse_specs(path, spec, embeddings)
+    return load_gguf(path, progress, device)
+
+
+def checkpoint_path(given: str | Path) -> Path:
+    """The GGUF file or directory of safetensors that a path means. Raises FileNotFoundError, or
+    ValueError for a directory with neither, or several."""
+    path = Path(given).expanduser()
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file or directory")
-    if path.is_dir():
-        if (path / "config.json").exists():
-            return load_hf_directory(path, spec, embeddings, progress, device)
+    if path.is_dir() and not (path / "config.json").exists():
         found = sorted(path.glob("*.gguf"))
         if len(found) != 1:
             names = ", ".join(p.name for p in found) or "neither"
             raise ValueError(
                 f"{path}: expected config.json or exactly one GGUF file, found {names}"
             )
-        path = found[0]
+        return found[0]
+    return path
+
+
+def refuse_specs(path: Path, spec: QuantSpec | None, embeddings: QuantSpec | None) -> None:
+    """Raises ValueError for a spec of a GGUF file, which is quantized already."""
     if spec is not None or embeddings is not None:
         raise ValueError(
             f"{path}: spec and embeddings are for float checkpoints; a GGUF file is quantized "
             f"already"
         )
-    return load_gguf(path, progress, device)

@@ -1,0 +1,475 @@
+"""`qkernels serve`: OpenAI's client against a server in a process of its own, and its parts."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from gguf_writer import write_llama
+
+transformers = pytest.importorskip("transformers", reason="the server is that of transformers")
+openai = pytest.importorskip("openai", reason="the server needs the extra [serve]")
+pytest.importorskip("fastapi", reason="the server needs the extra [serve]")
+pytest.importorskip("uvicorn", reason="the server needs the extra [serve]")
+pytest.importorskip("typer", reason="the command line needs the extra [cli]")
+
+from families import family_of  # noqa: E402
+from test_hf_models import CASES, random_model  # noqa: E402
+
+import qkernels as qk  # noqa: E402
+from qkernels.hf import serve_host  # noqa: E402
+from qkernels.hf.configs import host_config  # noqa: E402
+from qkernels.hf.packed_model import packed_model  # noqa: E402
+from qkernels.hf.serve import application  # noqa: E402
+from qkernels.hf.serve_errors import RequestError  # noqa: E402
+from qkernels.hf.serve_model import served_model  # noqa: E402
+from qkernels.hf.serve_requests import check_body, fit_length, sampled  # noqa: E402
+from qkernels.hf.versions import HostVersionError  # noqa: E402
+from qkernels.models import UnsupportedModelError  # noqa: E402
+
+ROOT = Path(__file__).resolve().parent.parent
+KEY = "a key"
+# Without the tokens that are no printable character of ASCII, and without the end.
+PRINTABLE = {str(i): -100 for i in (*range(32), *range(127, 256), *range(264, 280))}
+LONG = 8000  # tokens: seconds of work, where a cancelled request takes a fraction of one
+START, STOP = 120, 30  # seconds
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("serve") / "tiny.gguf"
+    return write_llama(path, context=16384, layers=1, vocab=280, output="Q8_0")
+
+
+@dataclass
+class Server:
+    process: Any
+    url: str
+    lines: list[str]
+
+    def client(self, **options: Any) -> Any:
+        given = {"base_url": self.url, "api_key": KEY, "max_retries": 0, "timeout": 60}
+        return openai.OpenAI(**{**given, **options})
+
+
+@pytest.fixture(scope="module")
+def server(tiny: Path) -> Iterator[Server]:
+    words = [sys.executable, "-m", "qkernels.cli", "serve", str(tiny), "--port", "0"]
+    words += ["--api-key", KEY, "--threads", "1", "--act", "float"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        words, cwd=ROOT, env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    lines: list[str] = []
+    listening = threading.Event()
+
+    def read() -> None:
+        for line in process.stderr:  # type: ignore[union-attr]
+            lines.append(line)
+            if "serving on" in line:
+                listening.set()
+        listening.set()
+
+    threading.Thread(target=read, daemon=True).start()
+    try:
+        assert listening.wait(START), lines
+        found = [line.split()[2] for line in lines if "serving on" in line]
+        assert found, lines
+        yield Server(process, found[0], lines)
+    finally:
+        process.kill()
+        process.wait(STOP)
+
+
+def ask(client: Any, text: str, **options: Any) -> Any:
+    given = {"model": "tiny", "temperature": 0, "max_tokens": 12, "logit_bias": PRINTABLE}
+    messages = [{"role": "user", "content": text}]
+    return client.chat.completions.create(messages=messages, **{**given, **options})
+
+
+def answer(client: Any, text: str, **options: Any) -> str:
+    return ask(client, text, **options).choices[0].message.content
+
+
+# OpenAI's client
+
+
+def test_streams(server: Server) -> None:
+    client = server.client()
+    assert [m.id for m in client.models.list()] == ["tiny"]
+    chunks = list(ask(client, "hello", stream=True))
+    pieces = [c.choices[0].delta.content for c in chunks if c.choices[0].delta.content]
+    assert len(pieces) > 2
+    assert "".join(pieces) == answer(client, "hello")
+    assert chunks[-1].choices[0].finish_reason == "length"
+    assert chunks[-1].usage.completion_tokens == 12
+    with client.chat.completions.with_streaming_response.create(
+        model="tiny", messages=[{"role": "user", "content": "x"}], stream=True, max_tokens=2
+    ) as raw:
+        events = [line for line in raw.iter_lines() if line]
+    assert events[-1] == "data: [DONE]"
+    assert all(line.startswith("data: ") for line in events)
+
+
+def test_answers_are_those_of_the_decoder(server: Server, tiny: Path) -> None:
+    decoder = qk.QuantDecoder.from_pretrained(tiny, device="cpu", act="float")
+    for prompt in ("hello world", "a"):
+        made = server.client().completions.create(
+            model="tiny", prompt=prompt, max_tokens=20, temperature=0
+        )
+        ours = decoder.generate(prompt, max_new_tokens=20, temperature=0)
+        assert made.choices[0].text == ours.texts[0]
+        assert made.usage.prompt_tokens == len(decoder.encode(prompt))
+
+
+def test_the_example_of_the_document_runs(
+    server: Server, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = (ROOT / "docs/serving.md").read_text()
+    (code,) = (block.split("```")[0] for block in text.split("```python\n")[1:])
+    assert "http://localhost:8000/v1" in code and 'api_key="none"' in code
+    code = code.replace("http://localhost:8000/v1", server.url).replace('"none"', repr(KEY))
+    exec(compile(code, "docs/serving.md", "exec"), {})
+    assert capsys.readouterr().out
+
+
+def test_answers_many_at_once(server: Server) -> None:
+    client = server.client()
+    texts = [f"hello {i}" for i in range(6)]
+    alone = [answer(client, text) for text in texts]
+    with ThreadPoolExecutor(6) as pool:
+        together = list(pool.map(lambda text: answer(client, text), texts))
+    assert together == alone
+
+
+def test_a_seed_belongs_to_its_request(server: Server) -> None:
+    client = server.client()
+    seeds = [1, 2, 3] * 2
+    with ThreadPoolExecutor(6) as pool:
+        made = list(pool.map(lambda s: answer(client, "x", temperature=1.5, seed=s), seeds))
+    assert made[:3] == made[3:] and len(set(made)) > 1
+
+
+def quick(server: Server, pace: float) -> None:
+    """The next request is answered long before LONG tokens could have been."""
+    start = time.monotonic()
+    ask(server.client(), "hello", max_tokens=1)
+    assert time.monotonic() - start < LONG * pace / 3
+
+
+@pytest.fixture(scope="module")
+def pace(server: Server) -> float:
+    """Seconds per token."""
+    start = time.monotonic()
+    made = ask(server.client(), "hello", max_tokens=200)
+    assert made.usage.completion_tokens == 200  # nothing ends an answer early here
+    return (time.monotonic() - start) / 200
+
+
+def test_a_client_that_goes_away_frees_its_slot(server: Server, pace: float) -> None:
+    stream = ask(server.client(), "hello", stream=True, max_tokens=LONG)
+    for _, _chunk in zip(range(5), stream, strict=False):
+        pass
+    stream.close()
+    quick(server, pace)
+
+
+def test_so_does_one_that_waits_for_a_whole_answer(server: Server, pace: float) -> None:
+    with pytest.raises(openai.APITimeoutError):
+        ask(server.client(timeout=0.5), "hello", max_tokens=LONG)
+    quick(server, pace)
+
+
+def test_and_one_whose_turn_has_not_come(server: Server, pace: float) -> None:
+    first = ask(server.client(), "hello", stream=True, max_tokens=LONG)
+    next(iter(first))
+    for stream in (True, False):  # both wait behind the first
+        with pytest.raises(openai.APITimeoutError):
+            for _ in ask(server.client(timeout=0.5), "hi", stream=stream, max_tokens=LONG):
+                time.sleep(0.01)
+    first.close()
+    quick(server, pace)
+
+
+@pytest.mark.parametrize(
+    ("options", "status", "param"),
+    [
+        ({"model": "other"}, 404, "model"),
+        ({"messages": []}, 400, "messages"),
+        ({"n": 2}, 400, "n"),
+        ({"messages": [{"role": "user", "content": "x" * 20000}]}, 400, "messages"),
+        ({"extra_body": {"wrong": 1}}, 422, None),
+    ],
+)
+def test_errors_are_those_of_openai(
+    options: dict[str, Any], status: int, param: str | None, server: Server
+) -> None:
+    given = {"model": "tiny", "messages": [{"role": "user", "content": "x"}], **options}
+    with pytest.raises(openai.APIStatusError) as caught:
+        server.client().chat.completions.create(**given)
+    assert caught.value.status_code == status
+    assert set(caught.value.body) == {"message", "type", "param", "code"}
+    assert caught.value.body["param"] == param
+    assert caught.value.body["type"] == "invalid_request_error"
+
+
+def test_the_key_is_asked_for(server: Server) -> None:
+    with pytest.raises(openai.AuthenticationError, match="API key"):
+        ask(server.client(api_key="another"), "hello")
+
+
+def test_ctrl_c_ends_it(server: Server) -> None:
+    stream = ask(server.client(), "hello", stream=True, max_tokens=LONG)
+    next(iter(stream))
+    server.process.send_signal(signal.SIGINT)
+    assert server.process.wait(STOP) == 130
+    assert server.process.stdout.read() == ""
+    assert not [line for line in server.lines if "Traceback" in line]
+    assert server.lines[-1] == "interrupted\n"
+
+
+# Requests
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({"messages": "hi"}, "messages"),
+        ({"messages": [{"role": "boss", "content": "x"}]}, "messages[0]"),
+        ({"messages": [{"role": "user", "content": 3}]}, "messages[0]"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0]"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"max_completion_tokens": True}, "max_completion_tokens"),
+        ({"temperature": -1}, "temperature"),
+        ({"temperature": float("nan")}, "temperature"),
+        ({"top_p": 0}, "top_p"),
+        ({"seed": 1.5}, "seed"),
+        ({"stop": [""]}, "stop"),
+        ({"stream": "yes"}, "stream"),
+        ({"logprobs": True}, "logprobs"),
+        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"presence_penalty": 0.5}, "presence_penalty"),
+    ],
+)
+def test_requests_that_cannot_be_answered(body: dict[str, Any], param: str) -> None:
+    good = {"messages": [{"role": "user", "content": "x"}], "n": 1, "presence_penalty": 0}
+    check_body(good, chat=True)
+    with pytest.raises(RequestError) as caught:
+        check_body({**good, **body}, chat=True)
+    assert (caught.value.status_code, caught.value.param) == (400, param)
+
+
+def test_completions_need_a_prompt() -> None:
+    check_body({"prompt": "x"}, chat=False)
+    for prompt in (None, "", ["x"]):
+        with pytest.raises(RequestError, match="prompt"):
+            check_body({"prompt": prompt}, chat=False)
+
+
+def test_answers_fit_the_context() -> None:
+    settings = transformers.GenerationConfig(max_new_tokens=100)
+    fit_length(torch.zeros(1, 30), settings, 64)
+    assert settings.max_new_tokens == 34
+    fit_length([1] * 10, settings, 64)
+    assert settings.max_new_tokens == 34
+    for length in (0, 64, 100):
+        with pytest.raises(RequestError):
+            fit_length([1] * length, settings, 64)
+
+
+def test_a_temperature_asks_for_sampling() -> None:
+    for body, wanted in (({}, False), ({"temperature": 0.5}, True), ({"top_p": 0.5}, True)):
+        settings = transformers.GenerationConfig(do_sample=False)
+        sampled(body, settings)
+        assert bool(settings.do_sample) is wanted
+    settings = transformers.GenerationConfig(do_sample=True)
+    sampled({"temperature": 0}, settings)
+    assert settings.do_sample is False
+
+
+# The host, and models in it
+
+
+def test_the_parts_of_the_host_are_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = serve_host.parts()
+    monkeypatch.delattr(found["ModelManager"], "_load_processor")
+    with pytest.raises(HostVersionError, match=r"no ModelManager\._load_processor"):
+        serve_host.parts()
+    monkeypatch.undo()
+    monkeypatch.setitem(serve_host._METHODS, "build_server", ("no_such_argument",))
+    with pytest.raises(HostVersionError, match="no_such_argument"):
+        serve_host.parts()
+    monkeypatch.undo()
+    monkeypatch.setitem(serve_host._MODULES, "no_such_module", ("x",))
+    with pytest.raises(HostVersionError, match="no_such_module"):
+        serve_host.parts()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_configurations_say_the_same_model(case: str) -> None:
+    raw = CASES[case].to_dict()
+    family = qk.models.family_of_hf(raw["model_type"])
+    config = family.from_hf(raw)
+    assert family_of(config) is family
+    try:
+        made = host_config(family, config)
+    except UnsupportedModelError as error:  # no configuration of transformers has a bias like this
+        assert "qwen" in case and "bias" in str(error)
+        return
+    again = family.from_hf(made.to_dict())
+    assert replace(again, family=config.family, attention_scale=config.attention_scale) == config
+
+
+def test_factors_that_no_configuration_says() -> None:
+    family = qk.models.family_of_hf("llama")
+    config = family.from_hf(CASES["llama-tied"].to_dict())
+    half = config.rope.dim // 2
+    rope = replace(config.rope, factors=tuple(1.0 + i for i in range(half)))
+    with pytest.raises(UnsupportedModelError, match="rope"):
+        host_config(family, replace(config, rope=rope))
+
+
+def check_logits(path: Path, **options: Any) -> Any:
+    model, tokenizer = packed_model(path, act="float", **options)
+    decoder = qk.QuantDecoder.from_pretrained(
+        path, device="cpu", act="float", kv_dtype="float32", max_seq_len=64, **options
+    )
+    ids = torch.tensor([[1, 5, 77, 30, 12, 9]])
+    with torch.no_grad():
+        ours = model(ids).logits
+    theirs = decoder(ids).logits
+    assert (ours - theirs).abs().max() <= 2e-4 * theirs.abs().max()
+    return model, tokenizer
+
+
+@pytest.mark.parametrize("output", [None, "Q6_K"])
+def test_a_model_has_the_weights_of_its_file(output: str | None, tmp_path: Path) -> None:
+    sizes = {"layers": 1, "hidden": 256, "vocab": 280}
+    model, tokenizer = check_logits(write_llama(tmp_path / "m.gguf", output=output, **sizes))
+    table, head = model.get_input_embeddings(), model.lm_head
+    assert isinstance(table, qk.nn.QuantEmbedding) and isinstance(head, qk.nn.QuantLinear)
+    assert (head.weight is table.weight) is (output is None)
+    assert isinstance(model.model.layers[0].mlp.up_proj, qk.nn.QuantLinear)
+    assert model.generation_config.eos_token_id == [tokenizer.eos_token_id]
+
+
+@pytest.mark.parametrize(("case", "spec"), [("llama", "MXFP4"), ("qwen2", None), ("gemma3", None)])
+def test_a_model_of_a_directory(case: str, spec: str | None, tmp_path: Path) -> None:
+    random_model(case).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="comes without a tokenizer"):
+        packed_model(tmp_path)
+    write_tokenizer(tmp_path, CASES[case].vocab_size)
+    check_logits(tmp_path, **({} if spec is None else {"spec": spec}))
+
+
+def write_tokenizer(folder: Path, vocab: int) -> None:
+    tokens = {f"<{i}>": i for i in range(vocab)}
+    fast = {
+        "version": "1.0", "truncation": None, "padding": None, "added_tokens": [],
+        "normalizer": None, "pre_tokenizer": None, "post_processor": None, "decoder": None,
+        "model": {"type": "WordLevel", "vocab": tokens, "unk_token": "<0>"},
+    }  # fmt: skip
+    (folder / "tokenizer.json").write_text(json.dumps(fast))
+
+
+@pytest.mark.filterwarnings("ignore:quantize_")
+def test_a_model_of_another_family(tmp_path: Path) -> None:
+    sizes = {"vocab_size": 96, "n_positions": 64, "n_embd": 64, "n_layer": 1, "n_head": 4}
+    config = transformers.GPT2Config(**sizes, bos_token_id=1, eos_token_id=2)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    write_tokenizer(tmp_path, 96)
+    (tmp_path / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"})
+    )
+    with pytest.raises(ValueError, match="--spec"):
+        served_model(tmp_path)
+    served = served_model(tmp_path, spec="MXFP4")
+    assert served.limit == 64 and "transformers" in served.runs
+    assert isinstance(served.model.transformer.h[0].mlp.c_fc, qk.nn.QuantLinear)
+    assert served.tokenizer.vocab_size == 96
+
+
+async def post(app: Any, path: str, body: dict[str, Any]) -> tuple[int, Any]:
+    """What an ASGI application answers to JSON."""
+    scope = {
+        "type": "http", "method": "POST", "path": path, "raw_path": path.encode(),
+        "headers": [(b"content-type", b"application/json")],
+        "query_string": b"", "http_version": "1.1", "scheme": "http", "client": ("here", 1),
+        "server": ("there", 2), "root_path": "", "asgi": {"version": "3.0"},
+    }  # fmt: skip
+    coming = [{"type": "http.request", "body": json.dumps(body).encode(), "more_body": False}]
+    sent: list[Any] = []
+
+    async def receive() -> Any:
+        if coming:
+            return coming.pop()
+        await asyncio.Event().wait()  # the client stays
+        raise AssertionError
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    await app(scope, receive, send)
+    return sent[0]["status"], json.loads(b"".join(m.get("body", b"") for m in sent[1:]))
+
+
+def test_requests_are_computed_together(tiny: Path) -> None:
+    served = served_model(tiny, act="float", context=256, replace_layers=False)
+    loaded = (served.model, served.tokenizer)
+    prompts = ["hello", "a world", "x"]
+    bodies: list[dict[str, Any]] = [
+        {"prompt": p, "max_tokens": 10, "temperature": 0} for p in prompts
+    ]
+    # Two at a time: the third waits for a slot. float16 or not, both are greedy in float32.
+    apps = {slots: application("tiny", loaded, limit=256, slots=slots) for slots in (0, 2)}
+
+    async def all_of(app: Any) -> list[tuple[int, Any]]:
+        return await asyncio.gather(*(post(app, "/v1/completions", body) for body in bodies))
+
+    one_by_one, together = (asyncio.run(all_of(app)) for app in apps.values())
+    assert not [s for _, s in (*one_by_one, *together) if "error" in s]
+    texts = [[said["choices"][0]["text"] for _, said in answers]
+             for answers in (one_by_one, together)]  # fmt: skip
+    assert texts[0] == texts[1] and all(texts[0])
+    for wrong in ({"temperature": 0.5}, {"seed": 3}, {"stop": "x"}, {"frequency_penalty": 0.5}):
+        status, said = asyncio.run(post(apps[2], "/v1/completions", {**bodies[0], **wrong}))
+        assert status == 400 and said["error"]["code"] == "unsupported_parameter", said
+
+
+# The command
+
+
+def test_the_command_refuses_in_one_line(tiny: Path) -> None:
+    from typer.testing import CliRunner
+
+    from qkernels.cli.app import app
+    from qkernels.cli.serve import listen
+
+    taken = listen("localhost", 0)
+    for words, said in (
+        (["nowhere.gguf"], "no such file"),
+        ([str(tiny), "--port", str(taken.getsockname()[1])], "in use"),
+        ([str(tiny), "--port", "0", "--context", "99999"], "context"),
+        ([str(tiny), "--port", "0", "--attn", "abacus"], "abacus"),
+        ([str(tiny), "--port", "0", "--spec", "W4A16"], "quantized already"),
+        ([str(tiny), "--port", "0", "--group-size", "32"], "--spec"),
+        ([str(tiny), "--port", "0", "--host", "no.such.host.invalid"], "--host"),
+    ):
+        result = CliRunner().invoke(app, ["serve", *words])
+        assert result.exit_code == 2 and result.stdout == "", (words, result.stderr)
+        (line,) = result.stderr.splitlines()
+        assert line.startswith("qkernels: ") and said in line
+    taken.close()
