@@ -32,6 +32,7 @@ from .options import (
     Threads,
     TopK,
     TopP,
+    sampling,
 )
 
 INTERRUPTED = 130  # 128 + SIGINT
@@ -86,29 +87,6 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Run quantized language models with this package's own kernels.",
 )
-
-
-def sampling(
-    temperature: float | None,
-    top_k: int | None,
-    top_p: float | None,
-    min_p: float | None,
-    repetition_penalty: float | None,
-    seed: int | None,
-    stop: list[str] | None,
-    max_new_tokens: int,
-) -> dict[str, Any]:
-    """Keyword arguments of `stream`; what was not given is left to the model's defaults."""
-    given = {
-        "temperature": temperature,
-        "top_k": top_k,
-        "top_p": top_p,
-        "min_p": min_p,
-        "repetition_penalty": repetition_penalty,
-        "seed": seed,
-        "stop": stop or None,
-    }
-    return {"max_new_tokens": max_new_tokens} | {k: v for k, v in given.items() if v is not None}
 
 
 @app.callback()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from enum import Enum
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -117,3 +117,26 @@ Stop = Annotated[
     typer.Option("--stop", help="End before this text; may be repeated."),
 ]
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
+
+
+def sampling(
+    temperature: float | None,
+    top_k: int | None,
+    top_p: float | None,
+    min_p: float | None,
+    repetition_penalty: float | None,
+    seed: int | None,
+    stop: list[str] | None,
+    max_new_tokens: int,
+) -> dict[str, Any]:
+    """Keyword arguments of `stream`; what was not given is left to the model's defaults."""
+    given = {
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "min_p": min_p,
+        "repetition_penalty": repetition_penalty,
+        "seed": seed,
+        "stop": stop or None,
+    }
+    return {"max_new_tokens": max_new_tokens} | {k: v for k, v in given.items() if v is not None}

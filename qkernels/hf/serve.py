@@ -33,7 +33,7 @@ PAGE, BATCH_TOKENS = 64, 256  # of the host's scheduler
 Loaded = tuple[Any, Any]  # model, tokenizer
 
 
-class OneModel(_ModelManager):  # type: ignore[misc]
+class OneModel(_ModelManager):
     """The one model of the server, under the name that requests give. close: ends generation."""
 
     def __init__(
@@ -98,7 +98,7 @@ class _Job:
         return self._model.generate(**kwargs)
 
 
-class OneByOne(_GenerateManager):  # type: ignore[misc]
+class OneByOne(_GenerateManager):
     """Answers one request after the other, in the order in which they came."""
 
     def generate_streaming(
@@ -134,7 +134,7 @@ class OneByOne(_GenerateManager):  # type: ignore[misc]
 _SHARED = ("do_sample", "temperature", "top_p", "top_k", "repetition_penalty", "sequence_bias")
 
 
-class Together(_CBGenerateManager):  # type: ignore[misc]
+class Together(_CBGenerateManager):
     """Answers requests together, by the host's scheduler, which samples all of them alike: as the
     model's own settings say."""
 
@@ -162,7 +162,7 @@ class Together(_CBGenerateManager):  # type: ignore[misc]
             raise
 
 
-class Generation(_GenerationState):  # type: ignore[misc]
+class Generation(_GenerationState):
     """Who generates for a request. slots: requests that are computed together, with room for
     `limit` tokens each; 0: one after the other."""
 
@@ -248,11 +248,11 @@ class _Requests:
         )
 
 
-class Chat(_Requests, _ChatCompletionHandler):  # type: ignore[misc]
+class Chat(_Requests, _ChatCompletionHandler):
     chat = True
 
 
-class Completion(_Requests, _CompletionHandler):  # type: ignore[misc]
+class Completion(_Requests, _CompletionHandler):
     chat = False
 
 
