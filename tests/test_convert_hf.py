@@ -348,7 +348,7 @@ def sample():
         peak = max(peak, anonymous())
         time.sleep(0.001)
 
-thread = threading.Thread(target=sample)
+thread = threading.Thread(target=sample, daemon=True)
 thread.start()
 report = qk.quantize_(model, "W4A16", embeddings="W8A16", weights=sys.argv[1], progress=False)
 stop = True

@@ -383,3 +383,27 @@ def test_the_documents_examples(
     names["path"] = tmp_path
     exec(compile(second, "docs/transformers.md", "exec"), names)
     assert same_state(names["model"].bfloat16(), names["again"])
+
+
+@pytest.mark.parametrize("spec", ["W8A16", MINIMA], ids=["W8A16", "minima"])
+def test_save_pretrained_of_a_model_that_quantize_changed(
+    floats: Path, tmp_path: Path, spec: Any
+) -> None:
+    """Codes of 8 bits have the shapes of the weights that they stand for: without a word of what
+    they are, a reload would take them for weights."""
+    model = load(floats / "untied")
+    qk.quantize_(model, spec, progress=False)
+    with torch.no_grad():
+        said = model(IDS).logits
+    model.save_pretrained(tmp_path / "packed")
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "packed")
+    with torch.no_grad():
+        assert torch.equal(again(IDS).logits, said)
+    qk.dequantize_(model)
+    assert model.hf_quantizer is None
+    model.save_pretrained(tmp_path / "dense")
+    assert "quantization_config" not in json.loads((tmp_path / "dense/config.json").read_text())
+    dense = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
+    assert type(dense.model.layers[0].mlp.up_proj) is torch.nn.Linear
+    with torch.no_grad():
+        assert torch.equal(dense(IDS).logits, model(IDS).logits)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import sys
 import warnings
 from collections.abc import Callable, Collection
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -110,6 +113,7 @@ def quantize_(
             module._share(modules[0])
         made += zip(group, modules, strict=True)
     commit(model, {id(target.module): module for target, module in made}, values)
+    _tell_transformers(model, "adopt")
     result = _report(model, decided, layers, before)
     text = result.dense_warning()
     if text is not None:
@@ -230,4 +234,18 @@ def dequantize_(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module
             raise ValueError(f"dequantize_: {path}.weight is on meta: it has no values")
         new[id(module)] = module._restored(dtype, weights)
     commit(model, new, {})
+    _tell_transformers(model, "disown")
     return model
+
+
+def _tell_transformers(model: nn.Module, what: str) -> None:
+    """A model of transformers must know that its save_pretrained is to write packed layers, or no
+    longer. Other models, and a transformers that `qkernels.hf` does not know, are left alone."""
+    host = sys.modules.get("transformers.modeling_utils")
+    if host is None or not isinstance(model, host.PreTrainedModel):
+        return
+    from ..hf.versions import HostVersionError, require
+
+    with contextlib.suppress(HostVersionError):
+        require("transformers")
+        getattr(import_module("qkernels.hf.quantizer"), what)(model)

@@ -267,6 +267,23 @@ def _operations(conversion: Any) -> Collection[Any]:
     return getattr(conversion, "operations", None) or ()
 
 
+def adopt(model: Any) -> None:
+    """Gives a model that `qk.quantize_` changed a quantizer, as if `from_pretrained` had quantized
+    it: without one its save_pretrained would write codes and not say what they are. Nothing happens
+    to a model that has one."""
+    register()
+    if getattr(model, "hf_quantizer", None) is None:
+        model.hf_quantizer = QKernelsQuantizer(QKernelsConfig(), pre_quantized=False)
+
+
+def disown(model: Any) -> None:
+    """The same for `qk.dequantize_`: the model is as any other again."""
+    if isinstance(getattr(model, "hf_quantizer", None), QKernelsQuantizer):
+        model.hf_quantizer = None
+        if isinstance(getattr(model.config, "quantization_config", None), QKernelsConfig):
+            del model.config.quantization_config
+
+
 def register() -> None:
     """Makes transformers know the method "qkernels", what `save_pretrained` wrote as
     compressed-tensors, and the attention of that name. Nothing happens the second time."""
