@@ -87,7 +87,7 @@ struct Plan {
   std::vector<std::optional<Tensor>> tensors;  // owned: the pointers in `steps` stay valid
   std::vector<Register> registers;
   std::vector<Step> steps;
-  int64_t vocab = 0;                    // columns of the result
+  int64_t vocab = 0;                   // columns of the result
   int64_t vocab_in = 0, width_in = 0;  // of the table, or of the rows that come instead of ids
   int64_t layers = 0, kv_heads = 0, dim = 0;
   std::vector<char> scratch;
