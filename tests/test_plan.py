@@ -404,12 +404,22 @@ def command() -> Any:
 
 
 def test_the_command_tells_a_plan_as_json(command: Any, tiny: Path) -> None:
-    words = ("--bandwidth", 40, "--memory", "2 GiB", "--context", 512, "--json", "--device", "cpu")
+    words = (
+        "--bandwidth",
+        40,
+        "--memory",
+        "1024 GiB",
+        "--context",
+        512,
+        "--json",
+        "--device",
+        "cpu",
+    )
     result = command(tiny, *words)
     assert result.exit_code == 0, result.output
     said = json.loads(result.stdout)
     assert said["fits"] and said["context"] == 512
-    assert said["machine"]["memory"] == 2 * 2**30 and said["machine"]["read"] == 40e9
+    assert said["machine"]["memory"] == 2**40 and said["machine"]["read"] == 40e9
     assert said["memory"]["weights"] == outline(tiny).weights["embed.weight"].nbytes + sum(
         t["nbytes"] for t in said["tensors"] if t["name"] != "embed.weight"
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import json
 import os
 import signal
@@ -70,8 +71,16 @@ def server(tiny: Path) -> Iterator[Server]:
     words = [sys.executable, "-m", "qkernels.cli", "serve", str(tiny), "--port", "0"]
     words += ["--api-key", KEY, "--threads", "1", "--act", "float"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    # A shell that runs the tests in the background has SIGINT ignored, and children inherit that.
+    heed = functools.partial(signal.signal, signal.SIGINT, signal.default_int_handler)
     process = subprocess.Popen(
-        words, cwd=ROOT, env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        words,
+        cwd=ROOT,
+        env=environment,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        preexec_fn=heed,
     )
     lines: list[str] = []
     listening = threading.Event()
