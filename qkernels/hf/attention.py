@@ -15,7 +15,7 @@ from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
 from ..ops.attention import attention, attention_dense
-from .cache import StoredKeys, StoredValues
+from .cache import StoredKeys, StoredValues, rows_of
 from .continuous import attend_packed, is_packed
 from .masks import SeenKeys, seen_keys
 
@@ -237,13 +237,6 @@ def _widened(x: Tensor, dim: int) -> Tensor:
     return torch.nn.functional.pad(x, (0, dim - x.shape[3])) if x.shape[3] < dim else x
 
 
-def _rows(x: Tensor) -> Tensor:
-    """[B, H, T, D] -> [B T, H, D], heads side by side: a view where the layout allows it."""
-    rows = x.transpose(1, 2).reshape(-1, x.shape[1], x.shape[3])
-    dense = rows.stride(2) == 1 and (rows.shape[1] == 1 or rows.stride(1) == rows.shape[2])
-    return rows if dense else rows.contiguous()
-
-
 def _reach_bias(q: Tensor, reach: int) -> Tensor:
     """A window to both sides: distances beyond reach weigh nothing. The op takes its end entries
     for all distances further out."""
@@ -273,7 +266,7 @@ def _unpadded(q: Tensor, k: Tensor, v: Tensor, seen: SeenKeys, options: dict[str
         kv_len = torch.zeros(batch, dtype=torch.int32, device=q.device) + end
         table = torch.arange(batch, dtype=torch.int32, device=q.device)[:, None]
         starts = _starts(batch, queries, q.device)
-        out = attention(_rows(q), starts, kv_len.int(), table, k, v, **options)
+        out = attention(rows_of(q), starts, kv_len.int(), table, k, v, **options)
         return out.view(batch, queries, heads, dim)
     end = int(end)
     if end < keys:
@@ -281,7 +274,7 @@ def _unpadded(q: Tensor, k: Tensor, v: Tensor, seen: SeenKeys, options: dict[str
     starts, kv_starts = seen.kept(
         "starts", lambda: (_starts(batch, queries, q.device), _starts(batch, end, q.device))
     )
-    out = attention_dense(_rows(q), _rows(k), _rows(v), starts, kv_starts, **options)
+    out = attention_dense(rows_of(q), rows_of(k), rows_of(v), starts, kv_starts, **options)
     return out.view(batch, queries, heads, dim)
 
 
@@ -293,7 +286,7 @@ def _packed(q: Tensor, k: Tensor, v: Tensor, seen: SeenKeys, options: dict[str, 
         return torch.cat((new.flatten(), ends)).nonzero().flatten().int()
 
     starts = seen.kept("starts", boundaries)
-    out = attention_dense(_rows(q), _rows(k), _rows(v), starts, starts, **options)
+    out = attention_dense(rows_of(q), rows_of(k), rows_of(v), starts, starts, **options)
     return out.view(q.shape[0], q.shape[2], q.shape[1], q.shape[3])
 
 
@@ -325,7 +318,7 @@ def _padded(
 
     k_rows, kv_starts = seen.kept("keys", kept_keys)
     found = seen.kept("queries", kept_queries)
-    q_rows = _rows(q)
+    q_rows = rows_of(q)
     starts = _starts(batch, queries, q.device) if found is None else found[1]
     if found is not None:
         q_rows = q_rows[found[0]]

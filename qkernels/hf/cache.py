@@ -78,7 +78,7 @@ class StoredKeys(_Stored):
         """Writes what is new, and attends to all: query [B, Hq, T, D] -> [B, T, Hq, D]."""
         batch, heads, queries, dim = query.shape
         layer = self.layer
-        q, k, v = (_rows(x) for x in (query, self.new, self.values))
+        q, k, v = (rows_of(x) for x in (query, self.new, self.values))
         rows, counts = seen.rows, seen.counts
         if rows is None or counts is None:
             starts = layer.starts(queries)
@@ -123,8 +123,8 @@ class StoredValues(_Stored):
         return self.layer.read(1, self.dtype)
 
 
-def _rows(x: Tensor) -> Tensor:
-    """[B, H, T, D] -> [B T, H, D], heads side by side."""
+def rows_of(x: Tensor) -> Tensor:
+    """[B, H, T, D] -> [B T, H, D], heads side by side: a view where the layout allows it."""
     rows = x.transpose(1, 2).reshape(-1, x.shape[1], x.shape[3])
     dense = rows.stride(2) == 1 and (rows.shape[1] == 1 or rows.stride(1) == rows.shape[2])
     return rows if dense else rows.contiguous()
@@ -252,7 +252,7 @@ class QuantizedStaticLayer(CacheLayerMixin):
         tokens = keys.shape[2]
         self.seen.add_(tokens)
         self.kv_len.add_(tokens)
-        k, v = _rows(keys), _rows(values)
+        k, v = rows_of(keys), rows_of(values)
         kv_append(
             k, k, v, None, None, self.starts(tokens), self.kv_len, self.page_table, *self.pages
         )
