@@ -117,7 +117,6 @@ def answer(made: Variant, prompt: torch.Tensor, count: int) -> list[int]:
         prompt,
         attention_mask=torch.ones_like(prompt),
         max_new_tokens=count,
-        min_new_tokens=count,
         do_sample=False,
         pad_token_id=0,
         past_key_values=made.cache,
@@ -175,6 +174,7 @@ def main() -> None:
     ]
     torch.set_num_threads(options.threads)
     model, _ = real_models.causal_from_gguf(real_models.smollm2_file(), torch.bfloat16)
+    model.generation_config.eos_token_id = None  # answers of the length asked for
     models = {name: VARIANTS[name](model) for name in names}
     check(models)
     samples: dict[str, dict[str, list[float]]] = {name: {} for name in models}

@@ -40,9 +40,9 @@ CONFIGS: dict[str, Any] = {
 TRUTH = {"gemma2": "eager", "gpt_oss": "eager"}
 
 
-def tiny(case: str, quantized: bool = False) -> Any:
+def tiny(case: str, quantized: bool = False, seed: int = 0) -> Any:
     """A causal model, float32, in evaluation mode."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     model = transformers.AutoModelForCausalLM.from_config(copy.deepcopy(CONFIGS[case])).eval()
     for name, parameter in model.named_parameters():
         if "sinks" in name:

@@ -3,6 +3,9 @@ and go, and SmolLM2's perplexity."""
 
 from __future__ import annotations
 
+import copy
+import io
+import itertools
 import os
 import warnings
 from importlib.util import find_spec
@@ -27,7 +30,8 @@ DATA = Path(os.environ.get("QKERNELS_TEST_DATA", ROOT.parent / "shared" / "data"
 
 
 def test_the_decode_step_compiles_once() -> None:
-    """One graph without breaks for all tokens, answers and paddings; one layer has a window."""
+    """One graph without breaks for all tokens, answers and paddings, traced with all its checks and
+    with those of an answer's later steps; one layer has a window."""
     model = tiny("gemma3", quantized=True)
     model.set_attn_implementation(hf.ATTENTION)
     cache = hf.QuantizedStaticCache(model.config, 100, "int8")
@@ -42,9 +46,9 @@ def test_the_decode_step_compiles_once() -> None:
     hf.compile_decode(model, "eager")
     assert torch.equal(answer("none", 12), truth[0])
     compiled = dict(counters["stats"])
-    assert compiled["unique_graphs"] == 1
+    assert compiled["unique_graphs"] == 2
     # 7 linear layers, the append and the attention of each of 2 layers are inside
-    assert compiled["calls_captured"] > 2 * 9
+    assert compiled["calls_captured"] > 2 * 2 * 9
     assert torch.equal(answer("left", 12), truth[1])
     answer("none", 70)
     assert dict(counters["stats"]) == compiled and not counters["graph_break"]
@@ -60,7 +64,72 @@ def test_a_compiled_step_with_the_static_cache_of_transformers() -> None:
     hf.compile_decode(model, "eager")
     cache = transformers.StaticCache(model.config, max_cache_len=48)
     assert torch.equal(generate(model, "none", 8, past_key_values=cache), truth)
-    assert counters["stats"]["unique_graphs"] == 1
+    assert counters["stats"]["unique_graphs"] == 2
+    torch._dynamo.reset()
+
+
+def test_a_compiled_step_follows_its_model() -> None:
+    """Between answers weights and modules may change; copies compile for themselves."""
+    model = tiny("llama", quantized=True)
+    model.set_attn_implementation(hf.ATTENTION)
+    cache = hf.QuantizedStaticCache(model.config, 100, "int8")
+
+    def answer(model: Any) -> torch.Tensor:
+        cache.reset()
+        return generate(model, "none", 12, past_key_values=cache)
+
+    def agrees() -> torch.Tensor:
+        """The tokens of the compiled steps, which are those of the steps as they are."""
+        config, model.generation_config.compile_config = (
+            model.generation_config.compile_config,
+            None,
+        )
+        truth = answer(model)
+        model.generation_config.compile_config = config
+        assert torch.equal(answer(model), truth)
+        return truth
+
+    torch._dynamo.reset()
+    hf.compile_decode(model, "eager")
+    before = [agrees()]
+    copied = copy.deepcopy(model)
+    stored = io.BytesIO()
+    torch.save(model, stored)
+
+    with torch.no_grad():  # other values in the same place
+        model.model.layers[1].input_layernorm.weight.mul_(-2)
+    before.append(agrees())
+    norm = torch.nn.Parameter(model.model.layers[0].input_layernorm.weight * -2, False)
+    model.model.layers[0].input_layernorm.weight = norm  # in another place
+    before.append(agrees())
+    mlp = model.model.layers[1].mlp  # another module
+    mlp.down_proj = torch.nn.Linear(mlp.intermediate_size, mlp.hidden_size, bias=False)
+    before.append(agrees())
+    mlp.act_fn = torch.nn.Tanh()
+    before.append(agrees())
+    assert not any(torch.equal(a, b) for a, b in itertools.pairwise(before))
+
+    assert torch.equal(answer(copied), before[0])
+    stored.seek(0)
+    assert torch.equal(answer(torch.load(stored, weights_only=False)), before[0])
+    torch._dynamo.reset()
+
+
+def test_two_models_of_a_kind_compile_at_once() -> None:
+    """The second one fits the graph of the first, and answers with its own weights."""
+    models = [tiny("llama", quantized=True, seed=seed) for seed in (1, 2)]
+    truths, caches = [], []
+    torch._dynamo.reset()
+    for model in models:
+        model.set_attn_implementation(hf.ATTENTION)
+        caches.append(hf.QuantizedStaticCache(model.config, 100, "int8"))
+        truths.append(generate(model, "none", 12, past_key_values=caches[-1]))
+        hf.compile_decode(model, "eager")
+    assert not torch.equal(*truths)
+    for _ in range(2):
+        for model, cache, truth in zip(models, caches, truths, strict=True):
+            cache.reset()
+            assert torch.equal(generate(model, "none", 12, past_key_values=cache), truth)
     torch._dynamo.reset()
 
 
