@@ -4,9 +4,9 @@
 
 MODEL: GGUF file, directory or PACKAGE:FILE. Each is loaded in a process of its own, which notes its
 resident memory after its imports, the peak while it loads, and the memory once a context is full.
-Then come rounds: the read bandwidth, a decode from a short prompt, one from a prompt that nearly
-fills the context, a prefill. The plan is made from the medians of the bandwidth and the peaks
-measured in these rounds, and from the memory after imports. Results:
+Then come rounds: the read bandwidth, a plan that rehearses the model, a decode from a short prompt,
+one from a prompt that nearly fills the context, a prefill. Ratios are medians of these pairs.
+Beside them stands what the formula alone gives, for machines that are not this one. Results:
 bench/results/plan-<model>.json.
 """
 
@@ -63,35 +63,46 @@ def child(path: str, context: int, rounds: int, threads: int, options: dict[str,
     decoder.generate([prompt(long)], max_new_tokens=DECODE, **_GREEDY)  # warms up, and fills
     running = status("VmHWM")
     array = torch.ones(array_bytes() // 8, dtype=torch.int64)
-    samples: dict[str, list[float]] = {
-        name: [] for name in ("read", "int8", "float32", "decode", "decode_full", "prefill")
+    names = "decode", "decode_full", "prefill"
+    samples: dict[str, list[float]] = {name: [] for name in ("read", "int8", "float32", *names)}
+    ratios: dict[str, dict[str, list[float]]] = {
+        how: {name: [] for name in names} for how in ("rehearsed", "computed")
     }
+    planned: dict[str, list[float]] = {name: [] for name in names}
+    length = min(512, long)
     for _ in range(rounds):
         samples["read"].append(read_rate(0.1, array))
         for kind in ("int8", "float32"):
             samples[kind].append(GB * max(peak(kind) for _ in range(3)))
-        for name, length in (("decode", short), ("decode_full", long)):
-            made = decoder.generate([prompt(length)], max_new_tokens=DECODE, **_GREEDY)
+        machine = Machine(
+            record.cpu_name(), "cpu", available(), process, samples["read"][-1],
+            samples["int8"][-1], samples["float32"][-1], "this run", here=True,
+        )  # fmt: skip
+        plans = {
+            how: plan(path, m, context=context, prompt=length, **options)
+            for how, m in (("rehearsed", machine), ("computed", replace(machine, here=False)))
+        }
+        assert plans["rehearsed"].speed.rehearsed
+        for name, tokens in (("decode", short), ("decode_full", long)):
+            made = decoder.generate([prompt(tokens)], max_new_tokens=DECODE, **_GREEDY)
             samples[name].append(made.timings.decode_tokens_per_second)
-        made = decoder.generate([prompt(min(512, long))], max_new_tokens=1, **_GREEDY)
+        made = decoder.generate([prompt(length)], max_new_tokens=1, **_GREEDY)
         samples["prefill"].append(made.timings.prefill_tokens_per_second)
-    middle = {name: median(values) for name, values in samples.items()}
-    machine = Machine(
-        record.cpu_name(), "cpu", available(), process, middle["read"], middle["int8"],
-        middle["float32"], "medians of this run",
-    )  # fmt: skip
-    said = plan(path, machine, context=context, prompt=min(512, long), **options)
-    memory = said.memory
-    # Bandwidth of each round with the decode of that round: the noise of the machine is in both.
-    rates = {}
-    for name in ("decode", "decode_full"):
-        paired = []
-        for read, measured in zip(samples["read"], samples[name], strict=True):
-            each = plan(path, replace(machine, read=read), context=context, **options)
-            paired.append(getattr(each.speed, name) / measured)
-        rates[name] = {"planned": getattr(said.speed, name), "measured": middle[name]}
-        rates[name] |= {"ratio": median(paired), "ratios": [round(r, 3) for r in paired]}
-    rates["prefill"] = {"planned": said.speed.prefill, "measured": middle["prefill"]}
+        for name in names:
+            planned[name].append(getattr(plans["rehearsed"].speed, name))
+            for how, said in plans.items():
+                ratios[how][name].append(getattr(said.speed, name) / samples[name][-1])
+    rates = {
+        name: {
+            "planned": median(planned[name]),
+            "measured": median(samples[name]),
+            "ratio": median(ratios["rehearsed"][name]),
+            "ratios": [round(r, 3) for r in ratios["rehearsed"][name]],
+            "ratio_computed": median(ratios["computed"][name]),
+        }
+        for name in names
+    }
+    memory = plans["rehearsed"].memory
     found = {
         "model": Path(path).name,
         "context": context,
@@ -129,7 +140,7 @@ def report(found: dict[str, Any]) -> bool:
     ok = True
     promised = {
         "memory": ("weights", "loaded", "while_loading", "running", "running_growth"),
-        "speed": ("decode", "decode_full"),
+        "speed": ("decode", "decode_full", "prefill"),
     }
     for what, names in promised.items():
         unit = 1e6 if what == "memory" else 1
@@ -141,6 +152,7 @@ def report(found: dict[str, Any]) -> bool:
                 f"{found['model']:38} {name:15} planned {pair['planned'] / unit:9.1f}  measured "
                 f"{pair['measured'] / unit:9.1f} {'MB' if what == 'memory' else 'tok/s':6}"
                 f"{off(pair):+6.1%}{'' if good else '  beyond 20%'}"
+                + (f"  (computed {pair['ratio_computed'] - 1:+.1%})" if what == "speed" else "")
             )
     return ok
 

@@ -1,7 +1,8 @@
 """The bytes and seconds of a model that is not loaded: its weights are on the meta device.
 
 Bytes are those of the loader's own types, so that weights are exact. Seconds are bytes and
-operations over what the machine gives, times the shares of it that recorded runs reached.
+operations over what the machine gives, times the shares of it that recorded runs reached, unless
+the model was rehearsed on it (`rehearse.py`).
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from .nn.program import (
 from .nn.steps import PAGE
 from .ops.linear import default_act_group, resolve_act
 from .quant import PackedWeight
+from .rehearse import Rehearsal
 
 # Shares of what the machine gives that the CPU kernels reach, and times beside them, from
 # bench/results: see docs/planning.md.
@@ -48,6 +50,7 @@ ATTENTION_SHARE = 0.65  # of float32 operations, in prefill
 LAYER_SECONDS = 10e-6  # barriers and small steps of a layer, of a decode step
 OP_SECONDS = 15e-6  # a torch op, where a model runs one op after the other
 ELEMENT_OPS = 1170  # float32 operations' worth of norms, gates and copies per element and token
+FEWEST_PROMPT = 32  # tokens that tell how fast a prompt is read
 # Predicted, never measured: docs/cuda-kernels.md; and a kernel of a captured graph, assumed.
 GPU_READ_SHARE, GPU_STEP_SECONDS = 0.86, 2e-6
 # A packed model is loaded with at most two unpacked blocks beside it; quantizing a block takes its
@@ -149,6 +152,8 @@ class Estimate:
         if dtype == "auto":
             half = checkpoint.raw_config.get("dtype") == "float16"
             dtype = ("float16" if half else "bfloat16") if on_gpu else "float32"
+        self.dtype = dtype
+        self.rehearsal: Rehearsal | None = None
         self.kv_dtype = kv_dtype
         if kv_dtype == "auto":
             self.kv_dtype = "bfloat16" if dtype == "bfloat16" else "float16"
@@ -266,7 +271,9 @@ class Estimate:
 
     def step_seconds(self, context: int, batch: int) -> float:
         """Of a decode step with so many tokens in each of `batch` sequences."""
-        machine = self.machine
+        machine, rehearsal = self.machine, self.rehearsal
+        if rehearsal is not None and rehearsal.batch == batch:
+            return rehearsal.step + rehearsal.kv_byte * batch * self.kv_read(context)
         packed, dense = self.read_bytes()
         kv = batch * self.kv_read(context)
         if not self.on_cpu:
@@ -287,7 +294,23 @@ class Estimate:
         return seconds
 
     def prompt_seconds(self, tokens: int) -> float | None:
-        """Of a prompt of one sequence; None where no operations were measured."""
+        """Of a prompt of one sequence; None where nothing was measured that would tell."""
+        rehearsal, computed = self.rehearsal, self._prompt_seconds(tokens)
+        if rehearsal is None:
+            return computed
+        tried = self._prompt_seconds(rehearsal.prompt)
+        if computed is None or tried is None:
+            return rehearsal.prefill * tokens / rehearsal.prompt
+        return rehearsal.prefill * computed / tried
+
+    def rehearsed_prompt(self, tokens: int, seconds: float) -> int:
+        """How much of a prompt of so many tokens may be tried in about that time."""
+        whole = self._prompt_seconds(tokens)
+        if whole is None or whole <= seconds:
+            return tokens
+        return min(tokens, max(FEWEST_PROMPT, int(tokens * seconds / whole)))
+
+    def _prompt_seconds(self, tokens: int) -> float | None:
         machine, config = self.machine, self.config
         ops = machine.int8_ops if self.act == "int8" else machine.float_ops
         if not ops or not machine.float_ops:

@@ -20,7 +20,8 @@ class Machine:
     kind: "cpu" or "cuda". memory: bytes that a process may take there. process: bytes of those that
     it has taken before a model is loaded. read: bytes of memory per second that all its cores read.
     int8_ops, float_ops: multiplications and additions per second, None where nothing measured them.
-    source: where the numbers are from.
+    source: where the numbers are from. here: whether it is this machine as it is, so that a model's
+    own steps can be timed on it.
     """
 
     name: str
@@ -31,6 +32,7 @@ class Machine:
     int8_ops: float | None
     float_ops: float | None
     source: str
+    here: bool = False
 
 
 class Gpu(NamedTuple):
@@ -141,6 +143,7 @@ def this_cpu(
         int8_ops=rates["int8"],
         float_ops=rates["float32"],
         source="measured now" if read is None else "bandwidth as given",
+        here=read is None,
     )
 
 

@@ -17,6 +17,7 @@ from .machines import Machine
 from .nn.arguments import asked_types, spec_of
 from .outline import outline
 from .quant import PackedWeight, QuantSpec, scheme_act
+from .rehearse import rehearse
 
 PROMPT = 512  # tokens until the first one is timed, where the context has room
 # What is tried where a model does not fit, the least loss first.
@@ -41,13 +42,16 @@ class Tensors:
 class Speed:
     """decode, decode_full: tokens per second of all sequences together, with an empty and with a
     full context; prefill: prompt tokens per second over a prompt of `prompt` tokens; first_token:
-    seconds until it is answered. None where nothing was ever measured."""
+    seconds until it is answered. None where nothing was ever measured. rehearsed: whether the
+    model's own steps were timed here, on blank weights; else they are computed from the machine's
+    ceilings."""
 
     decode: float
     decode_full: float
     prompt: int
     prefill: float | None
     first_token: float | None
+    rehearsed: bool
 
 
 @dataclass(frozen=True)
@@ -153,6 +157,8 @@ def plan(
         )
     memory, longest = model.memory(model.context, batch), model.longest(batch)
     fits = memory.peak <= machine.memory
+    if machine.here:
+        model.rehearsal = rehearse(model, batch, prompt)
     return Plan(
         source=model.checkpoint.source,
         family=model.config.family,
@@ -180,6 +186,7 @@ def _speed(model: Estimate, batch: int, prompt: int) -> Speed:
         prompt=prompt,
         prefill=None if seconds is None else prompt / seconds,
         first_token=None if seconds is None else batch * seconds,
+        rehearsed=model.rehearsal is not None,
     )
 
 

@@ -121,6 +121,10 @@ def said(found: Any) -> str:
         f"{amount(found.step_weight_bytes)} of weights and {amount(found.kv_token_bytes)} per "
         "token of context"
     )
+    if speed.rehearsed:
+        reads += "\nSpeeds: the model's own steps, timed here on blank weights of its formats."
+    elif machine.kind == "cpu":
+        reads += "\nSpeeds: computed from the bandwidth and operations that the machine has."
     blocks = [
         f"{found.source}: {found.family}, activations {found.act}",
         columns(weights),

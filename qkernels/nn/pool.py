@@ -70,6 +70,15 @@ class KvPool:
     def truncate(self, handle: int, length: int) -> None:
         self._cache.truncate(handle, length)
 
+    def append_blank(self, handle: int, count: int) -> None:
+        """As many tokens more, whose keys and values are zeros: for timing what comes after."""
+        self._cache.grow([handle], [count])
+        pages = torch.tensor(self._cache.pages(handle))
+        cache = self._cache
+        for stored in (cache.k_pages, cache.v_pages, cache.k_scale, cache.v_scale):
+            if stored is not None:
+                stored.index_fill_(1, pages, 0)
+
     def forward(
         self, parts: Sequence[tuple[int, Sequence[int]]], last_only: bool = True
     ) -> torch.Tensor:
