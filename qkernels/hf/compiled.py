@@ -11,11 +11,15 @@ import torch
 from torch._dynamo import list_backends, lookup_backend, register_backend
 from transformers import CompileConfig
 
+from .merged import merged
+
 # Our ops have their autograd formulas in Python, which costs a call as much as the kernel does. A
 # decode step has no use for them, so our backends call what another one compiled below autograd.
 PREFIX = "qkernels_"
 # What a step of so many small calls can do without: 30 layers check 1000 shapes per token.
-INDUCTOR = {"size_asserts": False, "alignment_asserts": False}
+# And what is left for its kernels beside ours, rows of a few thousand elements, is done before a
+# second thread has started.
+INDUCTOR = {"size_asserts": False, "alignment_asserts": False, "cpp.threads": 1}
 
 # Graphs that one model class may have at a time, two for every batch size and every change of a
 # model. Torch's own limit of 8 is an error where the whole step has to be one graph.
@@ -60,7 +64,11 @@ def _registered(backend: str) -> str:
 
         def compile_graph(traced: Any, inputs: Any, **options: Any) -> Any:
             code = None if any(n.op == "get_attr" for n in traced.graph.nodes) else traced.code
-            graph = _Graph(code, _without_autograd(inner(traced, inputs, **fixed, **options)))
+
+            def compiled(traced: Any, inputs: Any) -> Any:
+                return inner(traced, inputs, **fixed, **options)
+
+            graph = _Graph(code, _without_autograd(merged(traced, inputs, compiled)))
 
             def call(*args: Any) -> Any:
                 if _ran.graphs is not None:
@@ -73,13 +81,23 @@ def _registered(backend: str) -> str:
     return name
 
 
+def _of_a_step(guards: Any) -> list[bool]:
+    """Which guards are on what changes between the steps of an answer."""
+    modules = torch.compiler.skip_guard_on_all_nn_modules_unsafe(guards)
+    return [
+        kept and not guard.is_global and "past_key_values" not in guard.name
+        for kept, guard in zip(modules, guards, strict=True)
+    ]
+
+
 class _Step:
     """The compiled step of a model, as the calls of `generate` use it.
 
     Dynamo looks at 10,000 properties of the modules before every call, for which a small model
-    takes as long as for its matrices. Within one answer the model stays as it is, so only the first
-    step of an answer has them all looked at (`whole`). The graph that it ran is traced once more
-    with the checks of arguments and cache alone (`quick`), and serves the other steps.
+    takes as long as for its matrices. Within one answer model and cache stay the objects that they
+    are, so only the first step of an answer has them all looked at (`whole`). The graph that it ran
+    is traced once more with the checks of the other arguments alone (`quick`), and serves the other
+    steps.
     """
 
     def __init__(self, model: Any, backend: str, fullgraph: bool, dynamic: bool | None) -> None:
@@ -98,7 +116,7 @@ class _Step:
             self.quick[graph] = torch.compile(
                 self.model.__call__,
                 backend=compile_graph,
-                options={"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe},
+                options={"guard_filter_fn": _of_a_step},
                 **self.options,
             )
         return self.quick[graph]

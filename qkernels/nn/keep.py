@@ -53,7 +53,8 @@ class KeepsTypes(nn.Module):
 
 def _viewed(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """tensor.view(dtype), the same object each time: tied modules share their tensors."""
-    if tensor not in _byte_views:
+    made = _byte_views.get(tensor)
+    if made is None or made.data_ptr() != tensor.data_ptr():  # other memory was put under it
         made = torch.empty(0, dtype=dtype, device=tensor.device)
         # Not by .view, whose result would keep its base, the key here, alive.
         place = (tensor.storage_offset(), tensor.shape, tensor.stride())
