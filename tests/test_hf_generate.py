@@ -105,13 +105,12 @@ def test_a_compiled_step_follows_its_model() -> None:
     mlp = model.model.layers[1].mlp  # another module
     mlp.down_proj = torch.nn.Linear(mlp.intermediate_size, mlp.hidden_size, bias=False)
     before.append(agrees())
-    mlp.act_fn = torch.nn.Tanh()
-    before.append(agrees())
     assert not any(torch.equal(a, b) for a, b in itertools.pairwise(before))
 
     assert torch.equal(answer(copied), before[0])
     stored.seek(0)
-    assert torch.equal(answer(torch.load(stored, weights_only=False)), before[0])
+    loaded = torch.load(stored, weights_only=False)
+    assert loaded.get_compiled_call.model is loaded and not loaded.get_compiled_call.steps
     torch._dynamo.reset()
 
 
