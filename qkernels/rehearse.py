@@ -28,7 +28,8 @@ if TYPE_CHECKING:
     from .estimate import Estimate
 
 SECONDS = 0.4  # that steps of one kind are timed for
-FEWEST, MOST = 3, 40  # of them
+MOST = 40  # of them; once where one takes longer
+LONGEST = 20.0  # seconds that a rehearsal may take; the largest models would take minutes
 SHORT = 8  # tokens of context: as good as none
 KV_BYTES = 256 << 20  # of the context that is tried beside it, at most
 MEMORY_SHARE = 0.5  # of what is free that a rehearsal may take
@@ -113,7 +114,7 @@ def _timed(calls: Mapping[str, Callable[[], object]], seconds: float) -> dict[st
     taken: dict[str, list[float]] = {name: [] for name in calls}
     begin = time.perf_counter()
     rounds = -1
-    while rounds < FEWEST or (rounds < MOST and time.perf_counter() - begin < seconds):
+    while rounds < 1 or (rounds < MOST and time.perf_counter() - begin < seconds):
         for name, call in calls.items():
             start = time.perf_counter()
             call()
@@ -150,8 +151,9 @@ class _Stage:
 
 def rehearse(model: Estimate, batch: int, prompt: int) -> Rehearsal | None:
     """Runs the program of a model on this CPU, for a second or two more than a prompt of some
-    tokens and a few steps take; None where there is no memory for it. batch: sequences decoded
-    together; prompt: tokens of a prompt, of which fewer are tried where they would take long."""
+    tokens and a few steps take; None where there is no memory for it or it would take too long.
+    batch: sequences decoded together; prompt: tokens of a prompt, of which fewer are tried where
+    they would take long."""
     from .bench.ceilings import array_bytes
 
     least, weights = array_bytes(), model.checkpoint.weights
@@ -160,7 +162,8 @@ def rehearse(model: Estimate, batch: int, prompt: int) -> Rehearsal | None:
     tried = model.rehearsed_prompt(prompt, SECONDS)
     kv = model.kv_token * (batch * (long + SHORT + 128) + tried)
     need = blank_bytes(weights, least) + kv + model.registers(max(tried, batch), batch)
-    if need > MEMORY_SHARE * (available() - resident()):
+    takes = 4 * model.step_seconds(long, batch) + 2 * (model.prompt_seconds(tried) or 0.0)
+    if takes > LONGEST or need > MEMORY_SHARE * (available() - resident()):
         return None
     decoder = QuantDecoder(
         replace(model.checkpoint, weights=blank_weights(weights, least)),

@@ -34,7 +34,7 @@ needs_text = pytest.mark.skipif(
     not (DATA / "persuasion.txt").exists(), reason=f"no persuasion.txt in {DATA}"
 )
 WINDOW = 512  # positions that most layers see
-WINDOWS = 4  # of text; models are compared on the same ones, so that few tell
+WINDOWS = 2  # of text; models are compared on the same ones, so that few tell
 
 PROSE = (
     "The lighthouse keeper climbed the hundred and twelve steps every evening, counting them "

@@ -93,7 +93,26 @@ def test_what_differs_stays_apart() -> None:
     call, counts = compiled(module)
     x = torch.randn(1, 1, COLUMNS)
     assert agree(call(x), module(x))
-    assert counts == [5]  # two plain ones and the first use of `twice` are one
+    assert counts == [6]  # the two plain ones that are used once are one
+
+
+class Shared(torch.nn.Module):
+    """Two layers, and a reader of the first one's codes beside them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = torch.nn.ModuleList(layer(64, seed=i) for i in range(2))
+
+    def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
+        return [*(layer(x) for layer in self.layers), self.layers[0].weight.float().sum(0)]
+
+
+@torch.no_grad()
+def test_a_weight_that_others_read_stays_where_it_is() -> None:
+    module = Shared()
+    call, counts = compiled(module)
+    x = torch.randn(1, 1, COLUMNS)
+    assert agree(call(x), module(x)) and counts == [2]
 
 
 class Changing(torch.nn.Module):

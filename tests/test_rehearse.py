@@ -131,6 +131,14 @@ def test_without_memory_speeds_are_computed(tiny: Path, monkeypatch: pytest.Monk
     assert said.speed == plan(tiny, replace(HERE, here=False), context=1024).speed
 
 
+def test_what_would_take_long_is_computed(tiny: Path) -> None:
+    """A machine that reads the model in 6 s would need 24 s for four steps."""
+    model = estimate(tiny)
+    model.machine = replace(model.machine, read=sum(model.read_bytes()) / 6)
+    assert model.step_seconds(1, 1) > 6
+    assert rehearse(model, 1, 16) is None
+
+
 def test_long_prompts_are_tried_in_part(tiny: Path) -> None:
     model = estimate(tiny, replace(HERE, int8_ops=1e8, float_ops=1e8))
     whole = model.prompt_seconds(1000)

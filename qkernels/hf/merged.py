@@ -45,8 +45,8 @@ _OPERATORS = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "
 
 @dataclass
 class _Call:
-    """One call of `linear`. parts: of its tensors the numbers among the inputs of the graph, None
-    for one that is not there; biased: whether the last of them is a bias."""
+    """One call of `linear`. parts: of its tensors, the bias last, the numbers among the inputs of
+    the graph, None for one that is not there."""
 
     node: Node
     n: int
@@ -102,10 +102,13 @@ def _linear_calls(traced: GraphModule, inputs: Sequence[Any]) -> Iterable[tuple[
     for node in traced.graph.find_nodes(op="call_function", target=LINEAR):
         args = (*node.args, *(None,) * (_ARGUMENTS - len(node.args)))
         given = [args[i] for i in (*_TENSORS, _BIAS)]
-        tensors = [inputs[places[a]] for a in given if a in places]
-        known = len(tensors) == sum(a is not None for a in given)
-        if not known or node.kwargs or args[_RESIDUAL] is not None or _base(args[0]) in changed:
+        there = [a for a in given if a is not None]
+        # Inputs of the graph that nobody else reads, who would get a common tensor in their place.
+        if not all(a in places and len(a.users) == 1 for a in there):
             continue
+        if node.kwargs or args[_RESIDUAL] is not None or _base(args[0]) in changed:
+            continue
+        tensors = [inputs[places[a]] for a in there]
         if not all(map(_movable, tensors)) or not isinstance(args[_N], int):
             continue
         if args[_BIAS] is not None and args[_N] % UNIT_ROWS:  # biases are not filled up to blocks
@@ -135,12 +138,8 @@ def _movable(tensor: Any) -> bool:
 
 def _groups(traced: GraphModule, inputs: Sequence[Any]) -> list[list[_Call]]:
     found: dict[Hashable, list[_Call]] = {}
-    taken: set[int] = set()
     for common, call in _linear_calls(traced, inputs):
-        own = {i for i in call.parts if i is not None}
-        if not own & taken:  # a weight that is used twice lies in one place only
-            taken |= own
-            found.setdefault(common, []).append(call)
+        found.setdefault(common, []).append(call)
     return [calls for calls in found.values() if len(calls) > 1]
 
 
