@@ -306,7 +306,9 @@ class Estimate:
     def rehearsed_prompt(self, tokens: int, seconds: float) -> int:
         """How much of a prompt of so many tokens may be tried in about that time."""
         whole = self._prompt_seconds(tokens)
-        if whole is None or whole <= seconds:
+        if whole is None:
+            return min(tokens, FEWEST_PROMPT)
+        if whole <= seconds:
             return tokens
         return min(tokens, max(FEWEST_PROMPT, int(tokens * seconds / whole)))
 

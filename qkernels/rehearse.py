@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from .generate import GenerationSettings, Request, Sampler
+from .generate import PREFILL_CHUNK, GenerationSettings, Request, Sampler
 from .loading import Weight
 from .machines import available, resident
 from .nn.decoder import QuantDecoder
@@ -159,11 +159,15 @@ def rehearse(model: Estimate, batch: int, prompt: int) -> Rehearsal | None:
     least, weights = array_bytes(), model.checkpoint.weights
     room = KV_BYTES // max(1, model.kv_token * batch)
     long = min(model.context - 1, room)
-    tried = model.rehearsed_prompt(prompt, SECONDS)
+    tried = min(PREFILL_CHUNK, model.rehearsed_prompt(prompt, SECONDS))
     kv = model.kv_token * (batch * (long + SHORT + 128) + tried)
     need = blank_bytes(weights, least) + kv + model.registers(max(tried, batch), batch)
     takes = 4 * model.step_seconds(long, batch) + 2 * (model.prompt_seconds(tried) or 0.0)
-    if takes > LONGEST or need > MEMORY_SHARE * (available() - resident()):
+    try:
+        free = available() - resident()
+    except OSError:  # this system does not say
+        return None
+    if takes > LONGEST or need > MEMORY_SHARE * free or model.context <= 2 * SHORT:
         return None
     decoder = QuantDecoder(
         replace(model.checkpoint, weights=blank_weights(weights, least)),
@@ -180,7 +184,8 @@ def rehearse(model: Estimate, batch: int, prompt: int) -> Rehearsal | None:
         kv_byte = 0.0
         if len(lengths) > 1:
             more = batch * (model.kv_read(long) - model.kv_read(SHORT))
-            kv_byte = max(0.0, took[str(long)] - took[str(SHORT)]) / more
+            if more > 0:  # windows may see all of both
+                kv_byte = max(0.0, took[str(long)] - took[str(SHORT)]) / more
         reading = _Stage(decoder, 1, (tried,))
 
         def read() -> None:

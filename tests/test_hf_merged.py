@@ -144,6 +144,10 @@ def _add(x: torch.Tensor) -> None:
         lambda x: x.mul_(3),
         lambda x: x.view(-1).mul_(3),
         lambda x: torch.relu_(x),
+        lambda x: torch.nn.functional.relu(x, inplace=True),
+        lambda x: torch.nn.functional.dropout(x, 0.0, True, True).mul_(3),
+        lambda x: torch._foreach_mul_([x], 3),
+        lambda x: torch.squeeze(input=x).mul_(3),
         lambda x: torch.add(x, 1, out=x),
         _assign,
         _add,
@@ -184,6 +188,40 @@ def test_layers_keep_their_tensors() -> None:
     module.layers[1].weight.zero_()
     assert other.layers[1].weight.any()
     assert counts == [1]
+
+
+class Chained(torch.nn.Module):
+    """Groups behind each other, on rows that nobody reshapes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = torch.nn.ModuleList(layer(COLUMNS, seed=i) for i in range(4))
+
+    def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
+        a, b, c, d = self.layers
+        first = a(x)
+        return [b(x), c(first), d(first)]
+
+
+@torch.no_grad()
+def test_groups_behind_each_other() -> None:
+    module = Chained()
+    call, counts = compiled(module)
+    for x in (torch.randn(1, COLUMNS), torch.randn(3, COLUMNS)):
+        assert agree(call(x), module(x))
+    assert set(counts) == {2}
+
+
+def test_inference_mode_leaves_the_weights_as_they_are() -> None:
+    module = Layers([layer(64, seed=i) for i in range(3)])
+    call, counts = compiled(module)
+    x = torch.randn(1, 1, COLUMNS)
+    with torch.inference_mode():
+        assert agree(call(x), module(x))
+    assert not any(t.is_inference() for t in module.state_dict().values())
+    with torch.no_grad():
+        assert agree(call(x), module(x))
+    assert set(counts) == {1}
 
 
 @torch.no_grad()

@@ -4,11 +4,13 @@ Query, key and value, or gate and up, are calls of their own in every model of t
 costs a decode step as much as a small matrix does, and quantizes the input anew. Rows of packed
 weights lie in blocks of 64, so that several weights are one if they lie behind each other: their
 tensors are moved into common ones, of which they stay views. Who changes them in place changes
-both; who replaces one has it moved as well, before the next call.
+both; who replaces one has it moved as well, before the next call. What was taken of them before,
+as a state_dict, keeps the values of then.
 """
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from contextlib import nullcontext
@@ -32,15 +34,9 @@ _TENSORS, _TABLE, _N, _BIAS, _RESIDUAL = range(1, 6), 6, 9, 11, 14
 _ARGUMENTS = 15
 # What hands on the values that it is given: layers reshape their common input each by itself.
 _SAME = ("reshape", "view", "contiguous")
-# And what hands on some of them, in another shape, without copying them.
-_VIEWS = (
-    *_SAME, "getitem", "__getitem__", "narrow", "select", "slice", "chunk", "split", "unbind",
-    "flatten", "unflatten", "squeeze", "unsqueeze", "transpose", "permute", "expand", "expand_as",
-    "view_as", "reshape_as", "t", "mT", "swapaxes", "swapdims", "movedim", "moveaxis", "diagonal",
-    "as_strided", "unfold", "detach", "to", "type", "float", "half", "bfloat16", "real", "alias",
-    "broadcast_to", "tensor_split", "ravel", "getattr",
-)  # fmt: skip
 _OPERATORS = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor")
+
+_moving = threading.Lock()
 
 
 @dataclass
@@ -64,49 +60,39 @@ def _name(node: Node) -> str:
     return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
 
 
-def _base(node: Any) -> Any:
-    """The node whose memory a view is of."""
-    while isinstance(node, Node) and node.args and _name(node) in _VIEWS:
-        node = node.args[0]
-    return node
-
-
-def _written(node: Node) -> list[Any]:
-    """What a node writes into, of what it is given."""
+def _writes(node: Node) -> bool:
+    """Whether a node may write into something: rather too often than not."""
+    if node.op not in ("call_method", "call_function"):
+        return node.op == "call_module"
     schema, name = getattr(node.target, "_schema", None), _name(node)
     if schema is not None:
-        return [
-            value
-            for i, argument in enumerate(schema.arguments)
-            if argument.alias_info is not None and argument.alias_info.is_write
-            for value in (node.args[i : i + 1] or (node.kwargs.get(argument.name),))
-        ]
-    out = node.kwargs.get("out")
-    found = [*out] if isinstance(out, (tuple, list)) else [out]
-    in_place = (name.endswith("_") and not name.endswith("__")) or (
-        name in ("setitem", "__setitem__") or (name.startswith("i") and name[1:] in _OPERATORS)
+        return bool(schema.is_mutable)
+    if node.kwargs.get("inplace") or node.kwargs.get("out") is not None:
+        return True
+    if node.op == "call_function" and any(arg is True for arg in node.args):
+        return True  # `inplace` by its place
+    return (
+        (name.endswith("_") and not name.endswith("__"))
+        or name in ("setitem", "__setitem__")
+        or (name.startswith("i") and name[1:] in _OPERATORS)
     )
-    return [*found, *node.args[:1]] if in_place else found
-
-
-def _changed(traced: GraphModule) -> set[Any]:
-    """What is written to in a graph: those who read it before and after may differ."""
-    calls = [n for n in traced.graph.nodes if n.op in ("call_method", "call_function")]
-    return {_base(value) for node in calls for value in _written(node) if value is not None}
 
 
 def _linear_calls(traced: GraphModule, inputs: Sequence[Any]) -> Iterable[tuple[Hashable, _Call]]:
     """The calls that could be part of another, each with what it has in common with others."""
     places = {node: i for i, node in enumerate(traced.graph.find_nodes(op="placeholder"))}
-    changed = _changed(traced)
-    for node in traced.graph.find_nodes(op="call_function", target=LINEAR):
+    writes = 0  # before a call: who reads on both sides of one may see something else
+    for node in traced.graph.nodes:
+        writes += _writes(node)
+        if node.op != "call_function" or node.target is not LINEAR:
+            continue
         args = (*node.args, *(None,) * (_ARGUMENTS - len(node.args)))
         given = [args[i] for i in (*_TENSORS, _BIAS)]
         there = [a for a in given if a is not None]
         # Inputs of the graph that nobody else reads, who would get a common tensor in their place.
         if not all(a in places and len(a.users) == 1 for a in there):
             continue
-        if node.kwargs or args[_RESIDUAL] is not None or _base(args[0]) in changed:
+        if node.kwargs or args[_RESIDUAL] is not None:
             continue
         tensors = [inputs[places[a]] for a in there]
         if not all(map(_movable, tensors)) or not isinstance(args[_N], int):
@@ -117,7 +103,7 @@ def _linear_calls(traced: GraphModule, inputs: Sequence[Any]) -> Iterable[tuple[
         if table is not None:
             table = tuple(inputs[places[table]].tolist()) if table in places else table
         common = (
-            _value_of(args[0]), table, *args[_TABLE + 1 : _N], *args[_N + 1 : _BIAS],
+            writes, _value_of(args[0]), table, *args[_TABLE + 1 : _N], *args[_N + 1 : _BIAS],
             *args[_BIAS + 1 :], *((a is None) for a in given), *(t.dtype for t in tensors),
         )  # fmt: skip
         parts = tuple(None if a is None else places[a] for a in given)
@@ -132,6 +118,7 @@ def _movable(tensor: Any) -> bool:
         and tensor.device.type == "cpu"
         and not tensor.requires_grad
         and not tensor.is_inference()
+        and not tensor.is_shared()
         and tensor.is_contiguous()
     )
 
@@ -154,23 +141,30 @@ class _Places:
         self.pieces = itemgetter(*(i for column in columns for i in column))
         # By the id of a model's first tensor: the common ones, and the addresses of the pieces.
         self.known: dict[int, tuple[list[Tensor], list[int]]] = {}
+        # What lay under the pieces, for one call more: another thread may be computing with it.
+        self.replaced: list[Any] = []
 
     def common(self, args: Sequence[Any]) -> list[Any]:
         """These inputs, the first ones of the columns replaced by the common tensors, into which
         all of them are moved if need be."""
         found = self.known.get(id(args[self.columns[0][0]]))
         if found is None or list(map(Tensor.data_ptr, self.pieces(args))) != found[1]:
-            found = self._move(args)
+            with _moving:
+                found = self._move(args)
+        elif self.replaced:
+            self.replaced = []
         out = list(args)
         for column, tensor in zip(self.columns, found[0], strict=True):
             out[column[0]] = tensor
         return out
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def _move(self, args: Sequence[Tensor]) -> tuple[list[Tensor], list[int]]:
         first = args[self.columns[0][0]]
         if id(first) not in self.known:
             weakref.finalize(first, self.known.pop, id(first), None)
+        self.replaced = [t.untyped_storage() for t in self.pieces(args)]
         commons = [_joined([args[i] for i in column]) for column in self.columns]
         places = list(map(Tensor.data_ptr, self.pieces(args)))
         self.known[id(first)] = commons, places
@@ -231,13 +225,14 @@ def merged(
         ]
         *starts, stop = accumulate((padded_n(call.n) for call in calls), initial=0)
         args[_N] = stop - padded_n(calls[-1].n) + calls[-1].n
-        rows = first.args[0].meta["example_value"].shape[0]  # type: ignore[union-attr]
+        rows = first.meta["example_value"].shape[0]
         with graph.inserting_before(first):
             whole = graph.call_function(LINEAR, tuple(args))
             for call, start in zip(calls, starts, strict=True):
                 part = graph.call_function(torch.narrow, (whole, 1, start, call.n))
                 if not (isinstance(rows, int) and rows == 1):  # as the layer's own result
                     part = graph.call_method("contiguous", (part,))
+                part.meta.update(call.node.meta)
                 call.node.replace_all_uses_with(part)
     for calls in groups:
         for call in calls:
