@@ -51,10 +51,11 @@ class Rehearsal:
     prefill: float
 
 
-def _kind(weight: Weight) -> Hashable:
-    if isinstance(weight, PackedWeight):
-        return weight.spec, weight.n, weight.k
-    return weight.dtype, weight.shape
+def _alike(name: str, weight: Weight) -> Hashable:
+    """What weights of one place in their layers and of one format have in common."""
+    packed = isinstance(weight, PackedWeight)
+    kind = (weight.spec, weight.n, weight.k) if packed else (weight.dtype, weight.shape)  # type: ignore[union-attr]
+    return re.sub(r"\.\d+\.", ".*.", name, count=1), kind
 
 
 def _blank(weight: Weight) -> Weight:
@@ -71,41 +72,34 @@ def _blank(weight: Weight) -> Weight:
     return made
 
 
-def shared_sets(weights: Mapping[str, Weight], least: int) -> dict[str, int]:
-    """Which of the sets of weights a name takes: those of layers that are alike take turns with as
-    many sets as make up `least` bytes of all layers, at most one each."""
-    alike: dict[Hashable, list[str]] = {}
+def shared_sets(weights: Mapping[str, Weight], least: int) -> dict[str, tuple[Hashable, int]]:
+    """Which weight each name takes: layers that are alike take turns with as many as make up
+    `least` bytes of all layers, at most one each. (What they have in common, the number of it.)"""
+    groups: dict[Hashable, list[str]] = {}
     for name, weight in weights.items():
-        short = re.sub(r"\.\d+\.", ".*.", name, count=1)
-        alike.setdefault((short, _kind(weight)), []).append(name)
-    total = sum(weights[n].nbytes for names in alike.values() if len(names) > 1 for n in names)
-    found: dict[str, int] = {}
-    for names in alike.values():
+        groups.setdefault(_alike(name, weight), []).append(name)
+    total = sum(weights[n].nbytes for names in groups.values() if len(names) > 1 for n in names)
+    found: dict[str, tuple[Hashable, int]] = {}
+    for alike, names in groups.items():
         count = len(names) if total <= least else ceil(len(names) * least / total)
-        found |= {name: i % count for i, name in enumerate(names)}
+        found |= {name: (alike, i % count) for i, name in enumerate(names)}
     return {name: found[name] for name in weights}
 
 
 def blank_weights(weights: Mapping[str, Weight], least: int) -> dict[str, Weight]:
     """Weights on the CPU in place of `weights` on meta, shared as `shared_sets` says."""
-    made: dict[Hashable, Weight] = {}
-    out = {}
-    for name, number in shared_sets(weights, least).items():
-        weight = weights[name]
-        key = re.sub(r"\.\d+\.", ".*.", name, count=1), _kind(weight), number
-        if key not in made:
-            made[key] = _blank(weight)
-        out[name] = made[key]
-    return out
+    sets = shared_sets(weights, least)
+    made = {which: _blank(weights[name]) for which, name in _one_each(sets).items()}
+    return {name: made[which] for name, which in sets.items()}
 
 
 def blank_bytes(weights: Mapping[str, Weight], least: int) -> int:
     """Bytes of what `blank_weights` makes."""
-    made: dict[Hashable, int] = {}
-    for name, number in shared_sets(weights, least).items():
-        short = re.sub(r"\.\d+\.", ".*.", name, count=1)
-        made[short, _kind(weights[name]), number] = weights[name].nbytes
-    return sum(made.values())
+    return sum(weights[name].nbytes for name in _one_each(shared_sets(weights, least)).values())
+
+
+def _one_each(sets: Mapping[str, tuple[Hashable, int]]) -> dict[tuple[Hashable, int], str]:
+    return {which: name for name, which in sets.items()}
 
 
 def _timed(calls: Mapping[str, Callable[[], object]], seconds: float) -> dict[str, float]:
