@@ -39,6 +39,15 @@ def load(directory: str, arguments: dict[str, Any] | None, **kwargs: Any) -> Any
     return AutoModelForCausalLM.from_pretrained(directory, **kwargs)
 
 
+def documented(directory: str) -> Any:
+    """A model of ours, loaded as docs/transformers.md does."""
+    text = (Path(__file__).resolve().parent.parent / "docs/transformers.md").read_text()
+    (code,) = (b.split("```")[0] for b in text.split("```python\n# torchrun")[1:])
+    names: dict[str, Any] = {"path": directory, "AutoModelForCausalLM": AutoModelForCausalLM}
+    exec(compile(f"# torchrun{code}", "docs/transformers.md", "exec"), names)
+    return names["model"]
+
+
 def main() -> None:
     torch.set_num_threads(1)
     child = None
@@ -46,11 +55,15 @@ def main() -> None:
         child = os.fork()
         rank = "0" if child else "1"
         os.environ |= {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2"}
+    hf.register()
     cases = json.loads(Path(sys.argv[1]).read_text())
     found: dict[str, Any] = {}
     for name, (directory, arguments, dtype) in cases.items():
         try:
-            model = load(directory, arguments, dtype=getattr(torch, dtype), tp_plan="auto")
+            if arguments is None:
+                model = documented(directory)
+            else:
+                model = load(directory, arguments, dtype=getattr(torch, dtype), tp_plan="auto")
             layer = model.model.layers[0]
             shapes = [
                 [layer.self_attn.q_proj.packed.n, layer.self_attn.q_proj.packed.k],

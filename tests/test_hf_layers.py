@@ -22,8 +22,8 @@ from qkernels.loading import Checkpoint
 
 transformers = pytest.importorskip("transformers", reason="the layers are those of transformers")
 
-from qkernels.hf.layers_cache import PagedLayer  # noqa: E402
-from qkernels.hf.layers_stack import DecoderStack  # noqa: E402
+from qkernels.hf.layers.cache import PagedLayer  # noqa: E402
+from qkernels.hf.layers.stack import DecoderStack  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 GREEDY = {"do_sample": False, "pad_token_id": 0}

@@ -293,13 +293,32 @@ def gguf_file(path: Path, case: str) -> Any:
     return write_blocks(path, case, "Q6_K", 5)
 
 
+reads_gguf = pytest.mark.skipif(
+    None in map(importlib.util.find_spec, ("gguf", "accelerate")),
+    reason="transformers reads GGUF files with gguf and accelerate",
+)
+
+
+@reads_gguf
+def test_the_documents_example(tmp_path: Path) -> None:
+    text = (Path(__file__).resolve().parent.parent / "docs/transformers.md").read_text()
+    (code,) = (b for b in text.split("```python\n") if b.startswith('with hf.taken_over("gguf"'))
+    truth = gguf_file(tmp_path / "model.Q4_K_M.gguf", "mistral")
+    names: dict[str, Any] = {
+        "hf": hf, "AutoModelForCausalLM": transformers.AutoModelForCausalLM, "directory": tmp_path,
+    }  # fmt: skip
+    exec(compile(code.split("```")[0], "docs/transformers.md", "exec"), names)
+    layer = names["model"].model.layers[0].mlp.up_proj
+    assert layer.act == "int8"
+    dense = truth.model.layers[0].mlp.up_proj.weight
+    assert torch.equal(layer.packed.dequantize(), dense.float())
+
+
+@reads_gguf
 @pytest.mark.parametrize("case", ["mistral", "qwen2"])
 def test_gguf(case: str, tmp_path: Path) -> None:
     """Blocks of every type; "mistral" is a file of llama's kind, with the rows of q and k in
     another order; "qwen2" has a table that is tied to the head."""
-    for package in ("gguf", "accelerate"):
-        if importlib.util.find_spec(package) is None:
-            pytest.skip(f"transformers reads GGUF files with {package}")
     path = tmp_path / "model.gguf"
     model = gguf_file(path, case).float()
     with hf.taken_over("gguf"):

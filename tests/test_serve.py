@@ -31,13 +31,13 @@ from families import family_of  # noqa: E402
 from test_hf_models import CASES, random_model  # noqa: E402
 
 import qkernels as qk  # noqa: E402
-from qkernels.hf import serve_host  # noqa: E402
 from qkernels.hf.configs import host_config  # noqa: E402
 from qkernels.hf.packed_model import packed_model  # noqa: E402
-from qkernels.hf.serve import application  # noqa: E402
-from qkernels.hf.serve_errors import RequestError  # noqa: E402
-from qkernels.hf.serve_model import served_model  # noqa: E402
-from qkernels.hf.serve_requests import check_body, fit_length, sampled  # noqa: E402
+from qkernels.hf.serve import host as serve_host  # noqa: E402
+from qkernels.hf.serve.errors import RequestError  # noqa: E402
+from qkernels.hf.serve.handlers import application  # noqa: E402
+from qkernels.hf.serve.model import served_model  # noqa: E402
+from qkernels.hf.serve.requests import check_body, fit_length, sampled  # noqa: E402
 from qkernels.hf.versions import HostVersionError  # noqa: E402
 from qkernels.models import UnsupportedModelError  # noqa: E402
 

@@ -19,7 +19,7 @@ OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_HUB_DISABLE_TELEMETRY")
 @dataclass(frozen=True)
 class ServeOptions:
     """host, port: 0 is a free one. name: of the model, for clients. The others as those of
-    `hf.serve_model.served_model` and `hf.serve.application`."""
+    `hf.serve.model.served_model` and `hf.serve.handlers.application`."""
 
     model: str
     host: str = "localhost"
@@ -56,8 +56,8 @@ def run(options: ServeOptions) -> None:
         with bad_input(
             ValueError, TypeError, RuntimeError, KeyError, ImportError, NotImplementedError, OSError
         ):
-            from qkernels.hf.serve import application
-            from qkernels.hf.serve_model import served_model
+            from qkernels.hf.serve.handlers import application
+            from qkernels.hf.serve.model import served_model
 
             quieten(options.verbose)
 

@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 
-from ..cache import Batch, LayerCache, PagedKVCache
-from ..generate import PREFILL_CHUNK
-from ..int_buffer import IntBuffer
-from ..nn.executor import Executor
-from ..nn.steps import PAGE
+from ...cache import Batch, LayerCache, PagedKVCache
+from ...generate import PREFILL_CHUNK
+from ...int_buffer import IntBuffer
+from ...nn.executor import Executor
+from ...nn.steps import PAGE
 
 
 @dataclass(frozen=True)

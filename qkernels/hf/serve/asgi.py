@@ -8,7 +8,7 @@ import json
 from contextlib import suppress
 from typing import Any
 
-from .serve_errors import error_body
+from .errors import error_body
 
 
 class CancelWhenGone:

@@ -21,17 +21,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from .. import backends
-from ..models import Family, ModelConfig
-from ..nn.executor import ComposedExecutor, Executor, NativeExecutor, column_orders
-from ..nn.linear import QuantLinear
-from ..nn.native import refusal, uses_of
-from ..nn.parts import angles
-from ..nn.program import hidden_program, layer_programs, lower
-from ..ops.linear import resolve_act
-from ..quant import PackedWeight
-from .layers_cache import CacheShape, Sequences, is_ours, sequences_of
-from .layers_mask import HostAngles, HostMask
+from ... import backends
+from ...models import Family, ModelConfig
+from ...nn.executor import ComposedExecutor, Executor, NativeExecutor, column_orders
+from ...nn.linear import QuantLinear
+from ...nn.native import refusal, uses_of
+from ...nn.parts import angles
+from ...nn.program import hidden_program, layer_programs, lower
+from ...ops.linear import resolve_act
+from ...quant import PackedWeight
+from .cache import CacheShape, Sequences, is_ours, sequences_of
+from .mask import HostAngles, HostMask
 
 Weight = PackedWeight | torch.Tensor
 

@@ -14,9 +14,9 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing
 from typing import Any
 
-from .serve_errors import error_json, refuse, server_error, wrong
-from .serve_host import parts
-from .serve_requests import check_body, fit_length, sampled
+from .errors import error_json, refuse, server_error, wrong
+from .host import parts
+from .requests import check_body, fit_length, sampled
 
 _HOST = parts()
 _ModelManager: Any = _HOST["ModelManager"]
@@ -287,7 +287,7 @@ def application(
     on the host's layers; 0: one after the other, as they come. api_key: what clients have to
     send as a bearer token; None: nothing.
     """
-    from .serve_asgi import CancelWhenGone, RequireKey
+    from .asgi import CancelWhenGone, RequireKey
 
     state = Generation(slots, limit)
     models = OneModel(name, loaded, bool(slots), state.shutdown)

@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 
-from ..checkpoints.safetensors_directory import read_json
-from ..loading import Progress
-from ..models import UnsupportedModelError, family_of_hf
-from ..nn.arguments import DEFAULT_CONTEXT, checkpoint_path
-from ..nn.keep import HoldsPacked
-from ..quant import QuantSpec, scheme_act
-from .packed_model import packed_model
+from ...checkpoints.safetensors_directory import read_json
+from ...loading import Progress
+from ...models import UnsupportedModelError, family_of_hf
+from ...nn.arguments import DEFAULT_CONTEXT, checkpoint_path
+from ...nn.keep import HoldsPacked
+from ...quant import QuantSpec, scheme_act
+from ..packed_model import packed_model
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def served_model(
         _use_attention(model, attention)
         return ServedModel(model, tokenizer, limit, f"layers of transformers, {attention}")
     if replace_layers and known:
-        from .layers import replace_decoder_layers_
+        from ..layers import replace_decoder_layers_
 
         replace_decoder_layers_(model, act=act, kv_dtype=kv_dtype, max_seq_len=limit)
         return ServedModel(model, tokenizer, limit, "decoder layers of qkernels")
@@ -93,8 +93,8 @@ def other_model(path: Path, spec: QuantSpec | None, act: str) -> tuple[Any, Any]
     would be ours."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from .quantizer import QKernelsConfig
-    from .takeover import taken_over
+    from ..quantizer import QKernelsConfig
+    from ..takeover import taken_over
 
     options: dict[str, Any] = {"dtype": torch.float32, "local_files_only": True}
     if spec is not None:

@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from .serve_errors import refuse, wrong
+from .errors import refuse, wrong
 
 # Field -> the values with which it changes nothing.
 _OFF: dict[str, tuple[Any, ...]] = {

@@ -10,7 +10,7 @@ import inspect
 from importlib import import_module
 from typing import Any
 
-from .versions import HostVersionError, require
+from ..versions import HostVersionError, require
 
 _MODULES = {
     "chat_completion": ("ChatCompletionHandler",),

@@ -11,15 +11,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..convert import quantize_
-from ..loading import check_head_dim
-from ..models import Family, ModelConfig, family_of_hf
-from ..nn.arguments import asked_types, context_length
-from ..nn.decoder import QuantDecoder
-from ..nn.linear import QuantLinear
-from ..nn.parts import angles
-from ..quant import QuantSpec
-from .versions import require
+from ...convert import quantize_
+from ...loading import check_head_dim
+from ...models import Family, ModelConfig, family_of_hf
+from ...nn.arguments import asked_types, context_length
+from ...nn.decoder import QuantDecoder
+from ...nn.linear import QuantLinear
+from ...nn.parts import angles
+from ...quant import QuantSpec
+from ..versions import require
 
 _REPLACE = "replace_decoder_layers_"
 
@@ -128,7 +128,7 @@ def _host_model(model: Any) -> Any:
 
 
 def _is_replaced(decoder: Any) -> bool:
-    from .layers_stack import DecoderStack
+    from .stack import DecoderStack
 
     return isinstance(decoder.layers, DecoderStack)
 
@@ -226,9 +226,9 @@ def _install(
     asked: dict[str, str],
     length: int,
 ) -> None:
-    from .layers_cache import CacheShape
-    from .layers_mask import NAME, RotaryForward
-    from .layers_stack import DecoderStack, LayerForward
+    from .cache import CacheShape
+    from .mask import NAME, RotaryForward
+    from .stack import DecoderStack, LayerForward
 
     device = next(decoder.layers.parameters()).device
     on_cpu = device.type == "cpu"
