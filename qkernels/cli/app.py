@@ -224,21 +224,12 @@ def plan(
     debug: Debug = False,
 ) -> None:
     """Say whether a model fits and how fast it will be, from its header, before loading it."""
+    from .loading import LoadOptions
     from .plan import PlanOptions, run
 
-    kinds: dict[str, Any] = {
-        "kv_dtype": kv_dtype.value,
-        "act": act.value,
-        "spec": spec,
-        "group_size": group_size,
-    }
-    where: dict[str, Any] = {
-        "device": device,
-        "memory": memory,
-        "bandwidth": bandwidth,
-        "threads": threads,
-    }
-    run(PlanOptions(model, context, batch, prompt, **kinds, **where, as_json=as_json))
+    kv = kv_dtype.value
+    load = LoadOptions(model, act.value, kv, threads, context, spec, group_size, device)
+    run(PlanOptions(load, batch, prompt, memory, bandwidth, as_json))
 
 
 @app.command()
@@ -288,21 +279,11 @@ def serve(
     debug: Debug = False,
 ) -> None:
     """Serve a model to OpenAI clients, through the server of transformers, on this machine only."""
+    from .loading import LoadOptions
     from .serve import ServeOptions, run
 
-    kinds: dict[str, Any] = {
-        "act": act.value,
-        "kv_dtype": kv_dtype.value,
-        "spec": spec,
-        "group_size": group_size,
-    }
-    ways: dict[str, Any] = {"attention": attention, "layers": layers, "slots": slots}
-    run(
-        ServeOptions(
-            model, host, port, name, api_key, **kinds, context=context, threads=threads, **ways,
-            verbose=verbose,
-        )
-    )  # fmt: skip
+    load = LoadOptions(model, act.value, kv_dtype.value, threads, context, spec, group_size)
+    run(ServeOptions(load, host, port, name, api_key, attention, layers, slots, verbose))
 
 
 @app.command("eval")

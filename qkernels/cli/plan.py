@@ -8,6 +8,7 @@ from typing import Any
 
 from .._format import amount, columns
 from .errors import BadInput, bad_input
+from .loading import LoadOptions
 from .output import Answer, bar
 from .source import model_path
 
@@ -16,20 +17,14 @@ UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**2
 
 @dataclass(frozen=True)
 class PlanOptions:
-    """memory: as `16GB`; bandwidth: GB/s. The others as those of `qkernels.plan.plan`."""
+    """load: what would be loaded, and where. memory: as `16GB`; bandwidth: GB/s. The others as
+    those of `qkernels.plan.plan`."""
 
-    model: str
-    context: int | None = None
+    load: LoadOptions
     batch: int = 1
     prompt: int | None = None
-    kv_dtype: str = "auto"
-    act: str = "auto"
-    spec: str | None = None
-    group_size: int | None = None
-    device: str = "auto"
     memory: str | None = None
     bandwidth: float | None = None
-    threads: int | None = None
     as_json: bool = False
 
 
@@ -48,7 +43,8 @@ def byte_count(text: str) -> int:
 
 
 def run(options: PlanOptions) -> None:
-    path = model_path(options.model)  # before importing torch: a mistyped path is answered at once
+    load = options.load
+    path = model_path(load.model)  # before importing torch: a mistyped path is answered at once
     memory = None if options.memory is None else byte_count(options.memory)
     read = None if options.bandwidth is None else options.bandwidth * 1e9
     with bar("measuring this machine"):
@@ -58,20 +54,20 @@ def run(options: PlanOptions) -> None:
         from qkernels.machines import machine_of
         from qkernels.plan import plan
 
-        if options.threads is not None:
-            torch.set_num_threads(options.threads)
+        if load.threads is not None:
+            torch.set_num_threads(load.threads)
         with bad_input(ValueError, TypeError, RuntimeError, KeyError, ImportError, OSError):
-            machine = machine_of(options.device, read=read, memory=memory)
+            machine = machine_of(load.device, read=read, memory=memory)
             found = plan(
                 path,
                 machine,
-                context=options.context,
+                context=load.context,
                 batch=options.batch,
                 prompt=options.prompt,
-                spec=options.spec,
-                group_size=options.group_size,
-                act=options.act,
-                kv_dtype=options.kv_dtype,
+                spec=load.spec,
+                group_size=load.group_size,
+                act=load.act,
+                kv_dtype=load.kv_dtype,
             )
     answer = Answer()
     answer.write(json.dumps(found.to_dict(), indent=1) if options.as_json else said(found))

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .errors import BadInput, bad_input
+from .loading import LoadOptions
 from .output import bar, note, warn
 from .source import model_path
 
@@ -21,17 +22,11 @@ class ServeOptions:
     """host, port: 0 is a free one. name: of the model, for clients. The others as those of
     `hf.serve.model.served_model` and `hf.serve.handlers.application`."""
 
-    model: str
+    load: LoadOptions
     host: str = "localhost"
     port: int = 8000
     name: str | None = None
     api_key: str | None = None
-    spec: str | None = None
-    group_size: int | None = None
-    act: str = "auto"
-    kv_dtype: str = "auto"
-    context: int | None = None
-    threads: int | None = None
     attention: str | None = None
     layers: bool = True
     slots: int = 0
@@ -39,8 +34,9 @@ class ServeOptions:
 
 
 def run(options: ServeOptions) -> None:
-    path = model_path(options.model)  # before importing torch: a mistyped path is answered at once
-    if options.group_size is not None and options.spec is None:
+    load = options.load
+    path = model_path(load.model)  # before importing torch: a mistyped path is answered at once
+    if load.group_size is not None and load.spec is None:
         raise BadInput("--group-size: only together with --spec")
     if options.api_key == "":
         raise BadInput("--api-key: expected a text, got an empty one")
@@ -51,8 +47,8 @@ def run(options: ServeOptions) -> None:
 
         import qkernels._public  # noqa: F401  the libraries, before parts of the package
 
-        if options.threads is not None:
-            torch.set_num_threads(options.threads)
+        if load.threads is not None:
+            torch.set_num_threads(load.threads)
         with bad_input(
             ValueError, TypeError, RuntimeError, KeyError, ImportError, NotImplementedError, OSError
         ):
@@ -64,11 +60,11 @@ def run(options: ServeOptions) -> None:
             own = options.layers and not options.slots
             served = served_model(
                 path,
-                spec=options.spec,
-                group_size=options.group_size,
-                act=options.act,
-                kv_dtype=options.kv_dtype,
-                context=options.context,
+                spec=load.spec,
+                group_size=load.group_size,
+                act=load.act,
+                kv_dtype=load.kv_dtype,
+                context=load.context,
                 attention=options.attention,
                 replace_layers=own,
                 progress=progress,
