@@ -36,4 +36,4 @@ def test_kernels_compile(target: str, tmp_path: Path) -> None:
     for row in rows:
         assert bool(row["matrix"]) >= row["needs_matrix"], row
         assert 0 < row["registers"] <= 512 and row["shared"] <= limit, row
-        assert row["spills"] <= 128 or target == "gfx1100", row
+        assert row["spills"] <= (1024 if target == "gfx1100" else 64), row

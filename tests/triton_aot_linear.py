@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import triton.language as tl
 
 from qkernels.triton import linear, linear_kernels, tuning
@@ -34,7 +35,7 @@ def _case(
     split: bool,
 ) -> dict[str, Any]:
     """units: the most that a group has."""
-    key = tuning.Key(kernel, bits, scale, None, m, 4096, 4096)  # type: ignore[arg-type]
+    key = tuning.Key(kernel, bits, scale, getattr(torch, act), m, 4096, 4096)
     shape = tuning.of_table(key, kind)
     two_level = scale in ("int8", "uint4")
     has_zero = zero == "integer" or (zero == "minimum" and scale != "uint4")

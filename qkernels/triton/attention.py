@@ -81,18 +81,21 @@ def choose_tile(
     the shared memory of every GPU since sm_80 and of AMD's (64 KB).
     """
     dp = next_power_of_2(dim)
-    if product == torch.float32:  # no matrix instructions on NVIDIA: registers are the limit
-        return Tile(16, max(16, min(64, 2048 // dp)), 4, 1)
-    rdna = kind == "gfx11"  # its matrix instructions take operands twice
+    rdna = kind == "gfx11"  # its matrix instructions take operands twice: registers are the limit
+    if product == torch.float32:  # as they are without matrix instructions
+        return Tile(16, max(16, min(64, 2048 // dp)), 8 if rdna else 4, 1)
+    if rdna:
+        many = 16 if decode else 32 if dp > 64 else 64
+        return Tile(many, 16 if codes or dp > 64 else 32, 8, 1 if codes else 2)
     if decode:
-        keys = max(16, min(32 if rdna else 64 if codes else 128, 8192 // dp))
+        keys = max(16, min(64 if codes else 128, 8192 // dp))
         few = max(16, min(64, next_power_of_2(rows), 16384 // dp))
         deep = codes and not kind.startswith("gfx")  # bytes of codes are few: more on their way
         return Tile(few, keys, 4, 3 if deep else 2)
     # Registers limit these: codes are decoded in them, and sm_80 has its operands there.
-    half = codes or kind in ("sm80", "gfx11")
+    half = codes or kind == "sm80"
     keys = max(16, min(32 if half and dp > 64 else 64, 8192 // dp))
-    many = max(32, min(64 if rdna or (codes and kind == "gfx9") else 128, 16384 // dp))
+    many = max(32, min(64 if codes and kind == "gfx9" else 128, 16384 // dp))
     # Eight waves of 64 have half the registers each, and spill.
     return Tile(many, keys, 4 if kind == "gfx9" else 8, 2)
 

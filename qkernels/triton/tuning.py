@@ -142,7 +142,10 @@ def of_table(key: Key, kind: str) -> Config:
     if key.kernel == "gemv":
         config = _GEMV[kind]
         return config._replace(units=max(4, config.units // 2)) if key.bits > 4 else config
-    return _TILE[kind, max(16, bucket(key.m))]
+    tokens = max(16, bucket(key.m))
+    if kind == "sm100" and key.dtype == torch.int8:
+        tokens = min(64, tokens)  # integer sums of a group beside those of all: more would spill
+    return _TILE[kind, tokens]
 
 
 _lock = threading.Lock()
