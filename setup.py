@@ -7,7 +7,7 @@
     python setup.py native --sanitize      build/sanitize: package and tests under ASan, UBSan
     python setup.py native --cuda          build/cuda/_C_cuda.so alone, whatever torch is installed
 
-Environment: CXX, CUDA_HOME, MAX_JOBS, TORCH_CUDA_ARCH_LIST ("8.0;9.0a+PTX"), QKERNELS_CUDA=0 (no
+Environment: CXX, CUDA_HOME, MAX_JOBS, TORCH_CUDA_ARCH_LIST ("8.0+PTX;9.0a"), QKERNELS_CUDA=0 (no
 CUDA library), FORCE_CUDA=1 (CUDA library even where torch has no CUDA).
 """
 

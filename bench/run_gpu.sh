@@ -17,7 +17,7 @@ SANITIZER_SECONDS=${SANITIZER_SECONDS:-30} # each of three tools
 BENCH_SECONDS=${BENCH_SECONDS:-215}
 mkdir -p "$OUT"
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
-export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-/tmp/qkernels-triton}
+export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-$PWD/build/triton-cache}
 status=0
 
 wants() { [[ " $PARTS " == *" $1 "* ]]; }
