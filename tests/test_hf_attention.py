@@ -271,6 +271,13 @@ def test_refusals_say_what_to_use() -> None:
             use()
 
 
+def packed_mask(function: Any, positions: torch.Tensor, ids: torch.Tensor) -> Any:
+    """As transformers makes it, in versions that count positions anew in each sequence or not."""
+    if make := getattr(masking_utils, "packed_sequence_compatibility_function", None):
+        return make(function, positions, ids)
+    return masking_utils.and_masks(function, masking_utils.packed_sequence_mask_function(ids))
+
+
 def test_masks_are_recognized_by_their_parts() -> None:
     """What transformers composes masks of has not changed its names."""
     made = masking_utils
@@ -280,9 +287,13 @@ def test_masks_are_recognized_by_their_parts() -> None:
     assert masks.parts_of(made.bidirectional_mask_function) == {}
     assert masks.parts_of(made.sliding_window_bidirectional_mask_function(7)) == {"reach": 7}
     ids = torch.zeros(1, 4, dtype=torch.int64)
-    packed = masks.parts_of(made.packed_sequence_compatibility_function(window, ids, ids))
-    assert packed is not None and packed.pop("packed") is ids
-    assert packed == {"causal": True, "window": 7, "remapped": True}
+    for mask in (
+        packed_mask(window, ids, ids),
+        made.and_masks(window, made.packed_sequence_mask_function(ids)),
+    ):
+        packed = masks.parts_of(mask)
+        assert packed is not None and packed.pop("packed") is ids
+        assert packed.pop("remapped", True) and packed == {"causal": True, "window": 7}
     chunks = made.chunked_causal_mask_function(4, torch.zeros(1, dtype=torch.int64))
     either = made.or_masks(causal, made.bidirectional_mask_function)
     for unknown in (chunks, either, lambda b, h, q, k: k <= q, made.and_masks(causal, either)):
@@ -297,9 +308,7 @@ def test_a_description_is_the_mask_of_sdpa(parts: str) -> None:
         "causal": masking_utils.causal_mask_function,
         "window": masking_utils.sliding_window_causal_mask_function(3),
         "reach": masking_utils.sliding_window_bidirectional_mask_function(2),
-        "packed": masking_utils.packed_sequence_compatibility_function(
-            masking_utils.causal_mask_function, positions, ids
-        ),
+        "packed": packed_mask(masking_utils.causal_mask_function, positions, ids),
     }[parts]
     mask = torch.tensor([[False] * 2 + [True] * 7, [True] * 9])
     given: dict[str, Any] = {"batch_size": 2, "q_length": 9, "kv_length": 9}

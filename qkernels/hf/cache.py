@@ -378,6 +378,8 @@ class QuantizedStaticCache(Cache):
     Using it raises ValueError when it is full or is given another batch.
     """
 
+    max_cache_len: int = 0  # older hosts have a property of that name, which cannot be set
+
     def __init__(self, config: Any, max_cache_len: int, dtype: str = "int8") -> None:
         if dtype not in KV_DTYPES:
             raise ValueError(

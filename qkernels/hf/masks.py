@@ -24,7 +24,6 @@ PARTS = (
     "sliding_window_overlay",
     "sliding_window_bidirectional_overlay",
     "packed_sequence_mask_function",
-    "remap_positions_for_packed_sequence",
 )
 _missing = [name for name in PARTS if not hasattr(host, name)]
 if _missing:
@@ -32,6 +31,8 @@ if _missing:
         f"qkernels.hf: transformers.masking_utils has no {', '.join(_missing)}, of which masks "
         "are made in the versions of transformers that are known to work"
     )
+# Newer ones count the positions of packed sequences anew in each, which changes no distance in it.
+_remap = getattr(host, "remap_positions_for_packed_sequence", None)
 
 
 class SeenKeys:
@@ -144,7 +145,7 @@ def parts_of(function: Any) -> dict[str, Any] | None:
         return {"reach": _free(function, "sliding_window")}
     if _made_by(function, host.packed_sequence_mask_function):
         return {"packed": _free(function, "packed_sequence_mask")}
-    if _made_by(function, host.remap_positions_for_packed_sequence):
+    if _remap is not None and _made_by(function, _remap):
         inner = parts_of(_free(function, "mask_function"))
         return None if inner is None else {"remapped": True, **inner}
     if not _made_by(function, host.and_masks):
@@ -156,7 +157,7 @@ def parts_of(function: Any) -> dict[str, Any] | None:
             return None
         found |= inner
     # Positions that start anew only mean anything within sequences that are kept apart.
-    return None if ("packed" in found) != ("remapped" in found) else found
+    return None if "remapped" in found and "packed" not in found else found
 
 
 def _padding(seen: SeenKeys, mask: Tensor, q_offset: Any, kv_offset: int) -> None:
