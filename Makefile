@@ -23,7 +23,7 @@ THREADS ?= 2
 # What `make race` writes and races: 1b and 8b, Q4_0 and Q4_K_M. The 8B files take 5 GB each.
 RACE ?= --model 1b 8b --type Q4_0 Q4_K_M
 
-.PHONY: demo test cuda lint format bench race sanitize mutants triton-aot clean
+.PHONY: demo test cuda lint format bench bench-hosts race sanitize mutants triton-aot clean
 
 demo: $(VENV)/package.stamp $(VENV)/model.stamp qkernels/_C_cpu.so
 	@$(BIN)/qkernels generate $(MODEL) "$(PROMPT)" --chat --max-new-tokens 96
@@ -66,6 +66,15 @@ bench: $(VENV)/bench.stamp $(VENV)/models.stamp $(GEMMA) $(PEER) qkernels/_C_cpu
 	$(BIN)/python bench/report.py
 	$(MAKE) race
 	$(BIN)/python bench/report.py
+
+# Inside transformers and vLLM: speed, plans, LoRA, encoders; vLLM in an environment of its own. Half an hour.
+bench-hosts: $(VENV)/bench.stamp $(VENV)/models.stamp $(GEMMA) qkernels/_C_cpu.so
+	$(BIN)/python bench/bench_hf_generate.py --threads $(THREADS)
+	$(BIN)/python bench/bench_hf_layers.py --threads $(THREADS)
+	$(BIN)/python bench/check_plan.py $(MODEL) $(GEMMA) --threads $(THREADS)
+	$(BIN)/python bench/lora_smollm2.py --threads $(THREADS)
+	$(BIN)/python bench/encoders.py --threads $(THREADS)
+	tests/hosts/vllm.sh
 
 race: $(VENV)/bench.stamp $(PEER) qkernels/_C_cpu.so
 	$(BIN)/python bench/race.py $(RACE) --threads $(THREADS) --peer-python $(PEER_PYTHON)

@@ -1,14 +1,9 @@
-"""The ranks of tests/test_hf_parallel.py: they load models split over both, and the first writes
-down what they say.
-
-Run by torchrun, this is one rank. Else it becomes two, with the environment that torchrun gives: a
-fork after the imports, which cost more than the test.
-"""
+"""A rank of tests/test_hf_parallel.py: both load models that are split between them, and the first
+writes down what they say."""
 
 from __future__ import annotations
 
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -42,20 +37,14 @@ def load(directory: str, arguments: dict[str, Any] | None, **kwargs: Any) -> Any
 def documented(directory: str) -> Any:
     """A model of ours, loaded as docs/transformers.md does."""
     text = (Path(__file__).resolve().parent.parent / "docs/transformers.md").read_text()
-    (code,) = (b.split("```")[0] for b in text.split("```python\n# torchrun")[1:])
-    names: dict[str, Any] = {"path": directory, "AutoModelForCausalLM": AutoModelForCausalLM}
-    exec(compile(f"# torchrun{code}", "docs/transformers.md", "exec"), names)
+    (code,) = (b.split("```")[0] for b in text.split("```python\n# torchrun ")[1:])
+    names: dict[str, Any] = {"path": directory}
+    exec(compile(f"# {code}", "docs/transformers.md", "exec"), names)
     return names["model"]
 
 
 def main() -> None:
     torch.set_num_threads(1)
-    child = None
-    if "RANK" not in os.environ:
-        child = os.fork()
-        rank = "0" if child else "1"
-        os.environ |= {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2"}
-    hf.register()
     cases = json.loads(Path(sys.argv[1]).read_text())
     found: dict[str, Any] = {}
     for name, (directory, arguments, dtype) in cases.items():
@@ -79,8 +68,6 @@ def main() -> None:
     if dist.get_rank() == 0:
         Path(sys.argv[2]).write_text(json.dumps(found))
     dist.destroy_process_group()
-    if child:
-        sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 
 
 if __name__ == "__main__":

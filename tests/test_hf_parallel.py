@@ -1,7 +1,5 @@
-"""transformers' tensor parallelism on packed layers: two ranks say what one process says.
-
-QKERNELS_TORCHRUN=1 starts them by torchrun, which takes a few seconds more.
-"""
+"""transformers' tensor parallelism on packed layers: two ranks, started by torchrun, say what one
+process says."""
 
 from __future__ import annotations
 
@@ -78,12 +76,9 @@ def outcome(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], d
     wide = {"spec": "W4A16", "group_size": 64}
     asked["wide groups"] = (str(at / "float-True"), wide, "float32")
     (at / "cases.json").write_text(json.dumps(asked))
-    port, run = str(free_port()), [sys.executable]
-    if os.environ.get("QKERNELS_TORCHRUN"):
-        run += ["-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={port}"]
-    run.append(str(HERE / "hf_parallel_worker.py"))
+    run = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
+    run += [f"--master-port={free_port()}", str(HERE / "hf_parallel_worker.py")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     environment["PYTHONPATH"] = os.pathsep.join(
         [str(HERE.parent), environment.get("PYTHONPATH", "")]
     )

@@ -32,11 +32,15 @@ def attention_case(
     bias: bool = False,
     window: bool = False,
     each: int = 0,
+    group: int = 4,
+    tokens: int = 1,
 ) -> dict[str, Any]:
+    """group: heads of q per head of k. tokens: of a sequence, which size the tiles of decode."""
     pages = {"float32": F32, "float16": F16, "bfloat16": BF16}.get(kind, torch.uint8)
-    codes, group = pages == torch.uint8, 4
+    codes = pages == torch.uint8
     product = launches.product_type(query, pages)
-    tile = launches.choose_tile(dim, group, product, gpu, decode=decode, codes=codes)
+    rows = tokens * group
+    tile = launches.choose_tile(dim, rows, product, gpu, decode=decode, codes=codes)
     constexprs: dict[str, Any] = {
         "GROUP": group,
         "D": dim,
@@ -67,7 +71,8 @@ def attention_case(
     }
     what = "decode" if decode else "prefill"
     return {
-        "name": f"attention {what} q {POINTER[query]} {kind} D {dim} page {page}",
+        "name": f"attention {what} q {POINTER[query]} {kind} D {dim} page {page}"
+        + f" rows {rows}" * (rows > group),
         "kernel": attention_kernel,
         "signature": signature,
         "constexprs": constexprs,
@@ -161,5 +166,10 @@ def cases(kind: str, every: bool) -> list[dict[str, Any]]:
         shapes += [("bfloat16", 512, False), ("bfloat16", 272, True)]
         for page, dim, decode in shapes:
             found.append(attention_case(kind, BF16, page, dim, 16, decode=decode, bias=dim == 80))
+        few_tokens = [(BF16, "bfloat16"), (F16, "float16"), (BF16, "int8"), (BF16, "int4")]
+        for (query, page), dim, group in itertools.product(few_tokens, (64, 128), (4, 8)):
+            found.append(
+                attention_case(kind, query, page, dim, 64, decode=True, group=group, tokens=8)
+            )
         found += [merge_case(512, 0), append_case(F32, "int8", 512, 32)]
     return found

@@ -78,14 +78,15 @@ def choose_tile(
     """rows: of a sequence, so far as the host knows; kind: class of GPU.
 
     Tiles of keys are 16 KB, as 16-bit numbers; one stage of k and v, and the next being loaded, fit
-    the shared memory of every GPU since sm_80 and of AMD's (64 KB).
+    the shared memory of every GPU since sm_80 and of AMD's (64 KB). On RDNA they are smaller.
     """
     dp = next_power_of_2(dim)
     rdna = kind == "gfx11"  # its matrix instructions take operands twice: registers are the limit
     if product == torch.float32:  # as they are without matrix instructions
         return Tile(16, max(16, min(64, 2048 // dp)), 8 if rdna else 4, 1)
     if rdna:
-        many = 16 if decode else 32 if dp > 64 else 64
+        most = 32 if dp > 64 else 64
+        many = max(16, min(most, next_power_of_2(rows))) if decode else most
         return Tile(many, 16 if codes or dp > 64 else 32, 8, 1 if codes else 2)
     if decode:
         keys = max(16, min(64 if codes else 128, 8192 // dp))
