@@ -44,8 +44,10 @@ from test_cuda_attention import (
 )
 from torch import Tensor
 
+from qkernels import triton
 from qkernels.reference.attention import attend
 from qkernels.triton import attention as launches
+from qkernels.triton import tuning
 
 DECODE = [(1, 1), (1, 270), (3, 40), (0, 9)]
 PREFILL = [(20, 40)]
@@ -161,6 +163,61 @@ def test_tiles_that_rows_do_not_fill(gpu: Gpu) -> None:
     """Rows of a token may lie in two tiles."""
     for count in (42, 43, 44):
         check(gpu, make_case("float16", (3, 1, 32, 16), [(count, 50)], F16), MASKS[0])
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> list[launches.Tile]:
+    """The tiles that the kernel is launched with."""
+    if not triton.interpreted():
+        pytest.skip("a GPU may have no room for the tiles of others")
+    tiles: list[launches.Tile] = []
+    kernel = launches.attention_kernel
+
+    class Recorded:
+        def __getitem__(self, grid: tuple[int, int, int]) -> Any:
+            def launch(*args: Any, BM: int, BN: int, num_warps: int, **constants: Any) -> None:
+                tiles.append(launches.Tile(BM, BN, num_warps, constants["num_stages"]))
+                kernel[grid](*args, BM=BM, BN=BN, num_warps=num_warps, **constants)
+
+            return launch
+
+    monkeypatch.setattr(launches, "attention_kernel", Recorded())
+    return tiles
+
+
+# Tiles of sm_90 and later are those of the interpreter, which other tests have.
+CLASSES = [("sm80", 64, "float16"), ("sm80", 128, "bfloat16"), ("sm90", 64, "int8")]
+CLASSES += [("sm100", 128, "float16")]
+CLASSES += [
+    (gpu_class, dim, kind)
+    for gpu_class in ("gfx9", "gfx11")
+    for dim, kind in ((64, "float16"), (64, "int8"), (128, "bfloat16"), (128, "int8"))
+]
+
+
+@pytest.mark.parametrize("gpu_class, dim, kind", CLASSES)
+def test_tiles_of_every_class_of_gpu(
+    gpu: Gpu,
+    launched: list[launches.Tile],
+    gpu_class: str,
+    dim: int,
+    kind: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of a real one: of decode the most rows and few, in two splits; of prefill."""
+    monkeypatch.setattr(tuning, "class_of", lambda device: gpu_class)
+    monkeypatch.setattr(launches, "choose_splits", lambda *args: 2)
+    dtype = BF16 if kind == "bfloat16" else F16
+
+    def tile(rows: int, decode: bool) -> launches.Tile:
+        codes = kind == "int8"
+        return launches.choose_tile(dim, rows, dtype, gpu_class, decode=decode, codes=codes)
+
+    check(gpu, make_case(kind, (8, 1, dim, 16), [(8, 140)], dtype), MASKS[0])
+    assert launched == [tile(64, True)]
+    mixed = [(17, 80), (1, 140)]  # the tokens of each are not known, so taken to be one
+    check(gpu, make_case(kind, (8, 1, dim, 64), mixed, dtype), MASKS[0])
+    assert launched[1:] == [tile(8, True), tile(8, False)]
 
 
 @pytest.mark.parametrize("kind, dtype", [PRODUCTS[0], PRODUCTS[6]], ids=str)

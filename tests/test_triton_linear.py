@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import test_cuda_linear_int8 as int8
@@ -243,3 +244,76 @@ def test_every_class_of_gpu_has_a_shape_for_every_number_of_tokens() -> None:
             key = tuning.Key("gemv" if m == 1 else "tile", 4, "", torch.float16, m, 64, 64)
             assert tuning.of_table(key, kind)
     assert registry.fake("linear")
+
+
+CLASSES = ["sm80", "sm90", "sm100", "gfx9", "gfx11"]
+
+
+@pytest.fixture
+def launched(cache: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """The shapes that kernels are launched with, as the tables have them."""
+    from qkernels.triton import linear as launches
+
+    if not triton.interpreted():
+        pytest.skip("a GPU may have no room for the shapes of others")
+    monkeypatch.delenv("QKERNELS_TRITON_AUTOTUNE", raising=False)
+    shapes: list[tuple[int, ...]] = []
+
+    class Recorded:
+        def __init__(self, kernel: Any, constants: str) -> None:
+            self.kernel, self.constants = kernel, constants.split()
+
+        def __getitem__(self, grid: tuple[int, int]) -> Any:
+            def launch(*args: Any, **constants: Any) -> None:
+                shapes.append(tuple(constants[name] for name in self.constants))
+                self.kernel[grid](*args, **constants)
+
+            return launch
+
+    for name, constants in (
+        ("linear_gemv_kernel", "U num_warps STAGES"),
+        ("linear_tile_kernel", "B M U num_warps num_stages"),
+    ):
+        monkeypatch.setattr(launches, name, Recorded(getattr(launches, name), constants))
+    return shapes
+
+
+@pytest.mark.parametrize("m, row", [(1, 1), (16, 16), (20, 32), (64, 64), (100, 128)])
+@pytest.mark.parametrize("kind", CLASSES)
+def test_shapes_of_every_class_of_gpu(
+    gpu: Gpu,
+    launched: list[tuple[int, ...]],
+    kind: str,
+    m: int,
+    row: int,
+    monkeypatch: pytest.MonkeyPatch,
+    generator: torch.Generator,
+) -> None:
+    """Of a real one; groups have the columns of the largest steps, of which there are several, in
+    one part and in two."""
+    from qkernels.triton import linear as launches
+    from qkernels.triton import tuning
+
+    monkeypatch.setattr(tuning, "class_of", lambda device: kind)
+    n, k = 130 if m == 64 else 70 if m > 64 else 40, 300 if m == 1 else 200
+
+    def shape(kind: str, row: int) -> tuple[int, ...]:
+        return tuning._GEMV[kind] if m == 1 else tuning._TILE[kind, row]
+
+    monkeypatch.setattr(launches, "_parts", lambda *args: 1)
+    plain = random_plain(QuantSpec(4, 128), n, k, generator)
+    x = random_x(m, k, torch.float16, generator)
+    bias = torch.randn(n, generator=generator)
+    residual = random_x(m, n, torch.float16, generator)
+    exact, bound = linear_exact(x, plain, bias, torch.float16, residual)
+    assert_within(run(gpu, x, plain.pack(), bias, residual), exact, bound)
+    assert launched == [shape(kind, row)] != [shape("interpreter", row)]
+
+    monkeypatch.setattr(launches, "_parts", lambda *args: 2)
+    bits = 4 if m in (16, 64) else 8
+    plain = random_plain(QuantSpec(bits, 128), n, k, generator)
+    int8.check(gpu, plain, m, 128, generator, torch.float16, bias=m != 64)
+    wanted = shape(kind, min(64, row) if kind == "sm100" else row)
+    if m == 1:
+        wanted = (wanted[0] // 2, *wanted[1:])  # of 8 bits
+    assert launched[1:] == [wanted]
