@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,7 @@ ROOT = Path(__file__).resolve().parent.parent
 KEY = "a key"
 # Without the tokens that are no printable character of ASCII, and without the end.
 PRINTABLE = {str(i): -100 for i in (*range(32), *range(127, 256), *range(264, 280))}
+SHARED: dict[str, Any] = {"logit_bias": {}}  # all that requests in slots can ask for
 LONG = 8000  # tokens: seconds of work, where a cancelled request takes a fraction of one
 START, STOP = 120, 30  # seconds
 
@@ -66,10 +68,10 @@ class Server:
         return openai.OpenAI(**{**given, **options})
 
 
-@pytest.fixture(scope="module")
-def server(tiny: Path) -> Iterator[Server]:
-    words = [sys.executable, "-m", "qkernels.cli", "serve", str(tiny), "--port", "0"]
-    words += ["--api-key", KEY, "--threads", "1", "--act", "float"]
+@contextmanager
+def serving(model: Path, *options: str) -> Iterator[Server]:
+    words = [sys.executable, "-m", "qkernels.cli", "serve", str(model), "--port", "0"]
+    words += ["--api-key", KEY, "--threads", "1", "--act", "float", *options]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     # A shell that runs the tests in the background has SIGINT ignored, and children inherit that.
     heed = functools.partial(signal.signal, signal.SIGINT, signal.default_int_handler)
@@ -101,6 +103,18 @@ def server(tiny: Path) -> Iterator[Server]:
     finally:
         process.kill()
         process.wait(STOP)
+
+
+@pytest.fixture(scope="module")
+def server(tiny: Path) -> Iterator[Server]:
+    with serving(tiny) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def slots(tiny: Path) -> Iterator[Server]:
+    with serving(tiny, "--slots", "2") as made:
+        yield made
 
 
 def ask(client: Any, text: str, **options: Any) -> Any:
@@ -172,20 +186,23 @@ def test_a_seed_belongs_to_its_request(server: Server) -> None:
     assert made[:3] == made[3:] and len(set(made)) > 1
 
 
-def quick(server: Server, pace: float) -> None:
+def quick(server: Server, pace: float, **options: Any) -> None:
     """The next request is answered long before LONG tokens could have been."""
     start = time.monotonic()
-    ask(server.client(), "hello", max_tokens=1)
+    ask(server.client(), "hello", max_tokens=1, **options)
     assert time.monotonic() - start < LONG * pace / 3
+
+
+def seconds_per_token(server: Server, **options: Any) -> float:
+    start = time.monotonic()
+    made = ask(server.client(), "hello", max_tokens=200, **options)
+    assert made.usage.completion_tokens == 200  # nothing ends an answer early here
+    return (time.monotonic() - start) / 200
 
 
 @pytest.fixture(scope="module")
 def pace(server: Server) -> float:
-    """Seconds per token."""
-    start = time.monotonic()
-    made = ask(server.client(), "hello", max_tokens=200)
-    assert made.usage.completion_tokens == 200  # nothing ends an answer early here
-    return (time.monotonic() - start) / 200
+    return seconds_per_token(server)
 
 
 def test_a_client_that_goes_away_frees_its_slot(server: Server, pace: float) -> None:
@@ -248,6 +265,60 @@ def test_ctrl_c_ends_it(server: Server) -> None:
     assert server.process.stdout.read() == ""
     assert not [line for line in server.lines if "Traceback" in line]
     assert server.lines[-1] == "interrupted\n"
+
+
+# Its client against a server that computes requests together
+
+
+def test_slots_stream(slots: Server) -> None:
+    client = slots.client()
+    chunks = list(ask(client, "hello", stream=True, **SHARED))
+    pieces = [c.choices[0].delta.content for c in chunks if c.choices[0].delta.content]
+    assert len(pieces) > 2
+    assert "".join(pieces) == answer(client, "hello", **SHARED)
+    assert chunks[-1].choices[0].finish_reason == "length"
+    assert chunks[-1].usage.completion_tokens == 12
+
+
+def test_slots_answer_many_at_once(slots: Server) -> None:
+    client = slots.client()
+    texts = [f"{'hello ' * i}{i}" for i in range(6)]
+    alone = [answer(client, text, max_tokens=40, **SHARED) for text in texts]
+    with ThreadPoolExecutor(6) as pool:
+        asked = [pool.submit(answer, client, t, max_tokens=40, **SHARED) for t in texts]
+        together = [made.result() for made in asked]
+    assert together == alone and len(set(alone)) > 1
+
+
+def test_clients_that_go_away_free_their_slots(slots: Server) -> None:
+    """One slot stays taken: the next request needs that of the client that went away."""
+    pace = seconds_per_token(slots, **SHARED)
+    long = {"max_tokens": LONG, **SHARED}
+    stays = ask(slots.client(), "hello", stream=True, **long)
+    next(iter(stays))
+    goes = ask(slots.client(), "hi", stream=True, **long)
+    for _, _chunk in zip(range(5), goes, strict=False):
+        pass
+    for stream in (True, False):  # both wait for a slot
+        with pytest.raises(openai.APITimeoutError):
+            list(ask(slots.client(timeout=0.5), "x", stream=stream, **long))
+    goes.close()
+    quick(slots, pace, **SHARED)
+    with pytest.raises(openai.APITimeoutError):
+        ask(slots.client(timeout=0.5), "hi", **long)
+    quick(slots, pace, **SHARED)
+    assert next(iter(stays)).choices[0].finish_reason is None
+    stays.close()
+    quick(slots, pace, **SHARED)
+
+
+def test_ctrl_c_ends_slots(slots: Server) -> None:
+    stream = ask(slots.client(), "hello", stream=True, max_tokens=LONG, **SHARED)
+    next(iter(stream))
+    slots.process.send_signal(signal.SIGINT)
+    assert slots.process.wait(STOP) == 130
+    assert not [line for line in slots.lines if "Traceback" in line]
+    assert slots.lines[-1] == "interrupted\n"
 
 
 # Requests
@@ -435,6 +506,19 @@ async def post(app: Any, path: str, body: dict[str, Any]) -> tuple[int, Any]:
     return sent[0]["status"], json.loads(b"".join(m.get("body", b"") for m in sent[1:]))
 
 
+async def end(app: Any) -> None:
+    """Starts and ends an ASGI application: threads that it has end too."""
+    events = ["lifespan.shutdown", "lifespan.startup"]
+
+    async def receive() -> Any:
+        return {"type": events.pop()}
+
+    async def send(message: Any) -> None:
+        assert "failed" not in message["type"], message
+
+    await app({"type": "lifespan", "asgi": {"version": "3.0"}, "state": {}}, receive, send)
+
+
 def test_requests_are_computed_together(tiny: Path) -> None:
     served = served_model(tiny, act="float", context=256, replace_layers=False)
     loaded = (served.model, served.tokenizer)
@@ -456,6 +540,8 @@ def test_requests_are_computed_together(tiny: Path) -> None:
     for wrong in ({"temperature": 0.5}, {"seed": 3}, {"stop": "x"}, {"frequency_penalty": 0.5}):
         status, said = asyncio.run(post(apps[2], "/v1/completions", {**bodies[0], **wrong}))
         assert status == 400 and said["error"]["code"] == "unsupported_parameter", said
+    for app in apps.values():
+        asyncio.run(end(app))
 
 
 # The command

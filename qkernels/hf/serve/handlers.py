@@ -11,7 +11,8 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import AsyncIterator, Callable
-from contextlib import aclosing
+from concurrent.futures import TimeoutError as StillComputing
+from contextlib import aclosing, suppress
 from typing import Any
 
 from .errors import error_json, refuse, server_error, wrong
@@ -29,6 +30,7 @@ _CompletionHandler: Any = _HOST["CompletionHandler"]
 ROUTES = ("/v1/chat/completions", "/v1/completions", "/v1/models", "/health")
 
 PAGE, BATCH_TOKENS = 64, 256  # of the host's scheduler
+STOP_SECONDS = 10  # that a step may take to end, when the server does
 
 Loaded = tuple[Any, Any]  # model, tokenizer
 
@@ -81,10 +83,11 @@ class _Watch:
 
 
 class _Job:
-    """A model whose `generate` is one request's: it begins with the request's seed."""
+    """A model whose `generate` is one request's: it begins with the request's seed, and ends early
+    when the server does."""
 
-    def __init__(self, model: Any, gen_config: Any) -> None:
-        self._model = model
+    def __init__(self, model: Any, gen_config: Any, ending: threading.Event) -> None:
+        self._model, self._ending = model, ending
         self._seed: int | None = gen_config.__dict__.pop("request_seed", None)
 
     def __getattr__(self, name: str) -> Any:
@@ -92,25 +95,42 @@ class _Job:
 
     def generate(self, **kwargs: Any) -> Any:
         import torch
+        from transformers import StoppingCriteriaList
 
+        def ended(ids: Any, scores: Any, **_: Any) -> Any:
+            return torch.full((len(ids),), self._ending.is_set(), device=ids.device)
+
+        if self._ending.is_set():
+            raise Gone
         if self._seed is not None:
             torch.manual_seed(self._seed)
-        return self._model.generate(**kwargs)
+        return self._model.generate(stopping_criteria=StoppingCriteriaList([ended]), **kwargs)
 
 
 class OneByOne(_GenerateManager):
     """Answers one request after the other, in the order in which they came."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self._ending = threading.Event()
+
+    def stop(self) -> None:
+        """Ends generation after the token that is computed. A thread that still computes while the
+        interpreter ends can abort the process."""
+        self._ending.set()
+        with suppress(StillComputing):
+            self.submit(lambda: None).result(STOP_SECONDS)
+
     def generate_streaming(
         self, model: Any, processor: Any, inputs: Any, gen_config: Any, *args: Any, **kwargs: Any
     ) -> Any:
-        job = _Job(model, gen_config)
+        job = _Job(model, gen_config, self._ending)
         return super().generate_streaming(job, processor, inputs, gen_config, *args, **kwargs)
 
     async def generate_non_streaming(
         self, model: Any, processor: Any, inputs: Any, gen_config: Any, request_id: str
     ) -> tuple[str, int, Any]:
-        watch, job = _Watch(), _Job(model, gen_config)
+        watch, job = _Watch(), _Job(model, gen_config, self._ending)
 
         def run() -> Any:
             try:
@@ -160,6 +180,12 @@ class Together(_CBGenerateManager):
             if self._cb is not None:
                 self._cb.cancel_request(request_id)
             raise
+
+    def stop(self) -> None:
+        """Ends generation after the step that is computed. The host would first finish requests,
+        and after two seconds take away what its thread computes with."""
+        if self._cb is not None:
+            self._cb.stop(block=True, hard_stop=True)
 
 
 class Generation(_GenerationState):
