@@ -90,9 +90,11 @@ def choose_tile(
         return Tile(many, 16 if codes or dp > 64 else 32, 8, 1 if codes else 2)
     if decode:
         keys = max(16, min(64 if codes else 128, 8192 // dp))
-        few = max(16, min(64, next_power_of_2(rows), 16384 // dp))
-        deep = codes and not kind.startswith("gfx")  # bytes of codes are few: more on their way
-        return Tile(few, keys, 4, 3 if deep else 2)
+        most = 32 if kind == "sm80" else 64  # more spill there
+        few = max(16, min(most, next_power_of_2(rows), 16384 // dp))
+        amd = kind == "gfx9"
+        deep = codes and not amd  # bytes of codes are few: more on their way
+        return Tile(few, keys, 8 if few == 64 and not amd else 4, 3 if deep else 2)
     # Registers limit these: codes are decoded in them, and sm_80 has its operands there.
     half = codes or kind == "sm80"
     keys = max(16, min(32 if half and dp > 64 else 64, 8192 // dp))
