@@ -53,14 +53,19 @@ def test_interpreted_it_is_for_those_who_name_it(generator: torch.Generator) -> 
     torch.testing.assert_close(y.cpu(), ops.linear(x, packed, act="float"))
 
 
-@pytest.mark.parametrize("act", ["float", "int8"])
-def test_a_decoder_gives_the_tokens_of_the_cpu(act: str) -> None:
+@pytest.mark.parametrize(
+    "act, kv_dtype",
+    [("float", "float32"), ("int8", "float32"), ("float", "float16"), ("int8", "int8")],
+)
+def test_a_decoder_gives_the_tokens_of_the_cpu(act: str, kv_dtype: str) -> None:
     """Two layers, in float32, whose greedy tokens no rounding decides."""
-    want = make(act=act).generate("the quick", max_new_tokens=4, stop_at_eos=False)
+    kinds = {"act": act, "kv_dtype": kv_dtype}
+    want = make(**kinds).generate("go on", max_new_tokens=4, stop_at_eos=False)
+    assert len(set(want.tokens[0])) == 4
     with pytest.MonkeyPatch.context() as patch:
         on_device(patch, TRITON)
-        decoder = make(act=act)
-        got = decoder.generate("the quick", max_new_tokens=4, stop_at_eos=False)
+        decoder = make(**kinds)
+        got = decoder.generate("go on", max_new_tokens=4, stop_at_eos=False)
         assert decoder._device_steps is not None
     assert got.tokens == want.tokens
 
