@@ -21,7 +21,6 @@ import warnings
 from argparse import ArgumentParser, RawTextHelpFormatter
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from statistics import median
 from typing import Any
 
 import real_models
@@ -196,8 +195,7 @@ def main() -> None:
             said += f"  {what} {row[what]['median']:7.1f}/s"
             for other in (BASELINE, NATIVE):
                 if other in samples:
-                    pairs = zip(values, samples[other][what], strict=True)
-                    ratio = round(median(a / b for a, b in pairs), 3)
+                    ratio = record.ratio(values, samples[other][what])
                     row[f"{what}_of_{other}"] = ratio
                     said += f" ({ratio:.2f} of {other})"
         rows.append(row)

@@ -18,7 +18,6 @@ import argparse
 import copy
 import time
 from collections.abc import Callable
-from statistics import median
 from typing import Any
 
 import real_models
@@ -119,8 +118,7 @@ def variants(model: Any) -> dict[str, Any]:
 
 
 def ratio(samples: dict[str, dict[str, list[float]]], row: str, what: str, of: str) -> float:
-    pairs = zip(samples[row][what], samples[of][what], strict=True)
-    return round(median(a / b for a, b in pairs), 3)
+    return record.ratio(samples[row][what], samples[of][what])
 
 
 def main() -> None:

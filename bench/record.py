@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -31,6 +33,11 @@ def write(
     data = {"kind": kind, **provenance(threads), **body}
     path.write_text(json.dumps(data, indent=1) + "\n")
     return path
+
+
+def ratio(ours: Sequence[float], theirs: Sequence[float]) -> float:
+    """The median of the ratios of pairs, each taken in one round."""
+    return round(median(a / b for a, b in zip(ours, theirs, strict=True)), 3)
 
 
 class RoundsParser(argparse.ArgumentParser):

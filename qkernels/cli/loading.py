@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from .errors import BadInput, bad_input
@@ -25,6 +26,13 @@ class LoadOptions:
     device: str = "auto"
     dtype: str = "auto"
 
+    def path(self) -> Path:
+        """Of the model, before torch is imported: what is mistyped is answered at once. Raises
+        BadInput."""
+        if self.group_size is not None and self.spec is None:
+            raise BadInput("--group-size: only together with --spec")
+        return model_path(self.model)
+
 
 @dataclass
 class Loaded:
@@ -36,9 +44,7 @@ def load(options: LoadOptions) -> Loaded:
     """Loads the model with a progress bar. Raises BadInput for whatever the model, or an option,
     cannot be.
     """
-    path = model_path(options.model)  # before importing torch: a mistyped path is answered at once
-    if options.group_size is not None and options.spec is None:
-        raise BadInput("--group-size: only together with --spec")
+    path = options.path()
     with bar(f"loading {path.name}") as progress:
         # From here on: what a user waits for includes importing torch and this package.
         start = time.perf_counter()

@@ -10,7 +10,6 @@ from .._format import amount, columns
 from .errors import BadInput, bad_input
 from .loading import LoadOptions
 from .output import Answer, bar
-from .source import model_path
 
 UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 
@@ -44,7 +43,7 @@ def byte_count(text: str) -> int:
 
 def run(options: PlanOptions) -> None:
     load = options.load
-    path = model_path(load.model)  # before importing torch: a mistyped path is answered at once
+    path = load.path()
     memory = None if options.memory is None else byte_count(options.memory)
     read = None if options.bandwidth is None else options.bandwidth * 1e9
     with bar("measuring this machine"):

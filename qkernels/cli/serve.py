@@ -10,7 +10,6 @@ from typing import Any
 from .errors import BadInput, bad_input
 from .loading import LoadOptions
 from .output import bar, note, warn
-from .source import model_path
 
 LOCAL = ("localhost", "127.0.0.1", "::1")
 GRACE = 2  # seconds that requests have to end after Ctrl-C
@@ -35,9 +34,7 @@ class ServeOptions:
 
 def run(options: ServeOptions) -> None:
     load = options.load
-    path = model_path(load.model)  # before importing torch: a mistyped path is answered at once
-    if load.group_size is not None and load.spec is None:
-        raise BadInput("--group-size: only together with --spec")
+    path = load.path()
     if options.api_key == "":
         raise BadInput("--api-key: expected a text, got an empty one")
     listener = listen(options.host, options.port)  # so is a port that is taken
