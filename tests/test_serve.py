@@ -313,8 +313,11 @@ def test_ctrl_c_ends_slots(slots: Server) -> None:
 # Requests that are computed together, without a process
 
 
-async def post(app: Any, path: str, body: dict[str, Any]) -> tuple[int, Any]:
-    """What an ASGI application answers to JSON."""
+async def post(
+    app: Any, path: str, body: dict[str, Any], turns: int | None = None
+) -> tuple[int, Any] | None:
+    """What an ASGI application answers to JSON; None to a client that leaves after so many turns
+    of the event loop."""
     scope = {
         "type": "http", "method": "POST", "path": path, "raw_path": path.encode(),
         "headers": [(b"content-type", b"application/json")],
@@ -327,13 +330,18 @@ async def post(app: Any, path: str, body: dict[str, Any]) -> tuple[int, Any]:
     async def receive() -> Any:
         if coming:
             return coming.pop()
-        await asyncio.Event().wait()  # the client stays
-        raise AssertionError
+        if turns is None:
+            await asyncio.Event().wait()  # the client stays
+        for _ in range(turns or 0):
+            await asyncio.sleep(0)
+        return {"type": "http.disconnect"}
 
     async def send(message: Any) -> None:
         sent.append(message)
 
     await app(scope, receive, send)
+    if turns is not None:
+        return None
     return sent[0]["status"], json.loads(b"".join(m.get("body", b"") for m in sent[1:]))
 
 
@@ -372,6 +380,35 @@ def test_requests_are_computed_together(tiny: Path) -> None:
         status, said = asyncio.run(post(apps[2], "/v1/completions", {**bodies[0], **wrong}))
         assert status == 400 and said["error"]["code"] == "unsupported_parameter", said
     for app in apps.values():
+        asyncio.run(end(app))
+
+
+@pytest.mark.parametrize("slots", [0, 2])
+def test_a_client_may_go_at_any_step(slots: int, tiny: Path) -> None:
+    """Between any two steps of the event loop, also before the first piece of its answer."""
+    served = served_model(tiny, act="float", context=4096, replace_layers=False)
+    app = application("tiny", (served.model, served.tokenizer), limit=4096, slots=slots)
+    steps: list[int] = []
+    served.model.register_forward_hook(lambda *_: steps.append(1))
+    body: dict[str, Any] = {"prompt": "hello", "max_tokens": 1000, "temperature": 0}
+    last = {**body, "max_tokens": 1}
+
+    async def leave() -> list[tuple[bool, int, int]]:
+        most = []
+        for stream in (True, False):
+            for turns in range(24):
+                steps.clear()
+                await post(app, "/v1/completions", {**body, "stream": stream}, turns)
+                answered = await post(app, "/v1/completions", last)
+                assert answered is not None and answered[0] == 200
+                if slots:  # the other slot may be computing
+                    await asyncio.sleep(0.05)
+                most.append((stream, turns, len(steps)))
+        return most
+
+    try:
+        assert not [(s, t, n) for s, t, n in asyncio.run(leave()) if n > 100]
+    finally:
         asyncio.run(end(app))
 
 

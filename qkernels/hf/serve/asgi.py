@@ -5,10 +5,20 @@ from __future__ import annotations
 import asyncio
 import hmac
 import json
-from contextlib import suppress
+from collections.abc import Callable
+from contextvars import ContextVar
 from typing import Any
 
 from .errors import error_body
+
+_ENDINGS: ContextVar[list[Callable[[], Any]]] = ContextVar("endings")
+
+
+def when_gone(end: Callable[[], Any]) -> None:
+    """Has `end` called if the current request's client goes away before the answer is complete, or
+    the answer fails. For what was begun elsewhere: a request can be cancelled between any two steps
+    of the host, also before it reads the first piece of its own answer."""
+    _ENDINGS.get().append(end)
 
 
 class CancelWhenGone:
@@ -46,18 +56,24 @@ class CancelWhenGone:
             while (await receive())["type"] != "http.disconnect":
                 pass
 
+        endings: list[Callable[[], Any]] = []
+        _ENDINGS.set(endings)
         answer = asyncio.create_task(self._app(scope, replay, send))
         watcher = asyncio.create_task(watch())
         try:
             await asyncio.wait((answer, watcher), return_when=asyncio.FIRST_COMPLETED)
         finally:
             watcher.cancel()
-            if not answer.done():  # the client is gone, or the server ends
+            complete = answer.done()
+            if not complete:  # the client is gone, or the server ends
                 gone.set()
                 answer.cancel()
-                with suppress(asyncio.CancelledError):
-                    await answer
-        if not answer.cancelled() and (error := answer.exception()) is not None:
+                await asyncio.wait((answer,))
+            error = None if answer.cancelled() else answer.exception()
+            if not complete or error is not None:
+                for end in endings:
+                    end()
+        if error is not None:
             raise error
 
 

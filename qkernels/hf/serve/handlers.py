@@ -13,8 +13,10 @@ import threading
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import TimeoutError as StillComputing
 from contextlib import aclosing, suppress
+from functools import partial
 from typing import Any
 
+from .asgi import CancelWhenGone, RequireKey, when_gone
 from .errors import error_json, refuse, server_error, wrong
 from .host import parts
 from .requests import check_body, fit_length, sampled
@@ -125,7 +127,9 @@ class OneByOne(_GenerateManager):
         self, model: Any, processor: Any, inputs: Any, gen_config: Any, *args: Any, **kwargs: Any
     ) -> Any:
         job = _Job(model, gen_config, self._ending)
-        return super().generate_streaming(job, processor, inputs, gen_config, *args, **kwargs)
+        made = super().generate_streaming(job, processor, inputs, gen_config, *args, **kwargs)
+        when_gone(made[1].cancel)
+        return made
 
     async def generate_non_streaming(
         self, model: Any, processor: Any, inputs: Any, gen_config: Any, request_id: str
@@ -140,11 +144,9 @@ class OneByOne(_GenerateManager):
             except Gone:
                 return None
 
-        try:  # shielded: the thread of the host sets the future's result, cancelled or not
-            sequences = await asyncio.shield(asyncio.wrap_future(self.submit(run)))
-        except asyncio.CancelledError:
-            watch.gone.set()
-            raise
+        when_gone(watch.gone.set)
+        # Shielded: the thread of the host sets the future's result, cancelled or not.
+        sequences = await asyncio.shield(asyncio.wrap_future(self.submit(run)))
         length = inputs["input_ids"].shape[-1]
         new = sequences[0, length:]
         return processor.decode(new, skip_special_tokens=True), length, new
@@ -169,17 +171,19 @@ class Together(_CBGenerateManager):
             raise refuse("stop", "requests that are computed together end at the model's own end")
         super().init_cb(model, gen_config)
 
+    def generate_streaming(self, *args: Any, **kwargs: Any) -> Any:
+        made = super().generate_streaming(*args, **kwargs)
+        when_gone(made[1].cancel)
+        return made
+
     async def generate_non_streaming(
         self, model: Any, processor: Any, inputs: Any, gen_config: Any, request_id: str
     ) -> Any:
-        try:
-            return await super().generate_non_streaming(
-                model, processor, inputs, gen_config, request_id
-            )
-        except asyncio.CancelledError:
-            if self._cb is not None:
-                self._cb.cancel_request(request_id)
-            raise
+        if self._cb is not None:
+            when_gone(partial(self._cb.cancel_request, request_id))
+        return await super().generate_non_streaming(
+            model, processor, inputs, gen_config, request_id
+        )
 
     def stop(self) -> None:
         """Ends generation after the step that is computed. The host would first finish requests,
@@ -313,8 +317,6 @@ def application(
     on the host's layers; 0: one after the other, as they come. api_key: what clients have to
     send as a bearer token; None: nothing.
     """
-    from .asgi import CancelWhenGone, RequireKey
-
     state = Generation(slots, limit)
     models = OneModel(name, loaded, bool(slots), state.shutdown)
     given = (models, state)
