@@ -17,9 +17,9 @@ inline int64_t act_columns(const char* op, const char* name, int64_t k, int64_t 
 // set to them.
 inline QuantActTensors new_act(const Tensor& like, int64_t m, int64_t kx, int64_t group,
                                QuantActOut* out) {
-  Tensor codes = torch::stable::new_empty(like, {m, kx}, ScalarType::Char);
-  Tensor scale = torch::stable::new_empty(like, {m, kx / group}, ScalarType::Float);
-  Tensor sums = torch::stable::new_empty(like, {m, kx / 16}, ScalarType::Short);
+  Tensor codes = empty_on(like, {m, kx}, ScalarType::Char);
+  Tensor scale = empty_on(like, {m, kx / group}, ScalarType::Float);
+  Tensor sums = empty_on(like, {m, kx / 16}, ScalarType::Short);
   *out = {mutable_data<int8_t>(codes), mutable_data<float>(scale), mutable_data<int16_t>(sums), kx,
           int(group)};
   return {codes, scale, sums};

@@ -22,7 +22,7 @@ inline ScoreBias make_score_bias(const char* op, const Tensor& q,
   ScoreBias b{};
   const int64_t heads = q.size(1);
   const auto by_head = [&](const char* name, const std::optional<Tensor>& t,
-                           std::vector<int64_t> sizes) {
+                           std::initializer_list<int64_t> sizes) {
     if (t) expect(op, name, *t, ScalarType::Float, sizes);
     same_device(op, name, t, "q", q);
   };
@@ -74,7 +74,7 @@ Tensor attention(const Tensor& q, const Tensor& query_start, const Tensor& kv_le
   check_heads(op, a.q_heads, a.pages.kv_heads);
   set_scores(op, a, q, scale, causal, window, softcap, sinks, alibi_slopes, distance_bias);
   a.batch = make_ragged(op, q.size(0), a.pages, query_start, kv_len, page_table, "q", q, kContents);
-  Tensor out = torch::stable::new_empty(q, {q.size(0), a.q_heads, dim});
+  Tensor out = empty_on(q, {q.size(0), a.q_heads, dim});
   if (out.numel() == 0) return out;
   a.q = data(q), a.out = mutable_data(out);
   kRun(op, q, a);
@@ -109,7 +109,7 @@ Tensor attention_dense(const Tensor& q, const Tensor& k, const Tensor& v, const 
     check_starts(op, "query_start", a.query_start, a.batch, a.tokens);
     check_starts(op, "kv_start", a.kv_start, a.batch, k.size(0));
   }
-  Tensor out = torch::stable::new_empty(q, {a.tokens, a.q_heads, a.dim});
+  Tensor out = empty_on(q, {a.tokens, a.q_heads, a.dim});
   if (out.numel() == 0) return out;
   a.q = data(q), a.k = data(k), a.v = data(v), a.out = mutable_data(out);
   kRun(op, q, a);

@@ -28,7 +28,7 @@ Tensor embedding(const Tensor& ids, const Tensor& codes, const Tensor& scale,
     for (int64_t i = 0; i < args.t; i++)
       check(args.ids[i] >= 0 && args.ids[i] < n, op, "ids must be from 0 to ", n - 1, ", got ",
             args.ids[i]);
-  Tensor out = torch::stable::new_empty(codes, {args.t, k}, dtype);
+  Tensor out = empty_on(codes, {args.t, k}, dtype);
   args.y = mutable_data(out);
   args.multiplier = float(multiplier);
   if (args.t > 0) kRun(op, codes, args);

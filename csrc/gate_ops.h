@@ -37,7 +37,7 @@ inline GateArgs gate_args(const char* op, const Tensor& gate, const std::optiona
 template <GateRun kRun>
 Tensor gate(const Tensor& gate, const std::optional<Tensor>& up, std::string activation) {
   GateArgs a = gate_args("gate", gate, up, activation);
-  Tensor y = torch::stable::new_empty(gate, {a.m, a.k}, gate.scalar_type());
+  Tensor y = empty_on(gate, {a.m, a.k}, gate.scalar_type());
   a.y = mutable_data(y);
   if (a.m > 0) kRun("gate", gate, a);
   return y;

@@ -62,7 +62,7 @@ Tensor kv_append(const Tensor& q, const Tensor& k, const Tensor& v,
     a.positions = data<int32_t>(positions);
   }
   if constexpr (kContents == Contents::checked) check_rope_rows(op, a);
-  Tensor out = torch::stable::new_empty(q, {tokens, a.q_heads, dim});
+  Tensor out = empty_on(q, {tokens, a.q_heads, dim});
   if (tokens == 0) return out;
   a.q = data(q), a.k = data(k), a.v = data(v), a.q_out = mutable_data(out);
   kRun(op, q, a);

@@ -67,7 +67,7 @@ Tensor linear(const Tensor& x, const Tensor& codes, const Tensor& scale,
   check(int8 || act == "float", op, "act must be \"int8\" or \"float\", got \"", act, "\"");
   if (int8) check_linear_groups(op, group, act_group);
 
-  Tensor y = torch::stable::new_empty(x, {a.m, n});
+  Tensor y = empty_on(x, {a.m, n});
   a.y = mutable_data(y);
   if (a.m == 0) return y;
   if (!int8) {
@@ -117,7 +117,7 @@ Tensor linear_quant(const Tensor& act_codes, const Tensor& act_scale, const Tens
   a.act = {data<int8_t>(act_codes), data<float>(act_scale), data<int16_t>(act_sums), kx,
            int(act_group)};
 
-  Tensor y = torch::stable::new_empty(act_codes, {m, n}, dtype);
+  Tensor y = empty_on(act_codes, {m, n}, dtype);
   a.y = mutable_data(y);
   if (m > 0) kRun(op, act_codes, y, a, nullptr);
   return y;

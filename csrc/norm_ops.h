@@ -38,7 +38,7 @@ inline NormArgs norm_args(const char* op, const Tensor& x, const Tensor* residua
 }
 
 inline Tensor new_rows(const NormArgs& a, const Tensor& like, void** to) {
-  Tensor out = torch::stable::new_empty(like, {a.m, a.k}, like.scalar_type());
+  Tensor out = empty_on(like, {a.m, a.k}, like.scalar_type());
   *to = mutable_data(out);
   return out;
 }

@@ -22,7 +22,7 @@ Tensor pack(const Tensor& codes, int64_t bits, int64_t group, bool two_level) {
   check(!two_level || layout::kBlockGroup % group == 0, op,
         "two-level scales need a group_size that divides 256, got ", group);
   const int64_t kp = layout::padded_k(k, group, two_level), np = layout::padded_n(n);
-  Tensor out = torch::stable::new_empty(codes, {np, kp * bits / 8}, ScalarType::Char);
+  Tensor out = empty_on(codes, {np, kp * bits / 8}, ScalarType::Char);
   PackArgs args{data<uint8_t>(codes), mutable_data<uint8_t>(out), n, k, kp, int(bits), nullptr};
   const uint32_t seen = kRun(op, codes, args);
   const uint32_t used = (seen | seen >> 8 | seen >> 16 | seen >> 24) & 0xff;
@@ -40,7 +40,7 @@ Tensor unpack(const Tensor& codes, const Tensor& scale, const std::optional<Tens
   constexpr const char* op = "unpack";
   UnpackArgs args{};
   args.w = make_weight(op, codes, scale, zero, block_scale, block_zero, table, bits, group, n, k);
-  Tensor out = torch::stable::new_empty(codes, {n, k}, ScalarType::Byte);
+  Tensor out = empty_on(codes, {n, k}, ScalarType::Byte);
   args.out = mutable_data(out);
   kRun(op, codes, args);
   return out;
@@ -56,7 +56,7 @@ Tensor dequantize(const Tensor& codes, const Tensor& scale, const std::optional<
   UnpackArgs args{};
   args.w = make_weight(op, codes, scale, zero, block_scale, block_zero, table, bits, group, n, k);
   args.out_type = float_type(op, "dtype", dtype);
-  Tensor out = torch::stable::new_empty(codes, {n, k}, dtype);
+  Tensor out = empty_on(codes, {n, k}, dtype);
   args.out = mutable_data(out);
   kRun(op, codes, args);
   return out;

@@ -60,7 +60,7 @@ Tensor sample(const Tensor& logits, const Tensor& temperature, const Tensor& top
   a.top_p = data<float>(top_p), a.min_p = data<float>(min_p);
   a.seed = data<int64_t>(seed), a.offset = data<int64_t>(offset);
   if constexpr (kContents == Contents::checked) check_sample_settings(op, a);
-  Tensor out = torch::stable::new_empty(logits, {a.batch}, ScalarType::Long);
+  Tensor out = empty_on(logits, {a.batch}, ScalarType::Long);
   a.out = mutable_data<int64_t>(out);
   if (a.batch > 0) kRun(op, logits, a);
   if constexpr (kContents == Contents::checked) check_sampled(op, a);

@@ -312,7 +312,7 @@ Tensor decoder_step(int64_t handle, const Tensor& ids, const Tensor& query_start
         check(in.batch.kv_len[b] <= s.rope_positions, kStep, "sequence ", b, " has ",
               in.batch.kv_len[b], " tokens, rope has ", s.rope_positions, " positions");
 
-  const Tensor logits = torch::stable::new_empty(ids, {in.selected, vocab}, ScalarType::Float);
+  const Tensor logits = empty_on(ids, {in.selected, vocab}, ScalarType::Float);
   in.logits = mutable_data<float>(logits);
   if (in.tokens == 0) return logits;
   const bool few = in.tokens <= kFewTokens;

@@ -9,7 +9,11 @@ namespace {
 
 void run(const char*, const Tensor&, const KvAppendArgs& args) {
   const Kernels& kernel = kernels();
-  run_team(team_size(), [&](Team& team) { kernel.kv_append(args, team); });
+  // One core has rotated and stored so many numbers before a second one has started.
+  const int64_t numbers =
+      args.batch.tokens * (args.q_heads + 2 * args.pages.kv_heads) * args.pages.dim;
+  const bool small = numbers < 1 << 13;
+  run_team(small ? 1 : team_size(), [&](Team& team) { kernel.kv_append(args, team); });
 }
 
 STABLE_TORCH_LIBRARY_IMPL(QK_OPS, CPU, m) {

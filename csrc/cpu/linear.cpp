@@ -1,10 +1,9 @@
 // linear and linear_quant on the CPU; their checks are in linear_ops.h.
 #include "../linear_ops.h"
 
-#include <memory>
-
 #include "kernels.h"
 #include "run.h"
+#include "scratch.h"
 
 namespace qk {
 namespace {
@@ -16,38 +15,6 @@ int team_for(const LinearArgs& a) {
   const bool small = bytes * a.m <= (192 << 10);
   return small ? 1 : team_size();
 }
-
-// One allocation, cut into pieces that start on cache lines.
-class Scratch {
- public:
-  int64_t reserve(int64_t bytes) {
-    const int64_t at = size_;
-    size_ += layout::round_up(bytes, 64);
-    return at;
-  }
-  // What a decode step needs lies in memory that each thread keeps: asking torch for it takes 4 us,
-  // as long as a small matrix.
-  void allocate(const Tensor& like) {
-    constexpr int64_t kept = 256 << 10;
-    if (size_ <= kept) {
-      thread_local std::unique_ptr<char[]> memory(new char[kept + 64]);
-      base_ =
-          reinterpret_cast<char*>(layout::round_up(reinterpret_cast<intptr_t>(memory.get()), 64));
-      return;
-    }
-    store_ = torch::stable::new_empty(like, {size_}, ScalarType::Byte);
-    base_ = mutable_data<char>(*store_);
-  }
-  template <class T = void>
-  T* at(int64_t offset) const {
-    return reinterpret_cast<T*>(base_ + offset);
-  }
-
- private:
-  int64_t size_ = 0;
-  std::optional<Tensor> store_;
-  char* base_ = nullptr;
-};
 
 void run(const char*, const Tensor& x, const Tensor&, LinearArgs& a, QuantizeActArgs* quantize) {
   const Kernels& kernel = kernels();

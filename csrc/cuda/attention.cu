@@ -85,7 +85,7 @@ void run_task(const char* op, const Tensor& q, AttentionTask task) {
   AttentionTask few = task, many = task;
   if (!decode_only) few.most_new = kDecodeTokens, many.least_new = kDecodeTokens + 1;
   DeviceLimits limits{};
-  Tensor scratch = torch::stable::new_empty(q, {0}, ScalarType::Byte);
+  Tensor scratch = empty_on(q, {0}, ScalarType::Byte);
   DecodePlan plan{};
   launch_on(op, q, [&](cudaStream_t stream) {
     if (cudaError_t error = device_limits(&limits); error != cudaSuccess) return error;
@@ -97,7 +97,7 @@ void run_task(const char* op, const Tensor& q, AttentionTask task) {
       return launch_attention_scalar(task, stream);
     if (!prefill_only) {
       plan = plan_decode(few, !decode_only, limits);
-      if (plan.scratch) scratch = torch::stable::new_empty(q, {plan.scratch}, ScalarType::Byte);
+      if (plan.scratch) scratch = empty_on(q, {plan.scratch}, ScalarType::Byte);
       if (cudaError_t error = launch_decode(few, plan, mutable_data(scratch), stream);
           error != cudaSuccess)
         return error;

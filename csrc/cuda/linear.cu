@@ -56,7 +56,7 @@ cudaError_t run_dense(const Tensor& x, const Tensor& y, const LinearArgs& args,
   const int64_t row_bytes = args.w.k * int64_t(args.x_type == Dtype::f32 ? 4 : 2);
   int64_t rows = kDenseBytes / row_bytes / layout::kUnitRows * layout::kUnitRows;
   rows = rows < layout::kUnitRows ? layout::kUnitRows : rows < args.w.n ? rows : args.w.n;
-  const Tensor dense = torch::stable::new_empty(x, {rows, args.w.k});
+  const Tensor dense = empty_on(x, {rows, args.w.k});
   void* memory = mutable_data(dense);
   Tensor all = y, dense_rows = dense;
   for (int64_t row = 0; row < args.w.n; row += rows) {

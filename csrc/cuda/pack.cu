@@ -10,7 +10,7 @@ namespace {
 
 // Waits for the kernel: the codes have to be looked at before anyone uses what is packed.
 uint32_t run_pack(const char* op, const Tensor& codes, PackArgs& args) {
-  const Tensor word = torch::stable::new_empty(codes, {1}, ScalarType::Int);
+  const Tensor word = empty_on(codes, {1}, ScalarType::Int);
   args.seen = inplace_data<uint32_t>(word);
   uint32_t seen = 0;
   launch_on(op, codes, [&](cudaStream_t stream) {

@@ -21,7 +21,7 @@ Tensor peak_read(const Tensor& bytes) {
     DeviceLimits limits{};
     if (const cudaError_t error = device_limits(&limits); error != cudaSuccess) return error;
     const int64_t blocks = peak_read_blocks(limits);
-    seen = torch::stable::new_empty(bytes, {blocks}, ScalarType::Int);
+    seen = empty_on(bytes, {blocks}, ScalarType::Int);
     args.seen = mutable_data<uint32_t>(seen);
     return launch_peak_read(args, blocks, stream);
   });

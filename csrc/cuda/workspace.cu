@@ -43,7 +43,7 @@ int64_t take_captured(int device, int64_t count) {
 
 void* Workspace::scratch(int64_t bytes) {
   if (bytes == 0) return nullptr;
-  scratch_ = torch::stable::new_empty(like_, {bytes + 256}, ScalarType::Byte);
+  scratch_ = empty_on(like_, {bytes + 256}, ScalarType::Byte);
   const auto first = reinterpret_cast<intptr_t>(mutable_data(*scratch_));
   return reinterpret_cast<void*>(layout::round_up(first, 256));
 }
@@ -76,7 +76,7 @@ cudaError_t Workspace::counters(int64_t count, uint32_t** out) {
     }
   }
   if (at >= 0) return *out = static_cast<uint32_t*>(base) + at, cudaSuccess;
-  counters_ = torch::stable::new_empty(like_, {count}, ScalarType::Int);
+  counters_ = empty_on(like_, {count}, ScalarType::Int);
   *out = mutable_data<uint32_t>(*counters_);
   return cudaMemsetAsync(*out, 0, size_t(count) * sizeof(uint32_t), stream_);
 #endif

@@ -83,6 +83,8 @@ def restore_decoder_layers_(model: nn.Module) -> nn.Module:
     what is not a transformers model, ValueError for one without replaced layers.
     """
     require("transformers")
+    from .forward import DecoderForward
+
     decoder = _decoder_of(model, "restore_decoder_layers_")
     if not _is_replaced(decoder):
         raise ValueError("restore_decoder_layers_: the decoder layers are the host's own")
@@ -90,6 +92,8 @@ def restore_decoder_layers_(model: nn.Module) -> nn.Module:
     for layer in stack:
         del layer.forward
     del decoder.rotary_emb.forward
+    if isinstance(vars(decoder).get("forward"), DecoderForward):
+        del decoder.forward
     for module, act in stack.acts:
         module.act = act
     decoder.layers = nn.ModuleList(list(stack))
@@ -227,6 +231,7 @@ def _install(
     length: int,
 ) -> None:
     from .cache import CacheShape
+    from .forward import DecoderForward
     from .mask import NAME, RotaryForward
     from .stack import DecoderStack, LayerForward
 
@@ -255,4 +260,6 @@ def _install(
     for index, layer in enumerate(layers):
         layer.forward = LayerForward(stack, index)
     decoder.rotary_emb.forward = RotaryForward(decoder.rotary_emb)
+    if "forward" not in vars(decoder):  # else it has one of accelerate's hooks
+        decoder.forward = DecoderForward(decoder)
     _host_model(model).set_attn_implementation(NAME)
