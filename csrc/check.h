@@ -7,6 +7,8 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <algorithm>
+#include <array>
 #include <initializer_list>
 #include <optional>
 #include <sstream>
@@ -142,16 +144,17 @@ inline void same_device(const char* op, const char* name, const std::optional<Te
 // takes a fifth of a call that decodes one token.
 inline Tensor empty_on(const Tensor& like, std::initializer_list<int64_t> sizes,
                        std::optional<ScalarType> type = std::nullopt) {
-  constexpr size_t kMaxDims = 4;
-  int64_t strides[kMaxDims], stride = 1;
-  for (size_t i = sizes.size(); i-- > 0; stride *= sizes.begin()[i]) strides[i] = stride;
+  std::array<int64_t, 4> strides;
+  int64_t stride = 1;
+  for (size_t i = sizes.size(); i-- > 0; stride *= std::max<int64_t>(sizes.begin()[i], 1))
+    strides.at(i) = stride;
   int32_t dtype, device;
   if (type) dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(*type));
   else STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device));
   AtenTensorHandle made;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(sizes.size()), sizes.begin(),
-                                                         strides, dtype, device,
+                                                         strides.data(), dtype, device,
                                                          like.get_device_index(), &made));
   return Tensor(made);
 }

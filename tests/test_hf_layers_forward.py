@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -127,6 +128,27 @@ def test_hooks_around_the_layers_are_called_once() -> None:
     seen.clear()
     ours(ids[:, :1], past_key_values=cache)
     assert seen == ["embed_tokens", "layer", "norm", "decoder"]
+
+
+@torch.no_grad()
+def test_layers_that_are_no_more_what_was_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours = replaced(quantized("llama-tied"))
+    decoder = ours.get_decoder()
+    other = copy.deepcopy(ours)
+    assert other.get_decoder().forward.decoder is other.get_decoder()
+    ids = prompt()[:1, :9]
+    cache = ours(ids).past_key_values
+    wanted = ours(ids[:, :1], past_key_values=copy.deepcopy(cache)).logits
+    layers = decoder.layers
+    decoder.layers = torch.nn.ModuleList(list(layers))  # one by one
+    with host_calls(ours, monkeypatch) as counts:
+        near = ours(ids[:, :1], past_key_values=copy.deepcopy(cache)).logits
+    assert counts == [1] and torch.allclose(near, wanted, atol=1e-4)
+    decoder.layers = layers
+    decoder.config.num_hidden_layers -= 1
+    with host_calls(ours, monkeypatch) as counts:
+        fewer = ours(ids[:, :1], past_key_values=copy.deepcopy(cache)).logits
+    assert counts == [1] and not torch.allclose(fewer, wanted, atol=1e-2)
 
 
 def test_a_forward_of_somebody_else_stays() -> None:

@@ -14,6 +14,7 @@ import torch
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from .cache import is_ours
+from .stack import DecoderStack
 
 
 class DecoderForward:
@@ -22,62 +23,52 @@ class DecoderForward:
     def __init__(self, decoder: Any) -> None:
         self.decoder = decoder
 
-    def __call__(
-        self,
-        input_ids: Any = None,
-        attention_mask: Any = None,
-        position_ids: Any = None,
-        past_key_values: Any = None,
-        inputs_embeds: Any = None,
-        use_cache: Any = None,
-        **named: Any,
-    ) -> Any:
-        decoder = self.decoder
-        if (
-            is_ours(past_key_values)
-            and _is_step(input_ids)
-            and inputs_embeds is None
-            and (attention_mask is None or _is_rows(attention_mask))
-            and not self._asks(named)
-            and not torch.compiler.is_compiling()
-        ):
-            hidden = decoder.embed_tokens(input_ids)
-            step = {
-                "attention_mask": attention_mask,
-                "position_ids": position_ids,
-                "past_key_values": past_key_values,
-            }
-            if decoder.layers.runs_whole(hidden, {**named, **step}):
-                hidden = decoder.layers.run(hidden, None, **step)
-                return BaseModelOutputWithPast(decoder.norm(hidden), past_key_values)
-            input_ids, inputs_embeds = None, hidden
-        return type(decoder).forward(
-            decoder,
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            **named,
-        )
+    def __call__(self, *args: Any, **named: Any) -> Any:
+        if not (torch.compiler.is_compiling() or args) and self._is_step(named):
+            hidden = self.decoder.embed_tokens(named["input_ids"])
+            if self.decoder.layers.runs_whole(hidden, named):
+                return self._step(hidden, named)
+            named = {**named, "input_ids": None, "inputs_embeds": hidden}
+        return type(self.decoder).forward(self.decoder, *args, **named)
 
-    def _asks(self, named: Mapping[str, Any]) -> bool:
-        """Whether these are for the host to look at."""
+    def _step(self, hidden: torch.Tensor, named: Mapping[str, Any]) -> Any:
+        decoder, cache = self.decoder, named["past_key_values"]
+        mask = named.get("attention_mask")
+        if mask is not None:
+            mask = mask.to(hidden.device)
+        hidden = decoder.layers.run(
+            hidden,
+            None,
+            attention_mask=mask,
+            position_ids=named.get("position_ids"),
+            past_key_values=cache,
+        )
+        return BaseModelOutputWithPast(decoder.norm(hidden), cache)
+
+    def _is_step(self, named: Mapping[str, Any]) -> bool:
+        """Whether this is one token more for every sequence of a cache of ours, through all layers,
+        and nothing else is asked for."""
         for name, value in named.items():
             off = value is True if name == "return_dict" else value is False
-            if value is not None and not (off and name in _OPTIONS):
-                return True
-        return named.get("return_dict") is None and not self.decoder.config.return_dict
+            if not (value is None or name in _TAKEN or (off and name in _OPTIONS)):
+                return False
+        ids: Any = named.get("input_ids")
+        mask: Any = named.get("attention_mask")
+        decoder = self.decoder
+        return (
+            is_ours(named.get("past_key_values"))
+            and (_is_rows(ids) and ids.shape[1] == 1 and ids.shape[0] > 0)
+            and (mask is None or _is_rows(mask))
+            and isinstance(decoder.layers, DecoderStack)
+            and decoder.config.num_hidden_layers == len(decoder.layers)
+            and (named.get("return_dict") is not None or bool(decoder.config.return_dict))
+        )
 
 
+_TAKEN = ("input_ids", "attention_mask", "position_ids", "past_key_values", "use_cache")
 # Arguments that ask for nothing when they are off.
 _OPTIONS = ("return_dict", "output_attentions", "output_hidden_states")
 
 
 def _is_rows(x: Any) -> bool:
     return isinstance(x, torch.Tensor) and x.dim() == 2
-
-
-def _is_step(ids: Any) -> bool:
-    return _is_rows(ids) and ids.shape[1] == 1 and ids.shape[0] > 0

@@ -11,14 +11,35 @@ from typing import Any
 
 from .errors import error_body
 
-_ENDINGS: ContextVar[list[Callable[[], Any]]] = ContextVar("endings")
+
+class _Endings:
+    """What has to be called when a request is over, each once; what comes later, at once."""
+
+    def __init__(self) -> None:
+        self._all: list[Callable[[], Any]] = []
+        self._over = False
+
+    def add(self, end: Callable[[], Any]) -> None:
+        if self._over:
+            end()
+        else:
+            self._all.append(end)
+
+    def call(self) -> None:
+        self._over = True
+        for end in self._all:
+            end()
 
 
-def when_gone(end: Callable[[], Any]) -> None:
-    """Has `end` called if the current request's client goes away before the answer is complete, or
-    the answer fails. For what was begun elsewhere: a request can be cancelled between any two steps
-    of the host, also before it reads the first piece of its own answer."""
-    _ENDINGS.get().append(end)
+_ENDINGS: ContextVar[_Endings] = ContextVar("endings")
+
+
+def when_over(end: Callable[[], Any]) -> None:
+    """Has `end`, which raises nothing, called when the current request is over: its answer is
+    complete, has failed, or has lost its client. For what was begun elsewhere: a request can be
+    cancelled between any two steps of the host, also before it reads the first piece of its own
+    answer."""
+    _ENDINGS.get().add(end)
 
 
 class CancelWhenGone:
@@ -56,24 +77,21 @@ class CancelWhenGone:
             while (await receive())["type"] != "http.disconnect":
                 pass
 
-        endings: list[Callable[[], Any]] = []
-        _ENDINGS.set(endings)
+        ends = _Endings()
+        _ENDINGS.set(ends)
         answer = asyncio.create_task(self._app(scope, replay, send))
         watcher = asyncio.create_task(watch())
         try:
             await asyncio.wait((answer, watcher), return_when=asyncio.FIRST_COMPLETED)
         finally:
             watcher.cancel()
-            complete = answer.done()
-            if not complete:  # the client is gone, or the server ends
+            # The client is gone, the server ends, or there is nothing left that could go on.
+            ends.call()
+            if not answer.done():
                 gone.set()
                 answer.cancel()
                 await asyncio.wait((answer,))
-            error = None if answer.cancelled() else answer.exception()
-            if not complete or error is not None:
-                for end in endings:
-                    end()
-        if error is not None:
+        if not answer.cancelled() and (error := answer.exception()) is not None:
             raise error
 
 
