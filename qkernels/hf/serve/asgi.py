@@ -13,7 +13,7 @@ from .errors import error_body
 
 
 class _Endings:
-    """What has to be called when a request is over, each once; what comes later, at once."""
+    """What has to be called when a request ends early, each once; what comes later, at once."""
 
     def __init__(self) -> None:
         self._all: list[Callable[[], Any]] = []
@@ -34,11 +34,10 @@ class _Endings:
 _ENDINGS: ContextVar[_Endings] = ContextVar("endings")
 
 
-def when_over(end: Callable[[], Any]) -> None:
-    """Has `end`, which raises nothing, called when the current request is over: its answer is
-    complete, has failed, or has lost its client. For what was begun elsewhere: a request can be
-    cancelled between any two steps of the host, also before it reads the first piece of its own
-    answer."""
+def when_gone(end: Callable[[], Any]) -> None:
+    """Has `end`, which raises nothing, called if the current request loses its client before its
+    answer is complete, or fails. For what was begun elsewhere: a request can be cancelled between
+    any two steps of the host, also before it reads the first piece of its own answer."""
     _ENDINGS.get().add(end)
 
 
@@ -85,9 +84,10 @@ class CancelWhenGone:
             await asyncio.wait((answer, watcher), return_when=asyncio.FIRST_COMPLETED)
         finally:
             watcher.cancel()
-            # The client is gone, the server ends, or there is nothing left that could go on.
-            ends.call()
-            if not answer.done():
+            left = not answer.done()  # the client is gone, or the server ends
+            if left or answer.cancelled() or answer.exception() is not None:
+                ends.call()
+            if left:
                 gone.set()
                 answer.cancel()
                 await asyncio.wait((answer,))

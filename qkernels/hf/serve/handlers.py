@@ -16,7 +16,7 @@ from contextlib import aclosing, suppress
 from functools import partial
 from typing import Any
 
-from .asgi import CancelWhenGone, RequireKey, when_over
+from .asgi import CancelWhenGone, RequireKey, when_gone
 from .errors import error_json, refuse, server_error, wrong
 from .host import parts
 from .requests import check_body, fit_length, sampled
@@ -128,7 +128,7 @@ class OneByOne(_GenerateManager):
     ) -> Any:
         job = _Job(model, gen_config, self._ending)
         made = super().generate_streaming(job, processor, inputs, gen_config, *args, **kwargs)
-        when_over(made[1].cancel)
+        when_gone(made[1].cancel)
         return made
 
     async def generate_non_streaming(
@@ -144,7 +144,7 @@ class OneByOne(_GenerateManager):
             except Gone:
                 return None
 
-        when_over(watch.gone.set)
+        when_gone(watch.gone.set)
         # Shielded: the thread of the host sets the future's result, cancelled or not.
         sequences = await asyncio.shield(asyncio.wrap_future(self.submit(run)))
         length = inputs["input_ids"].shape[-1]
@@ -173,14 +173,14 @@ class Together(_CBGenerateManager):
 
     def generate_streaming(self, *args: Any, **kwargs: Any) -> Any:
         made = super().generate_streaming(*args, **kwargs)
-        when_over(made[1].cancel)
+        when_gone(made[1].cancel)
         return made
 
     async def generate_non_streaming(
         self, model: Any, processor: Any, inputs: Any, gen_config: Any, request_id: str
     ) -> Any:
         if self._cb is not None:
-            when_over(partial(self._cb.cancel_request, request_id))
+            when_gone(partial(self._cb.cancel_request, request_id))
         return await super().generate_non_streaming(
             model, processor, inputs, gen_config, request_id
         )
