@@ -82,7 +82,7 @@ race: $(VENV)/bench.stamp $(PEER) qkernels/_C_cpu.so
 # The op tests in a copy of the tree whose libraries check memory and undefined behaviour. Both
 # preloads matter: without libstdc++ ASan misses the exceptions that the ops throw. Leaks are not
 # looked for: Python itself leaves memory behind at exit.
-SANITIZE_TESTS = $(wildcard $(foreach stem,pack linear embedding quantize_act act norm gate kv_append \
+SANITIZE_TESTS = $(wildcard $(foreach stem,pack linear embedding quantize_act act norm gate kv_append append_attention \
   attention cache program sample,tests/test_$(stem)*.py tests/test_cuda_$(stem)*.py))
 sanitize: $(VENV)/test.stamp
 	$(BIN)/python setup.py native --sanitize

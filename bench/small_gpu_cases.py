@@ -72,6 +72,8 @@ def attentions(device: torch.device) -> Iterator[Case]:
             q = ops.kv_append(q, k, v, rope, None, *ragged, *cache.layer(0))
             yield f"kv_append {dtype} {counts}", q
             yield f"attention {dtype} {counts}", ops.attention(q, *ragged, *cache.layer(0))
+            both = ops.append_attention(q, k, v, rope, None, *ragged, *cache.layer(0))
+            yield f"append_attention {dtype} {counts}", both
 
 
 def main() -> int:

@@ -7,6 +7,8 @@ namespace qk {
 
 // Where contents are unchecked, positions may be anything too; see attention_ops.h.
 using KvAppendRun = void (*)(const char* op, const Tensor& q, const KvAppendArgs&);
+// That of this library, for append_attention as well.
+void run_kv_append(const char* op, const Tensor& q, const KvAppendArgs&);
 
 // Every token's row of rope is there.
 inline void check_rope_rows(const char* op, const KvAppendArgs& a) {
@@ -24,16 +26,14 @@ inline void check_rope_rows(const char* op, const KvAppendArgs& a) {
           " rows of rope");
 }
 
-// q [T, Hq, D]; k, v [T, Hkv, D]; rope [positions, rotary_dim] float32; positions [T] int32;
-// query_start [B + 1], kv_len [B], page_table [B, pages per sequence] int32; pages as in attention
-// -> q, rotated [T, Hq, D]
-template <KvAppendRun kRun, Contents kContents>
-Tensor kv_append(const Tensor& q, const Tensor& k, const Tensor& v,
-                 const std::optional<Tensor>& rope, const std::optional<Tensor>& positions,
-                 const Tensor& query_start, const Tensor& kv_len, const Tensor& page_table,
-                 const Tensor& k_pages, const Tensor& v_pages, const std::optional<Tensor>& k_scale,
-                 const std::optional<Tensor>& v_scale) {
-  const char* op = "kv_append";
+// What both ops that append are told, checked; for the caller to add: where the rotated q goes.
+template <Contents kContents>
+KvAppendArgs kv_append_args(const char* op, const Tensor& q, const Tensor& k, const Tensor& v,
+                            const std::optional<Tensor>& rope,
+                            const std::optional<Tensor>& positions, const Tensor& query_start,
+                            const Tensor& kv_len, const Tensor& page_table, const Tensor& k_pages,
+                            const Tensor& v_pages, const std::optional<Tensor>& k_scale,
+                            const std::optional<Tensor>& v_scale) {
   KvAppendArgs a{};
   const int64_t dim = head_dim(op, q), tokens = q.size(0);
   a.type = float_type(op, "q", q.scalar_type());
@@ -62,9 +62,25 @@ Tensor kv_append(const Tensor& q, const Tensor& k, const Tensor& v,
     a.positions = data<int32_t>(positions);
   }
   if constexpr (kContents == Contents::checked) check_rope_rows(op, a);
-  Tensor out = empty_on(q, {tokens, a.q_heads, dim});
-  if (tokens == 0) return out;
-  a.q = data(q), a.k = data(k), a.v = data(v), a.q_out = mutable_data(out);
+  a.q = data(q), a.k = data(k), a.v = data(v);
+  return a;
+}
+
+// q [T, Hq, D]; k, v [T, Hkv, D]; rope [positions, rotary_dim] float32; positions [T] int32;
+// query_start [B + 1], kv_len [B], page_table [B, pages per sequence] int32; pages as in attention
+// -> q, rotated [T, Hq, D]
+template <KvAppendRun kRun, Contents kContents>
+Tensor kv_append(const Tensor& q, const Tensor& k, const Tensor& v,
+                 const std::optional<Tensor>& rope, const std::optional<Tensor>& positions,
+                 const Tensor& query_start, const Tensor& kv_len, const Tensor& page_table,
+                 const Tensor& k_pages, const Tensor& v_pages, const std::optional<Tensor>& k_scale,
+                 const std::optional<Tensor>& v_scale) {
+  const char* op = "kv_append";
+  KvAppendArgs a = kv_append_args<kContents>(op, q, k, v, rope, positions, query_start, kv_len,
+                                             page_table, k_pages, v_pages, k_scale, v_scale);
+  Tensor out = empty_on(q, {q.size(0), a.q_heads, q.size(2)});
+  if (q.size(0) == 0) return out;
+  a.q_out = mutable_data(out);
   kRun(op, q, a);
   return out;
 }

@@ -49,7 +49,7 @@ def compiled(module: torch.nn.Module) -> tuple[Callable[..., Any], list[int]]:
         return traced
 
     torch._dynamo.reset()
-    backend = lambda traced, inputs: merged(traced, inputs, run_as_it_is)  # noqa: E731
+    backend = lambda traced, inputs: merged(traced, inputs, run_as_it_is)[0]  # noqa: E731
     return torch.compile(module, backend=backend, fullgraph=True), counts
 
 
@@ -247,7 +247,7 @@ def test_one_graph_serves_two_models_each_with_its_own() -> None:
 
     def backend(traced: Any, inputs: Any) -> Any:
         counts.append(1)
-        return merged(traced, inputs, lambda traced, inputs: traced)
+        return merged(traced, inputs, lambda traced, inputs: traced)[0]
 
     torch._dynamo.reset()
     calls = [torch.compile(m, backend=backend, fullgraph=True) for m in modules]

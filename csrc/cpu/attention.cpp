@@ -1,5 +1,5 @@
-// The attention ops on the CPU; their checks are in attention_ops.h.
-#include "../attention_ops.h"
+// The attention ops on the CPU; their checks are in attention_ops.h and append_attention_ops.h.
+#include "../append_attention_ops.h"
 
 #include "kernels.h"
 #include "run.h"
@@ -48,6 +48,7 @@ void run_dense(const char*, const Tensor& q, const DenseAttentionArgs& args) {
 
 STABLE_TORCH_LIBRARY_IMPL(QK_OPS, CPU, m) {
   m.impl("attention", TORCH_BOX((&attention<run_paged, Contents::checked>)));
+  m.impl("append_attention", TORCH_BOX((&append_attention<run_paged, Contents::checked>)));
   m.impl("attention_dense", TORCH_BOX((&attention_dense<run_dense, Contents::checked>)));
 }
 

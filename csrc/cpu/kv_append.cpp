@@ -5,9 +5,8 @@
 #include "run.h"
 
 namespace qk {
-namespace {
 
-void run(const char*, const Tensor&, const KvAppendArgs& args) {
+void run_kv_append(const char*, const Tensor&, const KvAppendArgs& args) {
   const Kernels& kernel = kernels();
   // One core has rotated and stored so many numbers before a second one has started.
   const int64_t numbers =
@@ -16,8 +15,10 @@ void run(const char*, const Tensor&, const KvAppendArgs& args) {
   run_team(small ? 1 : team_size(), [&](Team& team) { kernel.kv_append(args, team); });
 }
 
+namespace {
+
 STABLE_TORCH_LIBRARY_IMPL(QK_OPS, CPU, m) {
-  m.impl("kv_append", TORCH_BOX((&kv_append<run, Contents::checked>)));
+  m.impl("kv_append", TORCH_BOX((&kv_append<run_kv_append, Contents::checked>)));
 }
 
 }  // namespace

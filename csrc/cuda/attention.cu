@@ -1,8 +1,8 @@
-// The attention ops on CUDA; their checks are in attention_ops.h.
+// The attention ops on CUDA; their checks are in attention_ops.h and append_attention_ops.h.
 //
 // Which kernel: products of 16-bit numbers where keys and queries are such (or codes), split over
 // the keys for few new tokens per sequence, in tiles for many; else float32 arithmetic.
-#include "../attention_ops.h"
+#include "../append_attention_ops.h"
 
 #include "attention_decode.cuh"
 #include "attention_merge.cuh"
@@ -118,6 +118,7 @@ void run_dense(const char* op, const Tensor& q, const DenseAttentionArgs& args) 
 
 STABLE_TORCH_LIBRARY_IMPL(QK_OPS, QK_DEVICE_KEY, m) {
   m.impl("attention", TORCH_BOX((&attention<run, Contents::unchecked>)));
+  m.impl("append_attention", TORCH_BOX((&append_attention<run, Contents::unchecked>)));
   m.impl("attention_dense", TORCH_BOX((&attention_dense<run_dense, Contents::unchecked>)));
 }
 

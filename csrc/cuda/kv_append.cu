@@ -5,14 +5,15 @@
 #include "device.h"
 
 namespace qk {
-namespace {
 
-void run(const char* op, const Tensor& q, const KvAppendArgs& args) {
+void run_kv_append(const char* op, const Tensor& q, const KvAppendArgs& args) {
   launch_on(op, q, [&](cudaStream_t stream) { return launch_kv_append(args, stream); });
 }
 
+namespace {
+
 STABLE_TORCH_LIBRARY_IMPL(QK_OPS, QK_DEVICE_KEY, m) {
-  m.impl("kv_append", TORCH_BOX((&kv_append<run, Contents::unchecked>)));
+  m.impl("kv_append", TORCH_BOX((&kv_append<run_kv_append, Contents::unchecked>)));
 }
 
 }  // namespace

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, get_layer_types_and_kwargs
 
 from ..cache import KV_DTYPES, token_bytes
-from ..ops.attention import attention, kv_append
+from ..ops.attention import append_attention, attention, kv_append
 from ..ops.attention_checks import MAX_HEAD_DIM
 from ..reference.attention import unpack_nibbles
 from .masks import SeenKeys
@@ -85,23 +85,21 @@ class StoredKeys(_Stored):
         else:
             q, k, v = q[rows], k[rows], v[rows]
             starts = torch.nn.functional.pad(counts.cumsum(0, dtype=torch.int32), (1, 0))
-        if not self.written:  # layers may share keys: the second one only reads
+        where = (starts, layer.kv_len, layer.page_table, *layer.pages)
+        options: dict[str, Any] = {
+            "scale": scale,
+            "causal": seen.causal,
+            "window": seen.window,
+            "softcap": softcap,
+            "sinks": sinks,
+            "distance_bias": distance_bias,
+        }
+        if self.written:  # layers may share keys: the second one only reads
+            out = attention(q, *where, **options)
+        else:
             self.written = True
             layer.count(seen, queries)
-            q = kv_append(q, k, v, None, None, starts, layer.kv_len, layer.page_table, *layer.pages)
-        out = attention(
-            q,
-            starts,
-            layer.kv_len,
-            layer.page_table,
-            *layer.pages,
-            scale=scale,
-            causal=seen.causal,
-            window=seen.window,
-            softcap=softcap,
-            sinks=sinks,
-            distance_bias=distance_bias,
-        )
+            out = append_attention(q, k, v, None, None, *where, **options)
         if rows is not None:
             whole = out.new_zeros(batch * queries, heads, dim)
             out = whole.index_copy_(0, rows, out)

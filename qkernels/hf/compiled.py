@@ -12,6 +12,7 @@ from torch._dynamo import list_backends, lookup_backend, register_backend
 from transformers import CompileConfig
 
 from .merged import merged
+from .rotary import leave_rotation
 
 # Our ops have their autograd formulas in Python, which costs a call as much as the kernel does. A
 # decode step has no use for them, so our backends call what another one compiled below autograd.
@@ -29,10 +30,12 @@ LIMIT = 128
 @dataclass(eq=False)
 class _Graph:
     """One graph of a decode step: the code that Dynamo traced, None if it holds constants that the
-    code does not show, and what the backend made of it."""
+    code does not show, and what the backend made of it; `again` does not look for changes of the
+    model."""
 
     code: str | None
     run: Callable[..., Any]
+    again: Callable[..., Any]
 
 
 class _Ran(threading.local):
@@ -68,7 +71,9 @@ def _registered(backend: str) -> str:
             def compiled(traced: Any, inputs: Any) -> Any:
                 return inner(traced, inputs, **fixed, **options)
 
-            graph = _Graph(code, _without_autograd(merged(traced, inputs, compiled)))
+            leave_rotation(traced)
+            run, again = map(_without_autograd, merged(traced, inputs, compiled))
+            graph = _Graph(code, run, again)
 
             def call(*args: Any) -> Any:
                 if _ran.graphs is not None:
@@ -111,7 +116,7 @@ class _Step:
         if graph not in self.quick:
 
             def compile_graph(traced: Any, inputs: Any) -> Any:
-                return graph.run if traced.code == graph.code else self.backend(traced, inputs)
+                return graph.again if traced.code == graph.code else self.backend(traced, inputs)
 
             self.quick[graph] = torch.compile(
                 self.model.__call__,

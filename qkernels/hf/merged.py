@@ -60,7 +60,7 @@ def _name(node: Node) -> str:
     return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
 
 
-def _writes(node: Node) -> bool:
+def may_write(node: Node) -> bool:
     """Whether a node may write into something: rather too often than not."""
     if node.op not in ("call_method", "call_function"):
         return node.op == "call_module"
@@ -83,7 +83,7 @@ def _linear_calls(traced: GraphModule, inputs: Sequence[Any]) -> Iterable[tuple[
     places = {node: i for i, node in enumerate(traced.graph.find_nodes(op="placeholder"))}
     writes = 0  # before a call: who reads on both sides of one may see something else
     for node in traced.graph.nodes:
-        writes += _writes(node)
+        writes += may_write(node)
         if node.op != "call_function" or node.target is not LINEAR:
             continue
         args = (*node.args, *(None,) * (_ARGUMENTS - len(node.args)))
@@ -144,11 +144,13 @@ class _Places:
         # What lay under the pieces, for one call more: another thread may be computing with it.
         self.replaced: list[Any] = []
 
-    def common(self, args: Sequence[Any]) -> list[Any]:
+    def common(self, args: Sequence[Any], *, look: bool = True) -> list[Any]:
         """These inputs, the first ones of the columns replaced by the common tensors, into which
-        all of them are moved if need be."""
+        all of them are moved if need be. look: whether they lie where they did; without it those
+        of a model that was seen are taken to."""
         found = self.known.get(id(args[self.columns[0][0]]))
-        if found is None or list(map(Tensor.data_ptr, self.pieces(args))) != found[1]:
+        moved = look and found and list(map(Tensor.data_ptr, self.pieces(args))) != found[1]
+        if found is None or moved:
             with _moving:
                 found = self._move(args)
         elif self.replaced:
@@ -206,12 +208,16 @@ def _examples(inputs: Sequence[Any], columns: Iterable[list[int]]) -> list[Any]:
 
 def merged(
     traced: GraphModule, inputs: Sequence[Any], inner: Callable[..., Any]
-) -> Callable[..., Any]:
+) -> tuple[Callable[..., Any], Callable[..., Any]]:
     """What `inner`, a backend of torch.compile, makes of a graph that Dynamo traced, with its
-    linear layers merged where they can be. Layers on a GPU stay as they are."""
+    linear layers merged where they can be. Layers on a GPU stay as they are.
+
+    The second of the two is for calls after one of the first, while nobody replaces a layer: it
+    does not look where a model's tensors are."""
     groups = _groups(traced, inputs)
     if not groups:
-        return inner(traced, inputs)
+        run = inner(traced, inputs)
+        return run, run
     graph = traced.graph
     columns: list[list[int]] = []
     for calls in groups:
@@ -241,4 +247,7 @@ def merged(
     traced.recompile()
     places = _Places(columns)
     run = inner(traced, _examples(inputs, columns))
-    return lambda *args: run(*places.common(args))
+    return (
+        lambda *args: run(*places.common(args)),
+        lambda *args: run(*places.common(args, look=False)),
+    )

@@ -2,7 +2,7 @@
 
 from . import decoder as decoder
 from .act import QuantAct, quantize_act
-from .attention import attention, attention_dense, kv_append
+from .attention import append_attention, attention, attention_dense, kv_append
 from .embedding import embedding
 from .gate import gate, gate_quant
 from .linear import linear, linear_quant
@@ -16,6 +16,7 @@ __all__ = [
     "add_norm",
     "add_norm_quant",
     "alibi_slopes",
+    "append_attention",
     "attention",
     "attention_dense",
     "dequantize",

@@ -12,6 +12,8 @@ from ..reference.attention import attention_dense as _attention_dense
 from ..reference.attention import kv_append as _kv_append
 from . import checks
 from .attention_checks import (
+    APPEND,
+    check_append_attention,
     check_attention,
     check_attention_dense,
     check_kv_append,
@@ -43,6 +45,11 @@ def _fake_kv_append(*args: Any) -> Tensor:
     return _empty(args[0])
 
 
+def _fake_append_attention(*args: Any) -> Tensor:
+    check_append_attention(*args)
+    return _empty(args[0])
+
+
 def _reference_attention(*args: Any) -> Tensor:
     check_attention(*args)
     q, query_start, kv_len, page_table, k_pages = args[:5]
@@ -58,12 +65,22 @@ def _reference_attention_dense(*args: Any) -> Tensor:
     return _attention_dense(*args)
 
 
+def _append_contents(op: str, *args: Any) -> None:
+    q, _, _, rope, positions, query_start, kv_len, page_table, k_pages = args[:9]
+    ragged_contents(op, q.shape[0], k_pages, query_start, kv_len, page_table)
+    rope_contents(op, rope, positions, query_start, kv_len)
+
+
 def _reference_kv_append(*args: Any) -> Tensor:
     check_kv_append(*args)
-    q, _, _, rope, positions, query_start, kv_len, page_table, k_pages = args[:9]
-    ragged_contents("kv_append", q.shape[0], k_pages, query_start, kv_len, page_table)
-    rope_contents("kv_append", rope, positions, query_start, kv_len)
+    _append_contents("kv_append", *args)
     return _kv_append(*args)
+
+
+def _reference_append_attention(*args: Any) -> Tensor:
+    check_append_attention(*args)
+    _append_contents("append_attention", *args)
+    return _attention(_kv_append(*args[:APPEND]), *args[5:])
 
 
 define(
@@ -86,6 +103,14 @@ define(
     "Tensor(a!) k_pages, Tensor(b!) v_pages, Tensor(c!)? k_scale, Tensor(d!)? v_scale) -> Tensor",
     fake=_fake_kv_append,
     reference=_reference_kv_append,
+)
+define(
+    "append_attention",
+    f"(Tensor q, Tensor k, Tensor v, Tensor? rope, Tensor? positions, {RAGGED}, "
+    "Tensor(a!) k_pages, Tensor(b!) v_pages, Tensor(c!)? k_scale, Tensor(d!)? v_scale, "
+    f"float scale, bool causal, int window, float softcap, {SCORE_BIAS}) -> Tensor",
+    fake=_fake_append_attention,
+    reference=_reference_append_attention,
 )
 
 
@@ -254,5 +279,61 @@ def kv_append(
         v_pages,
         k_scale,
         v_scale,
+    )
+    return out
+
+
+def append_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rope: Tensor | None,
+    positions: Tensor | None,
+    query_start: Tensor,
+    kv_len: Tensor,
+    page_table: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+    *,
+    scale: float | None = None,
+    causal: bool = True,
+    window: int = 0,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    distance_bias: Tensor | None = None,
+) -> Tensor:
+    """`kv_append`, and `attention` of the rotated q over the cache that now has k and v: the same
+    bits in one call, for hosts to whom a call costs as much as a kernel.
+
+    Arguments are those of `kv_append`, then the options of `attention`. Writes the pages (and
+    scales) in place; returns the attention's result, [T, Hq, D] in q's dtype. Raises RuntimeError
+    as the two do; nothing is written then.
+    """
+    scale = _default_scale(q) if scale is None else scale
+    checks.no_gradient("append_attention", *_given(q, k, v, sinks, alibi_slopes, distance_bias))
+    op = select("append_attention", q.device)
+    out: Tensor = op(
+        q,
+        k,
+        v,
+        rope,
+        positions,
+        query_start,
+        kv_len,
+        page_table,
+        k_pages,
+        v_pages,
+        k_scale,
+        v_scale,
+        scale,
+        causal,
+        window,
+        softcap,
+        sinks,
+        alibi_slopes,
+        distance_bias,
     )
     return out

@@ -1,5 +1,6 @@
-"""Checks of attention, attention_dense and kv_append: csrc/kv_cache.h, attention_ops.h and
-kv_append_ops.h in Python, with the same conditions and sentences."""
+"""Checks of attention, attention_dense, kv_append and append_attention: csrc/kv_cache.h,
+attention_ops.h, kv_append_ops.h and append_attention_ops.h in Python, with the same conditions and
+sentences."""
 
 from __future__ import annotations
 
@@ -12,6 +13,9 @@ from torch import Tensor
 from . import checks
 
 MAX_HEAD_DIM = 512
+# Arguments of kv_append, with which those of append_attention begin: all from the fifth on are
+# those of attention.
+APPEND = 12
 PAGE_TYPES = (torch.float32, torch.float16, torch.bfloat16, torch.uint8)
 
 
@@ -168,8 +172,9 @@ def check_attention(
     sinks: Tensor | None = None,
     alibi_slopes: Tensor | None = None,
     distance_bias: Tensor | None = None,
+    *,
+    op: str = "attention",
 ) -> None:
-    op = "attention"
     _pages(op, _query(op, q), k_pages, v_pages, k_scale, v_scale)
     _heads(op, q.shape[1], k_pages.shape[1])
     _options(op, scale, window, softcap)
@@ -246,8 +251,9 @@ def check_kv_append(
     v_pages: Tensor,
     k_scale: Tensor | None,
     v_scale: Tensor | None,
+    *,
+    op: str = "kv_append",
 ) -> None:
-    op = "kv_append"
     dim = _query(op, q)
     _tokens(op, "k", k)
     _tokens(op, "v", v)
@@ -281,6 +287,12 @@ def check_kv_append(
         k_scale=k_scale,
         v_scale=v_scale,
     )
+
+
+def check_append_attention(*args: Any) -> None:
+    op = "append_attention"
+    check_kv_append(*args[:APPEND], op=op)
+    check_attention(args[0], *args[5:], op=op)
 
 
 # ---- contents of the index tensors: only where there are any, so not in the fakes ----

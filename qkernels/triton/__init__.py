@@ -24,6 +24,7 @@ LEAST = (3, 6)
 DISTRIBUTIONS = ("triton", "triton-rocm", "pytorch-triton-rocm", "pytorch-triton")
 # Of every op: the module of its stem; the function has the op's name.
 MODULES = {
+    "append_attention": "attention",
     "attention": "attention",
     "attention_dense": "attention",
     "gate": "gate",

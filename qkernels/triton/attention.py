@@ -11,9 +11,11 @@ import triton.language as tl
 from torch import Tensor
 
 from ..ops import registry
+from ..ops.attention_checks import APPEND, check_append_attention
 from . import tuning
 from .attention_kernel import attention_kernel, attention_merge_kernel
 from .core import device_of, multiprocessors, next_power_of_2
+from .kv_append import kv_append
 
 # Sequences of more new tokens are not split over their keys, unless there are few tokens in all.
 _DECODE_TOKENS = 8
@@ -208,6 +210,11 @@ def attention(
     most = min(page_table.shape[1] * page, _INT_MAX)
     keys = Keys(k_pages, v_pages, k_scale, v_scale, kv_len, page_table, None, heads, page, most)
     return _attend(q, out, query_start, keys, Options(*options))
+
+
+def append_attention(*args: Any) -> Tensor:
+    check_append_attention(*args)
+    return attention(kv_append(*args[:APPEND]), *args[5:])
 
 
 def attention_dense(
