@@ -258,6 +258,39 @@ def test_one_graph_serves_two_models_each_with_its_own() -> None:
     assert counts == [1]
 
 
+@torch.no_grad()
+def test_the_calls_after_the_first_do_not_look() -> None:
+    """They compute with the tensors that were there, until a first call looks again; of a model
+    that they never saw they take its own."""
+    modules = [Layers([layer(64, seed=3 * m + i) for i in range(3)]) for m in range(2)]
+    calls: list[tuple[Callable[..., Any], ...]] = []
+    which = 0
+
+    def backend(traced: Any, inputs: Any) -> Any:
+        calls.append(merged(traced, inputs, lambda traced, inputs: traced))
+        return lambda *args: calls[0][which](*args)
+
+    torch._dynamo.reset()
+    module, other = modules
+    compiled, of_the_other = (
+        torch.compile(m, backend=backend, fullgraph=True, dynamic=False) for m in modules
+    )
+    x = torch.randn(1, 1, COLUMNS)
+    before = module(x)
+    assert agree(compiled(x), before)
+    which = 1
+    module.layers[0].weight.neg_()  # in its place
+    changed = module(x)
+    assert agree(compiled(x), changed) and not agree(changed, before)
+    module.layers[0].weight.data = module.layers[0].weight.neg()  # in another one
+    assert agree(module(x), before) and agree(compiled(x), changed)
+    assert agree(of_the_other(x), other(x))
+    which = 0
+    assert agree(compiled(x), before)
+    which = 1
+    assert agree(compiled(x), before) and len(calls) == 1
+
+
 def test_a_model_is_saved_as_before(tmp_path: Path) -> None:
     """After its steps were compiled: no more memory, and saved and reloaded bit for bit."""
     model = tiny("llama", quantized=True)

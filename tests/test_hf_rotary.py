@@ -169,6 +169,42 @@ class Written(Step):
         return out
 
 
+class WrittenThroughAView(Step):
+    def rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        x = x.clone()
+        out = super().rotate(x, cos, sin)
+        x[..., :4].mul_(2)
+        return out
+
+
+class AnglesChange(Step):
+    """In place, after the rotation."""
+
+    def rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        out = super().rotate(x, cos, sin)
+        if x.shape[1] == KV_HEADS:
+            cos.squeeze(1).zero_()
+        return out
+
+
+class Weighed(Step):
+    """The second term counts twice."""
+
+    def rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        return torch.add(x * cos, self.turned(x) * sin, alpha=2)
+
+
+class ByName(Step):
+    """Calls whose operands have names."""
+
+    def rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        return torch.add(torch.mul(x, other=cos), other=self.turned(x) * sin)
+
+    def turned(self, x: Tensor) -> Tensor:
+        x1, x2 = x[..., : x.shape[-1] // 2], x[..., x.shape[-1] // 2 :]
+        return torch.cat(tensors=(-x2, x1), dim=-1)
+
+
 class Subtracted(Step):
     def rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         return (x * cos) - (self.turned(x) * sin)
@@ -187,8 +223,8 @@ class NotAtAll(Step):
 
 
 OTHERS = [
-    Partly, OtherWay, Uneven, TwoFrequencies, HalvesScaled, QueryAlone, Written, Subtracted,
-    Promoted, NotAtAll,
+    Partly, OtherWay, Uneven, TwoFrequencies, HalvesScaled, QueryAlone, Written,
+    WrittenThroughAView, AnglesChange, Weighed, ByName, Subtracted, Promoted, NotAtAll,
 ]  # fmt: skip
 
 

@@ -43,8 +43,23 @@ def _shape(node: Node) -> tuple[int, ...] | None:
     return shape if shape is not None and all(type(size) is int for size in shape) else None
 
 
-def _option(node: Node, place: int, name: str) -> Any:
-    return node.args[place] if len(node.args) > place else node.kwargs.get(name)
+def _dtype(node: Node) -> torch.dtype | None:
+    return getattr(node.meta.get("example_value"), "dtype", None)
+
+
+def _operands(node: Any, name: str) -> tuple[Any, Any] | None:
+    """The two that a node adds or multiplies, or that it puts side by side in the last
+    dimension."""
+    if not _called(node, name):
+        return None
+    operands, options = node.args, dict(node.kwargs)
+    if name == "cat":
+        operands = node.args[0] if node.args else ()
+        if len(node.args) > 1:
+            options["dim"] = node.args[1]
+        if options.pop("dim", 0) != -1:
+            return None
+    return tuple(operands) if len(operands) == 2 and not options else None
 
 
 def _half(node: Any, x: Node, first: bool) -> bool:
@@ -53,7 +68,8 @@ def _half(node: Any, x: Node, first: bool) -> bool:
     if shape is None or shape[-1] % 2 or not _called(node, "getitem") or node.args[0] is not x:
         return False
     half = shape[-1] // 2
-    return node.args[1] == (Ellipsis, slice(None, half) if first else slice(half, None))
+    kept = slice(None, half) if first else slice(half, None)
+    return bool(node.args[1] == (Ellipsis, kept))
 
 
 def _halves_are_equal(node: Any) -> bool:
@@ -63,40 +79,32 @@ def _halves_are_equal(node: Any) -> bool:
         if others:
             return False
         node = node.args[0]
-    if not _called(node, "cat") or _option(node, 1, "dim") != -1:
-        return False
-    parts = node.args[0]
-    return len(parts) == 2 and parts[0] is parts[1]
+    parts = _operands(node, "cat")
+    return parts is not None and parts[0] is parts[1]
 
 
 def _rotated(node: Any) -> tuple[Node, Node, Node] | None:
     """x, cos and sin, if a node is x * cos + cat(-x2, x1) * sin, where x1 and x2 are the halves of
     x [B, H, T, D], and cos and sin [B, 1, T, D]."""
-    if not (_called(node, "add") and all(_called(a, "mul") for a in node.args)):
+    terms = _operands(node, "add") or (None, None)
+    first, second = (_operands(term, "mul") for term in terms)
+    if first is None or second is None:
         return None
-    (x, cos), (turned, sin) = node.args[0].args, node.args[1].args
-    if not (isinstance(x, Node) and _called(turned, "cat")) or _option(turned, 1, "dim") != -1:
+    (x, cos), (turned, sin) = first, second
+    parts = _operands(turned, "cat")
+    if parts is None or not isinstance(x, Node) or not _called(parts[0], "neg"):
         return None
-    parts = turned.args[0]
-    fits = (
-        len(parts) == 2
-        and _called(parts[0], "neg")
-        and _half(parts[0].args[0], x, first=False)
-        and _half(parts[1], x, first=True)
-    )
+    if not (_half(parts[0].args[0], x, first=False) and _half(parts[1], x, first=True)):
+        return None
     shape = _shape(x)
-    if not fits or shape is None or len(shape) != 4:
-        return None
-    if node.meta["example_value"].dtype != x.meta["example_value"].dtype:
-        return None  # angles of another dtype make it theirs
+    if shape is None or len(shape) != 4 or _dtype(node) != _dtype(x):
+        return None  # angles of another dtype make the result theirs
     batch, _, tokens, dim = shape
     for angle in (cos, sin):
         if not _called(angle, "unsqueeze") or _shape(angle) != (batch, 1, tokens, dim):
             return None
-        if not _halves_are_equal(angle):
+        if _shape(angle.args[0]) != (batch, tokens, dim) or not _halves_are_equal(angle):
             return None
-    if any(may_write(user) for user in x.users):
-        return None
     return x, cos.args[0], sin.args[0]
 
 
@@ -117,8 +125,32 @@ def _source(rows: Any) -> Node | None:
     return source
 
 
+def _is_state(node: Any) -> bool:
+    return isinstance(node, Node) and node.op == "placeholder"
+
+
+def _written(node: Node) -> list[Any]:
+    """What a node that writes may write to; None: who knows."""
+    schema = getattr(node.target, "_schema", None)
+    if node.kwargs or node.op == "call_module":
+        return [None]
+    if schema is None:
+        return list(node.args[:1])
+    named = zip(schema.arguments, node.args, strict=False)
+    return [
+        given
+        for argument, given in named
+        if given is not None and argument.alias_info is not None and argument.alias_info.is_write
+    ]
+
+
 def _appends(traced: GraphModule) -> Iterator[tuple[Node, list[tuple[Node, Node, Node]]]]:
     """Calls of append_attention whose q and k were rotated before, with what they were made of."""
+    # What is written to may be what was rotated, or a view of it, and be read too late: but for the
+    # inputs of a graph, the state of a cache.
+    for node in traced.graph.nodes:
+        if may_write(node) and not all(_is_state(given) for given in _written(node)):
+            return
     for node in traced.graph.find_nodes(op="call_function", target=APPEND_ATTENTION):
         if node.kwargs or node.args[_ROPE] is not None:
             continue
