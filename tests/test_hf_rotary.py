@@ -3,6 +3,7 @@ one that the op does."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch.fx import GraphModule
 
 import qkernels.hf as hf
 from qkernels.hf import compiled
-from qkernels.hf.rotary import APPEND_ATTENTION, leave_rotation
+from qkernels.hf.rotary import APPEND_ATTENTION, fold_rotary
 from qkernels.ops.attention import append_attention
 
 HEADS, KV_HEADS, DIM, PAGE = 4, 2, 32, 16
@@ -58,13 +59,16 @@ class Step:
     def query(self, q: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         return self.rotate(q, cos, sin)
 
+    def rows(self, x: Tensor) -> Tensor:
+        return x.transpose(1, 2).reshape(-1, x.shape[1], DIM)
+
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, *pages: Tensor
     ) -> Tensor:
         batch, _, tokens, _ = q.shape
         cos, sin = (x.to(q.dtype).unsqueeze(1) for x in self.angles(positions))
         q, k = self.query(q, cos, sin), self.rotate(k, cos, sin)
-        rows = (x.transpose(1, 2).reshape(-1, x.shape[1], DIM) for x in (q, k, v))
+        rows = map(self.rows, (q, k, v))
         starts = torch.arange(batch + 1, dtype=torch.int32) * tokens
         lengths = torch.full((batch,), 12, dtype=torch.int32)
         table = torch.arange(batch, dtype=torch.int32)[:, None]
@@ -85,16 +89,15 @@ def inputs(batch: int, tokens: int, dtype: torch.dtype = torch.float32) -> list[
 
 
 def left(step: Callable[..., Tensor], args: list[Tensor]) -> GraphModule:
-    """The graph of a step after `leave_rotation`, which computes what the step does."""
+    """The graph of a step after `fold_rotary`, which computes what the step does."""
     kept: list[GraphModule] = []
 
     def backend(traced: GraphModule, _: Any) -> GraphModule:
-        leave_rotation(traced)
+        fold_rotary(traced)
         kept.append(traced)
         return traced
 
-    ours, theirs = ([a.clone() for a in args] for _ in range(2))
-    ours[:3], theirs[:3] = args[:3], args[:3]  # as views of one tensor
+    ours, theirs = copy.deepcopy(args), copy.deepcopy(args)  # views stay views of one tensor
     found = torch.compile(step, backend=backend, fullgraph=True)(*ours)
     wide = [a.float() if a.is_floating_point() else a for a in theirs]
     truth = step(*wide)
@@ -177,6 +180,39 @@ class WrittenThroughAView(Step):
         return out
 
 
+class WritesItsInput(Step):
+    def rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        out = super().rotate(x, cos, sin)
+        self.write(x)
+        return out
+
+    def write(self, x: Tensor) -> None:
+        x.zero_()
+
+
+class WritesByAnOperator(WritesItsInput):
+    def write(self, x: Tensor) -> None:
+        x.__iadd__(1.0)
+
+
+class WritesPastAutograd(WritesItsInput):
+    def write(self, x: Tensor) -> None:
+        x.data.__imul__(3.0)
+
+
+class Renormalizes(WritesItsInput):
+    def write(self, x: Tensor) -> None:
+        rows = torch.zeros(1, dtype=torch.int64)
+        torch.nn.functional.embedding(rows, x[0, 0], max_norm=0.1)
+
+
+class WritesTheBase(WritesItsInput):
+    def rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        out = Step.rotate(self, x.view_as(x), cos, sin)
+        self.write(x)
+        return out
+
+
 class AnglesChange(Step):
     """In place, after the rotation."""
 
@@ -195,14 +231,33 @@ class Weighed(Step):
 
 
 class ByName(Step):
-    """Calls whose operands have names."""
+    """Operands that have names."""
 
     def rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        return torch.add(torch.mul(x, other=cos), other=self.turned(x) * sin)
+        return torch.add(x * cos, other=self.turned(x) * sin)
 
+
+class FactorByName(Step):
+    def rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        return torch.mul(x, other=cos) + self.turned(x) * sin
+
+
+class PartsByName(Step):
     def turned(self, x: Tensor) -> Tensor:
         x1, x2 = x[..., : x.shape[-1] // 2], x[..., x.shape[-1] // 2 :]
         return torch.cat(tensors=(-x2, x1), dim=-1)
+
+
+class NegativeByName(Step):
+    def turned(self, x: Tensor) -> Tensor:
+        x1, x2 = x[..., : x.shape[-1] // 2], x[..., x.shape[-1] // 2 :]
+        return torch.cat((torch.neg(input=x2), x1), dim=-1)
+
+
+class AnglesByName(Step):
+    def rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        cos, sin = (torch.unsqueeze(input=a.squeeze(1), dim=1) for a in (cos, sin))
+        return super().rotate(x, cos, sin)
 
 
 class Subtracted(Step):
@@ -224,7 +279,9 @@ class NotAtAll(Step):
 
 OTHERS = [
     Partly, OtherWay, Uneven, TwoFrequencies, HalvesScaled, QueryAlone, Written,
-    WrittenThroughAView, AnglesChange, Weighed, ByName, Subtracted, Promoted, NotAtAll,
+    WrittenThroughAView, WritesItsInput, WritesByAnOperator, WritesPastAutograd, Renormalizes,
+    WritesTheBase, AnglesChange, Weighed, ByName, FactorByName, PartsByName, NegativeByName,
+    AnglesByName, Subtracted, Promoted, NotAtAll,
 ]  # fmt: skip
 
 
@@ -240,6 +297,26 @@ def test_one_position_for_all_sequences_stays_where_it_is() -> None:
     args[3] = args[3][:1]
     (node,) = appends(left(Step(), args))
     assert node.args[3] is None
+
+
+def test_rows_by_name_stay_where_they_are() -> None:
+    class Named(Step):
+        def rows(self, x: Tensor) -> Tensor:
+            return torch.reshape(input=x.transpose(1, 2), shape=(-1, x.shape[1], DIM))
+
+    (node,) = appends(left(Named(), inputs(1, 2)))
+    assert node.args[3] is None
+
+
+@pytest.mark.filterwarnings("error")
+def test_one_tensor_may_be_query_and_key() -> None:
+    step = Step()
+
+    def call(q: Tensor, k: Tensor, *rest: Tensor) -> Tensor:
+        return step(k, k, *rest)
+
+    (node,) = appends(left(call, inputs(1, 2)))
+    assert node.args[3] is not None
 
 
 def test_what_others_read_is_kept() -> None:
@@ -266,10 +343,10 @@ def test_models_leave_their_rotation(case: str, monkeypatch: pytest.MonkeyPatch)
     kept: list[GraphModule] = []
 
     def leave(traced: GraphModule) -> None:
-        leave_rotation(traced)
+        fold_rotary(traced)
         kept.append(traced)
 
-    monkeypatch.setattr(compiled, "leave_rotation", leave)
+    monkeypatch.setattr(compiled, "fold_rotary", leave)
     model = tiny(case, quantized=True)
     model.set_attn_implementation(hf.ATTENTION)
     cache = hf.QuantizedStaticCache(model.config, 64, "float32")
@@ -285,3 +362,23 @@ def test_models_leave_their_rotation(case: str, monkeypatch: pytest.MonkeyPatch)
         # one table for all layers of the same angles
         tables = {node.args[3] for node in appends(traced)}
         assert len(tables) == (2 if case == "gemma3" else 1)
+
+
+def test_logits_of_16_bits_differ_by_rounding() -> None:
+    model = tiny("llama", quantized=True).bfloat16()
+    model.set_attn_implementation(hf.ATTENTION)
+    cache = hf.QuantizedStaticCache(model.config, 64, "bfloat16")
+
+    def second() -> Tensor:
+        """The logits of the first step after the prompt."""
+        cache.reset()
+        how = {"output_logits": True, "return_dict_in_generate": True}
+        said: Any = generate(model, "left", 2, past_key_values=cache, **how)
+        return said.logits[1].float()
+
+    truth = second()
+    hf.compile_decode(model, "eager")
+    found = second()
+    assert not torch.equal(found, truth)
+    # 2 layers of activations with 8 bits, of which a rounding may change the last one
+    assert torch.nn.functional.cosine_similarity(found, truth).min() > 0.999

@@ -12,7 +12,7 @@ from torch._dynamo import list_backends, lookup_backend, register_backend
 from transformers import CompileConfig
 
 from .merged import merged
-from .rotary import leave_rotation
+from .rotary import fold_rotary
 
 # Our ops have their autograd formulas in Python, which costs a call as much as the kernel does. A
 # decode step has no use for them, so our backends call what another one compiled below autograd.
@@ -71,7 +71,7 @@ def _registered(backend: str) -> str:
             def compiled(traced: Any, inputs: Any) -> Any:
                 return inner(traced, inputs, **fixed, **options)
 
-            leave_rotation(traced)
+            fold_rotary(traced)
             run, again = map(_without_autograd, merged(traced, inputs, compiled))
             graph = _Graph(code, run, again)
 
@@ -188,10 +188,12 @@ def compile_decode(model: Any, backend: str = "inductor", *, fullgraph: bool = T
     It takes a cache of fixed size: this one or transformers' StaticCache; with others `generate`
     goes on as before, with a warning. The first answer waits for the compiler: with "inductor", for
     a C++ compiler, minutes for a large model; the result is kept on disk for later processes.
-    backend "eager" needs no compiler: it replays the operations of the step without the modules.
+    backend "eager" needs no compiler: it replays the operations of the step without the modules
+    and, as "inductor" does, joins linear layers of one input and folds the rotary embedding.
     The prompt's forward pass is never compiled. A batch of another size, and a model that was
     changed since its last answer, are compiled anew; a change of the modules while an answer is
-    being made is not seen before the next one.
+    being made may not be seen before the next one. Where the model's rotary embedding is the usual
+    one it is computed in float32 and rounded once, so 16-bit logits differ by rounding.
 
     model: of transformers, with `generate`. backend: of torch.compile. fullgraph: a part that
     cannot be compiled is an error. Raises TypeError for a model without `generate`, ValueError for

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._guards import TracingContext
+from torch._ops import HigherOrderOperator
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import GraphModule, Node
 
@@ -34,7 +35,10 @@ _TENSORS, _TABLE, _N, _BIAS, _RESIDUAL = range(1, 6), 6, 9, 11, 14
 _ARGUMENTS = 15
 # What hands on the values that it is given: layers reshape their common input each by itself.
 _SAME = ("reshape", "view", "contiguous")
-_OPERATORS = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor")
+_OPERATORS = (
+    "add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor", "matmul",
+    "lshift", "rshift",
+)  # fmt: skip
 
 _moving = threading.Lock()
 
@@ -67,15 +71,19 @@ def may_write(node: Node) -> bool:
     schema, name = getattr(node.target, "_schema", None), _name(node)
     if schema is not None:
         return bool(schema.is_mutable)
+    if isinstance(node.target, HigherOrderOperator):  # whose graph may do anything
+        return True
+    if name.startswith("embedding") and (node.args[3:4] or (node.kwargs.get("max_norm"),))[0]:
+        return True  # rows of the table are scaled down
     if node.kwargs.get("inplace") or node.kwargs.get("out") is not None:
         return True
     if node.op == "call_function" and any(arg is True for arg in node.args):
         return True  # `inplace` by its place
-    return (
-        (name.endswith("_") and not name.endswith("__"))
-        or name in ("setitem", "__setitem__")
-        or (name.startswith("i") and name[1:] in _OPERATORS)
-    )
+    special = name.startswith("__") and name.endswith("__")
+    if name.endswith("_") and not special:
+        return True
+    name = name.strip("_")
+    return name == "setitem" or (name.startswith("i") and name[1:] in _OPERATORS)
 
 
 def _linear_calls(traced: GraphModule, inputs: Sequence[Any]) -> Iterable[tuple[Hashable, _Call]]:
@@ -141,7 +149,8 @@ class _Places:
         self.pieces = itemgetter(*(i for column in columns for i in column))
         # By the id of a model's first tensor: the common ones, and the addresses of the pieces.
         self.known: dict[int, tuple[list[Tensor], list[int]]] = {}
-        # What lay under the pieces, for one call more: another thread may be computing with it.
+        # What lay under the pieces, until a later call looks: another thread may be computing with
+        # it.
         self.replaced: list[Any] = []
 
     def common(self, args: Sequence[Any], *, look: bool = True) -> list[Any]:
@@ -149,12 +158,14 @@ class _Places:
         all of them are moved if need be. look: whether they lie where they did; without it those
         of a model that was seen are taken to."""
         found = self.known.get(id(args[self.columns[0][0]]))
-        moved = look and found and list(map(Tensor.data_ptr, self.pieces(args))) != found[1]
-        if found is None or moved:
+        if found is not None and look:
+            if list(map(Tensor.data_ptr, self.pieces(args))) != found[1]:
+                found = None
+            elif self.replaced:
+                self.replaced = []
+        if found is None:
             with _moving:
                 found = self._move(args)
-        elif self.replaced:
-            self.replaced = []
         out = list(args)
         for column, tensor in zip(self.columns, found[0], strict=True):
             out[column[0]] = tensor

@@ -19,14 +19,14 @@ from .merged import may_write
 
 APPEND_ATTENTION = torch.ops.qkernels.append_attention.default
 # Places among its arguments.
-_Q, _K, _ROPE, _POSITIONS = 0, 1, 3, 4
+_Q, _K, _ROPE, _POSITIONS, _PAGES = 0, 1, 3, 4, slice(8, 12)
 # What keeps two equal halves equal, element by element.
-_EACH = ("cos", "sin", "to", "float", "unsqueeze")
+_ELEMENTWISE = ("cos", "sin", "to", "float", "unsqueeze")
 
 
 def _called(node: Any, *names: str) -> bool:
     """Whether a node calls the method, torch function or operator of such a name."""
-    if not isinstance(node, Node):
+    if not isinstance(node, Node) or not node.args:
         return False
     if node.op == "call_method":
         return node.target in names
@@ -47,6 +47,11 @@ def _dtype(node: Node) -> torch.dtype | None:
     return getattr(node.meta.get("example_value"), "dtype", None)
 
 
+def _is_floating(node: Node) -> bool:
+    dtype = _dtype(node)
+    return dtype is None or dtype.is_floating_point
+
+
 def _operands(node: Any, name: str) -> tuple[Any, Any] | None:
     """The two that a node adds or multiplies, or that it puts side by side in the last
     dimension."""
@@ -59,7 +64,8 @@ def _operands(node: Any, name: str) -> tuple[Any, Any] | None:
             options["dim"] = node.args[1]
         if options.pop("dim", 0) != -1:
             return None
-    return tuple(operands) if len(operands) == 2 and not options else None
+    two = isinstance(operands, (list, tuple)) and len(operands) == 2
+    return tuple(operands) if two and not options else None
 
 
 def _half(node: Any, x: Node, first: bool) -> bool:
@@ -74,7 +80,7 @@ def _half(node: Any, x: Node, first: bool) -> bool:
 
 def _halves_are_equal(node: Any) -> bool:
     """Whether the last dimension of what a node gives is the same numbers twice."""
-    while _called(node, *_EACH, "mul"):
+    while _called(node, *_ELEMENTWISE, "mul"):
         others = [a for a in (*node.args[1:], *node.kwargs.values()) if isinstance(a, Node)]
         if others:
             return False
@@ -125,10 +131,6 @@ def _source(rows: Any) -> Node | None:
     return source
 
 
-def _is_state(node: Any) -> bool:
-    return isinstance(node, Node) and node.op == "placeholder"
-
-
 def _written(node: Node) -> list[Any]:
     """What a node that writes may write to; None: who knows."""
     schema = getattr(node.target, "_schema", None)
@@ -146,12 +148,19 @@ def _written(node: Node) -> list[Any]:
 
 def _appends(traced: GraphModule) -> Iterator[tuple[Node, list[tuple[Node, Node, Node]]]]:
     """Calls of append_attention whose q and k were rotated before, with what they were made of."""
+    calls = traced.graph.find_nodes(op="call_function", target=APPEND_ATTENTION)
+    pages = {given for call in calls for given in call.args[_PAGES]}
     # What is written to may be what was rotated, or a view of it, and be read too late: but for the
-    # inputs of a graph, the state of a cache.
+    # state of a cache, its pages and integers.
     for node in traced.graph.nodes:
-        if may_write(node) and not all(_is_state(given) for given in _written(node)):
+        if may_write(node) and not all(
+            isinstance(given, Node)
+            and given.op == "placeholder"
+            and (given in pages or not _is_floating(given))
+            for given in _written(node)
+        ):
             return
-    for node in traced.graph.find_nodes(op="call_function", target=APPEND_ATTENTION):
+    for node in calls:
         if node.kwargs or node.args[_ROPE] is not None:
             continue
         found = [_rotated(_source(node.args[i])) for i in (_Q, _K)]
@@ -185,7 +194,7 @@ def _table(cos: Node, sin: Node) -> tuple[Node, Node]:
     return graph.call_method("float", (rows,)), positions
 
 
-def leave_rotation(traced: GraphModule) -> None:
+def fold_rotary(traced: GraphModule) -> None:
     """Has `append_attention` rotate query and key in a graph that Dynamo traced, where the model
     does it as most do: all dims, in halves, by angles that are the same for all heads."""
     graph = traced.graph
@@ -205,7 +214,7 @@ def leave_rotation(traced: GraphModule) -> None:
                 args[i] = graph.call_method("contiguous", (flat,))
         unused = [node.args[i] for i in (_Q, _K)]
         node.args = tuple(args)
-        for each in unused:
+        for each in dict.fromkeys(unused):
             _erase_unused(each)
     if tables:
         graph.lint()

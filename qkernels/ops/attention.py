@@ -310,7 +310,7 @@ def append_attention(
 
     Arguments are those of `kv_append`, then the options of `attention`. Writes the pages (and
     scales) in place; returns the attention's result, [T, Hq, D] in q's dtype. Raises RuntimeError
-    as the two do; nothing is written then.
+    as the two do; nothing is written where an argument is refused.
     """
     scale = _default_scale(q) if scale is None else scale
     checks.no_gradient("append_attention", *_given(q, k, v, sinks, alibi_slopes, distance_bias))
