@@ -291,6 +291,25 @@ def test_the_calls_after_the_first_do_not_look() -> None:
     assert agree(compiled(x), before) and len(calls) == 1
 
 
+@torch.no_grad()
+def test_models_that_share_a_layer_keep_their_own_others() -> None:
+    shared = layer(64, seed=9)
+    modules = [Layers([shared, *(layer(64, seed=2 * m + i) for i in range(2))]) for m in range(2)]
+    calls: list[tuple[Callable[..., Any], ...]] = []
+    which = 0
+
+    def backend(traced: Any, inputs: Any) -> Any:
+        calls.append(merged(traced, inputs, lambda traced, inputs: traced))
+        return lambda *args: calls[0][which](*args)
+
+    torch._dynamo.reset()
+    compiled = [torch.compile(m, backend=backend, fullgraph=True) for m in modules]
+    x = torch.randn(1, 1, COLUMNS)
+    truths = [module(x) for module in modules]
+    for which, m in ((0, 0), (1, 0), (0, 1), (1, 0), (1, 1)):  # noqa: B007
+        assert agree(compiled[m](x), truths[m]) and agree(modules[m](x), truths[m])
+
+
 def test_a_model_is_saved_as_before(tmp_path: Path) -> None:
     """After its steps were compiled: no more memory, and saved and reloaded bit for bit."""
     model = tiny("llama", quantized=True)

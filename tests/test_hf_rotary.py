@@ -28,6 +28,16 @@ def _forget() -> Iterator[None]:
     torch._dynamo.reset()
 
 
+@torch.library.custom_op("qkernels_test_rotary::scale", mutates_args={"x"})
+def _scale_op(x: Tensor) -> None:
+    x.mul_(3.0)
+
+
+@_scale_op.register_fake
+def _(x: Tensor) -> None:
+    return None
+
+
 def appends(traced: GraphModule) -> list[torch.fx.Node]:
     return traced.graph.find_nodes(op="call_function", target=APPEND_ATTENTION)
 
@@ -206,6 +216,36 @@ class Renormalizes(WritesItsInput):
         torch.nn.functional.embedding(rows, x[0, 0], max_norm=0.1)
 
 
+class RenormalizesByPlace(WritesItsInput):
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, *pages: Tensor
+    ) -> Tensor:
+        self.positions = positions
+        return super().__call__(q, k, v, positions, *pages)
+
+    def write(self, x: Tensor) -> None:
+        torch.nn.functional.embedding(self.positions[:1] * 0, x[0, 0], None, 0.1)
+
+
+class WritesByAnOp(WritesItsInput):
+    """Of somebody's library, which Dynamo leaves as it is."""
+
+    def write(self, x: Tensor) -> None:
+        torch.ops.qkernels_test_rotary.scale(x)
+
+
+@torch.compiler.allow_in_graph
+def _scale(x: Tensor) -> None:
+    x.mul_(3.0)
+
+
+class WritesInAFunction(WritesItsInput):
+    """That Dynamo was told to leave as it is."""
+
+    def write(self, x: Tensor) -> None:
+        _scale(x)
+
+
 class WritesTheBase(WritesItsInput):
     def rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         out = Step.rotate(self, x.view_as(x), cos, sin)
@@ -280,8 +320,8 @@ class NotAtAll(Step):
 OTHERS = [
     Partly, OtherWay, Uneven, TwoFrequencies, HalvesScaled, QueryAlone, Written,
     WrittenThroughAView, WritesItsInput, WritesByAnOperator, WritesPastAutograd, Renormalizes,
-    WritesTheBase, AnglesChange, Weighed, ByName, FactorByName, PartsByName, NegativeByName,
-    AnglesByName, Subtracted, Promoted, NotAtAll,
+    RenormalizesByPlace, WritesByAnOp, WritesInAFunction, WritesTheBase, AnglesChange, Weighed,
+    ByName, FactorByName, PartsByName, NegativeByName, AnglesByName, Subtracted, Promoted, NotAtAll,
 ]  # fmt: skip
 
 
@@ -362,6 +402,32 @@ def test_models_leave_their_rotation(case: str, monkeypatch: pytest.MonkeyPatch)
         # one table for all layers of the same angles
         tables = {node.args[3] for node in appends(traced)}
         assert len(tables) == (2 if case == "gemma3" else 1)
+
+
+def test_a_graph_for_every_size_of_a_batch_folds_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept: list[GraphModule] = []
+
+    def fold(traced: GraphModule) -> None:
+        fold_rotary(traced)
+        kept.append(traced)
+
+    monkeypatch.setattr(compiled, "fold_rotary", fold)
+    model = tiny("llama", quantized=True)
+    model.set_attn_implementation(hf.ATTENTION)
+    ids = torch.randint(1, 160, (3, 9), generator=torch.Generator().manual_seed(1))
+
+    def answer(count: int) -> Tensor:
+        cache = hf.QuantizedStaticCache(model.config, 64, "float32")
+        how = {"do_sample": False, "max_new_tokens": 8, "past_key_values": cache}
+        return model.generate(ids[:count], **how)  # type: ignore[no-any-return]
+
+    truth = [answer(count) for count in (1, 3, 2)]
+    hf.compile_decode(model, "eager")
+    for count, said in zip((1, 3, 2), truth, strict=True):
+        assert torch.equal(answer(count), said)
+    assert len(kept) == 2  # the second one serves the third size too
+    for traced in kept:
+        assert [node.args[3] is not None for node in appends(traced)] == [True, True]
 
 
 def test_logits_of_16_bits_differ_by_rounding() -> None:

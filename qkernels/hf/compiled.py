@@ -190,9 +190,10 @@ def compile_decode(model: Any, backend: str = "inductor", *, fullgraph: bool = T
     a C++ compiler, minutes for a large model; the result is kept on disk for later processes.
     backend "eager" needs no compiler: it replays the operations of the step without the modules
     and, as "inductor" does, joins linear layers of one input and folds the rotary embedding.
-    The prompt's forward pass is never compiled. A batch of another size, and a model that was
-    changed since its last answer, are compiled anew; a change of the modules while an answer is
-    being made may not be seen before the next one. Where the model's rotary embedding is the usual
+    The prompt's forward pass is never compiled. A batch of a second size (the graph then made
+    serves all others), and a model that was changed since its last answer, are compiled anew; a
+    change of the modules while an answer is being made may be seen in part, or not before the next
+    one. Where the model's rotary embedding is the usual
     one it is computed in float32 and rounded once, so 16-bit logits differ by rounding.
 
     model: of transformers, with `generate`. backend: of torch.compile. fullgraph: a part that

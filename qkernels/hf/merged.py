@@ -4,8 +4,8 @@ Query, key and value, or gate and up, are calls of their own in every model of t
 costs a decode step as much as a small matrix does, and quantizes the input anew. Rows of packed
 weights lie in blocks of 64, so that several weights are one if they lie behind each other: their
 tensors are moved into common ones, of which they stay views. Who changes them in place changes
-both; who replaces one has it moved as well, before the next call. What was taken of them before,
-as a state_dict, keeps the values of then.
+both; who replaces one has it moved as well, by the next call that looks. What was taken of them
+before, as a state_dict, keeps the values of then.
 """
 
 from __future__ import annotations
@@ -17,12 +17,13 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import accumulate
 from operator import index, itemgetter
+from types import FunctionType
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._guards import TracingContext
-from torch._ops import HigherOrderOperator
+from torch._ops import HigherOrderOperator, OpOverloadPacket
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import GraphModule, Node
 
@@ -71,8 +72,13 @@ def may_write(node: Node) -> bool:
     schema, name = getattr(node.target, "_schema", None), _name(node)
     if schema is not None:
         return bool(schema.is_mutable)
+    if isinstance(node.target, OpOverloadPacket):
+        overloads = (getattr(node.target, name) for name in node.target.overloads())
+        return any(overload._schema.is_mutable for overload in overloads)
     if isinstance(node.target, HigherOrderOperator):  # whose graph may do anything
         return True
+    if isinstance(node.target, FunctionType) and not node.target.__module__.startswith("torch"):
+        return True  # somebody's own, that Dynamo was told to leave as it is
     if name.startswith("embedding") and (node.args[3:4] or (node.kwargs.get("max_norm"),))[0]:
         return True  # rows of the table are scaled down
     if node.kwargs.get("inplace") or node.kwargs.get("out") is not None:
@@ -147,19 +153,22 @@ class _Places:
     def __init__(self, columns: list[list[int]]) -> None:
         self.columns = columns
         self.pieces = itemgetter(*(i for column in columns for i in column))
-        # By the id of a model's first tensor: the common ones, and the addresses of the pieces.
-        self.known: dict[int, tuple[list[Tensor], list[int]]] = {}
+        # By the id of a model's first tensor: the common ones, and the ids and addresses of the
+        # pieces, since models may share a part of them.
+        self.known: dict[int, tuple[list[Tensor], list[int], list[int]]] = {}
         # What lay under the pieces, until a later call looks: another thread may be computing with
         # it.
         self.replaced: list[Any] = []
 
     def common(self, args: Sequence[Any], *, look: bool = True) -> list[Any]:
         """These inputs, the first ones of the columns replaced by the common tensors, into which
-        all of them are moved if need be. look: whether they lie where they did; without it those
-        of a model that was seen are taken to."""
+        all of them are moved if need be. look: whether they lie where they did; without it the
+        same tensors are taken to."""
         found = self.known.get(id(args[self.columns[0][0]]))
+        if found is not None and list(map(id, self.pieces(args))) != found[1]:
+            found = None
         if found is not None and look:
-            if list(map(Tensor.data_ptr, self.pieces(args))) != found[1]:
+            if list(map(Tensor.data_ptr, self.pieces(args))) != found[2]:
                 found = None
             elif self.replaced:
                 self.replaced = []
@@ -173,15 +182,16 @@ class _Places:
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def _move(self, args: Sequence[Tensor]) -> tuple[list[Tensor], list[int]]:
+    def _move(self, args: Sequence[Tensor]) -> tuple[list[Tensor], list[int], list[int]]:
         first = args[self.columns[0][0]]
         if id(first) not in self.known:
             weakref.finalize(first, self.known.pop, id(first), None)
         self.replaced = [t.untyped_storage() for t in self.pieces(args)]
         commons = [_joined([args[i] for i in column]) for column in self.columns]
-        places = list(map(Tensor.data_ptr, self.pieces(args)))
-        self.known[id(first)] = commons, places
-        return commons, places
+        pieces = self.pieces(args)
+        found = commons, list(map(id, pieces)), list(map(Tensor.data_ptr, pieces))
+        self.known[id(first)] = found
+        return found
 
 
 def _joined(tensors: list[Tensor]) -> Tensor:

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from .merged import may_write
 
@@ -36,11 +37,18 @@ def _called(node: Any, *names: str) -> bool:
     )
 
 
-def _shape(node: Node) -> tuple[int, ...] | None:
-    """Of the tensor that a node gives, if it is one of a fixed shape."""
+def _shape(node: Node) -> tuple[Any, ...] | None:
+    """Of the tensor that a node gives, if it is one: numbers, and what stands for them where a
+    graph serves several."""
     value = node.meta.get("example_value")
-    shape = tuple(value.shape) if isinstance(value, torch.Tensor) else None
-    return shape if shape is not None and all(type(size) is int for size in shape) else None
+    return tuple(value.shape) if isinstance(value, torch.Tensor) else None
+
+
+def _has_shape(node: Any, *expected: Any) -> bool:
+    shape = _shape(node) if isinstance(node, Node) else None
+    if shape is None or len(shape) != len(expected):
+        return False
+    return all(statically_known_true(a == b) for a, b in zip(shape, expected, strict=True))
 
 
 def _dtype(node: Node) -> torch.dtype | None:
@@ -71,7 +79,9 @@ def _operands(node: Any, name: str) -> tuple[Any, Any] | None:
 def _half(node: Any, x: Node, first: bool) -> bool:
     """Whether a node is x[..., : D / 2], or x[..., D / 2 :]."""
     shape = _shape(x)
-    if shape is None or shape[-1] % 2 or not _called(node, "getitem") or node.args[0] is not x:
+    if not shape or type(shape[-1]) is not int or shape[-1] % 2:
+        return False
+    if not _called(node, "getitem") or node.args[0] is not x:
         return False
     half = shape[-1] // 2
     kept = slice(None, half) if first else slice(half, None)
@@ -107,9 +117,9 @@ def _rotated(node: Any) -> tuple[Node, Node, Node] | None:
         return None  # angles of another dtype make the result theirs
     batch, _, tokens, dim = shape
     for angle in (cos, sin):
-        if not _called(angle, "unsqueeze") or _shape(angle) != (batch, 1, tokens, dim):
+        if not _called(angle, "unsqueeze") or not _has_shape(angle, batch, 1, tokens, dim):
             return None
-        if _shape(angle.args[0]) != (batch, tokens, dim) or not _halves_are_equal(angle):
+        if not _has_shape(angle.args[0], batch, tokens, dim) or not _halves_are_equal(angle):
             return None
     return x, cos.args[0], sin.args[0]
 
@@ -120,21 +130,22 @@ def _source(rows: Any) -> Node | None:
         rows = rows.args[0]
     if not _called(rows, "reshape", "view"):
         return None
-    shape = _shape(rows)
     flat = rows.args[0]
-    if shape is None or not _called(flat, "transpose") or flat.args[1:] != (1, 2):
+    if not _called(flat, "transpose") or flat.args[1:] != (1, 2):
         return None
     source: Node = flat.args[0]
-    whole = _shape(source)
-    if whole is None or len(whole) != 4 or shape != (whole[0] * whole[2], whole[1], whole[3]):
+    shape = _shape(source)
+    if shape is None or len(shape) != 4 or not type(shape[1]) is type(shape[3]) is int:
         return None
-    return source
+    batch, heads, tokens, dim = shape
+    return source if _has_shape(rows, batch * tokens, heads, dim) else None
 
 
 def _written(node: Node) -> list[Any]:
     """What a node that writes may write to; None: who knows."""
     schema = getattr(node.target, "_schema", None)
-    if node.kwargs or node.op == "call_module":
+    plain = node.op == "call_method" or getattr(node.target, "__module__", "") == "_operator"
+    if node.kwargs or (schema is None and not plain):
         return [None]
     if schema is None:
         return list(node.args[:1])
@@ -180,17 +191,14 @@ def _erase_unused(node: Any) -> None:
             _erase_unused(each)
 
 
-def _table(cos: Node, sin: Node) -> tuple[Node, Node]:
-    """rope and positions of append_attention, for cos and sin [B, T, D]: a row per token."""
-    graph, shape = cos.graph, _shape(cos)
-    assert shape is not None
-    batch, tokens, dim = shape
+def _table(cos: Node, sin: Node, dim: int) -> tuple[Node, Node]:
+    """rope and positions of append_attention, for cos and sin [B, T, dim]: a row per token."""
+    graph = cos.graph
     halves = [graph.call_method("narrow", (x, -1, 0, dim // 2)) for x in (cos, sin)]
     rows = graph.call_function(torch.cat, (halves,), {"dim": -1})
-    rows = graph.call_method("reshape", (rows, batch * tokens, dim))
-    device = cos.meta["example_value"].device
-    how = {"dtype": torch.int32, "device": device}
-    positions = graph.call_function(torch.arange, (batch * tokens,), how)
+    rows = graph.call_method("reshape", (rows, -1, dim))
+    how = {"dtype": torch.int32, "device": cos.meta["example_value"].device}
+    positions = graph.call_function(torch.arange, (graph.call_method("size", (rows, 0)),), how)
     return graph.call_method("float", (rows,)), positions
 
 
@@ -203,15 +211,15 @@ def fold_rotary(traced: GraphModule) -> None:
         angles = both[0][1:]
         args = list(node.args)
         with graph.inserting_before(node):
-            if angles not in tables:
-                tables[angles] = _table(*angles)
-            args[_ROPE], args[_POSITIONS] = tables[angles]
             for i, (x, _, _) in zip((_Q, _K), both, strict=True):
                 shape = _shape(x)
                 assert shape is not None
+                if angles not in tables:
+                    tables[angles] = _table(*angles, dim=shape[3])
                 flat = graph.call_method("transpose", (x, 1, 2))
                 flat = graph.call_method("reshape", (flat, -1, shape[1], shape[3]))
                 args[i] = graph.call_method("contiguous", (flat,))
+            args[_ROPE], args[_POSITIONS] = tables[angles]
         unused = [node.args[i] for i in (_Q, _K)]
         node.args = tuple(args)
         for each in dict.fromkeys(unused):
