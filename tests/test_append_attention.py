@@ -9,7 +9,16 @@ import pytest
 import torch
 from attention_cases import make_bias
 from gpus import Gpu, triton_gpu
-from test_kv_append import BAD, KINDS, NAMES, RAGGED, SHAPES, clone, ints, make_case
+from test_kv_append import (
+    BAD,
+    KINDS,
+    RAGGED,
+    SHAPES,
+    check_refusal,
+    clone,
+    fine_arguments,
+    make_case,
+)
 
 from qkernels.ops.attention import append_attention, attention, kv_append
 
@@ -156,24 +165,5 @@ ITS_OWN: list[tuple[dict[str, Any], str, bool]] = [
 @pytest.mark.parametrize("change, message, metadata", [*BAD, *ITS_OWN], ids=str)
 def test_bad_input(change: dict[str, Any], message: str, metadata: bool) -> None:
     """Refused before anything is written, whichever of the two it is about."""
-    tensors = [torch.ones(4, 4, 32), *(torch.ones(4, 2, 32) for _ in range(2)), torch.ones(40, 32)]
-    tensors += [None, ints(0, 1, 4), ints(20, 3), ints(0, 1, 2, 3).view(2, 2)]
-    pages = [torch.zeros(6, 2, 16, 32) for _ in range(2)]
-    fine = dict(zip(NAMES, [*tensors, *pages, None, None], strict=True))
-    fine |= dict(zip(SCORES, [*PLAIN, None, None, None], strict=True))
-    args = list((fine | change).values())
-    for namespace in (torch.ops.qkernels, REFERENCE):
-        with pytest.raises(RuntimeError, match="qkernels::append_attention: .*" + message):
-            namespace.append_attention(*args)
-        assert not any(fine[name].any() for name in ("k_pages", "v_pages"))
-    if metadata:
-        empty = [
-            torch.empty_strided(a.shape, a.stride(), dtype=a.dtype, device="meta")
-            if torch.is_tensor(a)
-            else a
-            for a in args
-        ]
-        with pytest.raises(RuntimeError, match="qkernels::append_attention: .*" + message):
-            torch.ops.qkernels.append_attention(*empty)
-    for namespace in (torch.ops.qkernels, REFERENCE):
-        namespace.append_attention(*clone(list(fine.values())))
+    fine = fine_arguments() | dict(zip(SCORES, [*PLAIN, None, None, None], strict=True))
+    check_refusal("append_attention", fine, change, message, metadata)

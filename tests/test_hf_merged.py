@@ -258,56 +258,54 @@ def test_one_graph_serves_two_models_each_with_its_own() -> None:
     assert counts == [1]
 
 
+class FirstAndLater:
+    """Modules compiled to the two callables of the first graph, of which `later` takes the second;
+    graphs counts all."""
+
+    def __init__(self, modules: list[Layers]) -> None:
+        torch._dynamo.reset()
+        self.graphs: list[tuple[Callable[..., Any], ...]] = []
+        self.later = False
+        self.calls = [torch.compile(m, backend=self._backend, fullgraph=True) for m in modules]
+
+    def _backend(self, traced: Any, inputs: Any) -> Any:
+        self.graphs.append(merged(traced, inputs, lambda traced, inputs: traced))
+        return lambda *args: self.graphs[0][self.later](*args)
+
+
 @torch.no_grad()
 def test_the_calls_after_the_first_do_not_look() -> None:
     """They compute with the tensors that were there, until a first call looks again; of a model
     that they never saw they take its own."""
     modules = [Layers([layer(64, seed=3 * m + i) for i in range(3)]) for m in range(2)]
-    calls: list[tuple[Callable[..., Any], ...]] = []
-    which = 0
-
-    def backend(traced: Any, inputs: Any) -> Any:
-        calls.append(merged(traced, inputs, lambda traced, inputs: traced))
-        return lambda *args: calls[0][which](*args)
-
-    torch._dynamo.reset()
     module, other = modules
-    compiled, of_the_other = (
-        torch.compile(m, backend=backend, fullgraph=True, dynamic=False) for m in modules
-    )
+    both = FirstAndLater(modules)
+    compiled, of_the_other = both.calls
     x = torch.randn(1, 1, COLUMNS)
     before = module(x)
     assert agree(compiled(x), before)
-    which = 1
+    both.later = True
     module.layers[0].weight.neg_()  # in its place
     changed = module(x)
     assert agree(compiled(x), changed) and not agree(changed, before)
     module.layers[0].weight.data = module.layers[0].weight.neg()  # in another one
     assert agree(module(x), before) and agree(compiled(x), changed)
     assert agree(of_the_other(x), other(x))
-    which = 0
+    both.later = False
     assert agree(compiled(x), before)
-    which = 1
-    assert agree(compiled(x), before) and len(calls) == 1
+    both.later = True
+    assert agree(compiled(x), before) and len(both.graphs) == 1
 
 
 @torch.no_grad()
 def test_models_that_share_a_layer_keep_their_own_others() -> None:
     shared = layer(64, seed=9)
     modules = [Layers([shared, *(layer(64, seed=2 * m + i) for i in range(2))]) for m in range(2)]
-    calls: list[tuple[Callable[..., Any], ...]] = []
-    which = 0
-
-    def backend(traced: Any, inputs: Any) -> Any:
-        calls.append(merged(traced, inputs, lambda traced, inputs: traced))
-        return lambda *args: calls[0][which](*args)
-
-    torch._dynamo.reset()
-    compiled = [torch.compile(m, backend=backend, fullgraph=True) for m in modules]
+    both = FirstAndLater(modules)
     x = torch.randn(1, 1, COLUMNS)
     truths = [module(x) for module in modules]
-    for which, m in ((0, 0), (1, 0), (0, 1), (1, 0), (1, 1)):  # noqa: B007
-        assert agree(compiled[m](x), truths[m]) and agree(modules[m](x), truths[m])
+    for both.later, m in ((False, 0), (True, 0), (False, 1), (True, 0), (True, 1)):
+        assert agree(both.calls[m](x), truths[m]) and agree(modules[m](x), truths[m])
 
 
 def test_a_model_is_saved_as_before(tmp_path: Path) -> None:

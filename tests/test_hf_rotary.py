@@ -1,5 +1,5 @@
-"""The rotation of query and key in a compiled graph is left to the op that appends, where it is the
-one that the op does."""
+"""The rotary embedding in a compiled graph is folded into the op that appends, where it is the one
+that the op does."""
 
 from __future__ import annotations
 
@@ -378,15 +378,21 @@ def test_what_others_read_is_kept() -> None:
 # ---- models ----
 
 
-@pytest.mark.parametrize("case", ["llama", "mistral", "gemma2", "gemma3"])
-def test_models_leave_their_rotation(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    kept: list[GraphModule] = []
+@pytest.fixture
+def kept(monkeypatch: pytest.MonkeyPatch) -> list[GraphModule]:
+    """The graphs that are compiled, after `fold_rotary`."""
+    graphs: list[GraphModule] = []
 
-    def leave(traced: GraphModule) -> None:
+    def fold(traced: GraphModule) -> None:
         fold_rotary(traced)
-        kept.append(traced)
+        graphs.append(traced)
 
-    monkeypatch.setattr(compiled, "fold_rotary", leave)
+    monkeypatch.setattr(compiled, "fold_rotary", fold)
+    return graphs
+
+
+@pytest.mark.parametrize("case", ["llama", "mistral", "gemma2", "gemma3"])
+def test_models_are_folded(case: str, kept: list[GraphModule]) -> None:
     model = tiny(case, quantized=True)
     model.set_attn_implementation(hf.ATTENTION)
     cache = hf.QuantizedStaticCache(model.config, 64, "float32")
@@ -404,14 +410,7 @@ def test_models_leave_their_rotation(case: str, monkeypatch: pytest.MonkeyPatch)
         assert len(tables) == (2 if case == "gemma3" else 1)
 
 
-def test_a_graph_for_every_size_of_a_batch_folds_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    kept: list[GraphModule] = []
-
-    def fold(traced: GraphModule) -> None:
-        fold_rotary(traced)
-        kept.append(traced)
-
-    monkeypatch.setattr(compiled, "fold_rotary", fold)
+def test_a_graph_for_every_size_of_a_batch_folds_too(kept: list[GraphModule]) -> None:
     model = tiny("llama", quantized=True)
     model.set_attn_implementation(hf.ATTENTION)
     ids = torch.randint(1, 160, (3, 9), generator=torch.Generator().manual_seed(1))

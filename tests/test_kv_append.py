@@ -386,24 +386,24 @@ BAD: list[tuple[dict[str, Any], str, bool]] = [
 ]
 
 
-@pytest.mark.parametrize("change, message, metadata", BAD, ids=[m for _, m, _ in BAD])
-def test_bad_input(change: dict[str, Any], message: str, metadata: bool) -> None:
-    tensors = [
-        torch.ones(4, 4, 32),
-        torch.ones(4, 2, 32),
-        torch.ones(4, 2, 32),
-        torch.ones(40, 32),
-        None,
-    ]
-    tensors += [ints(0, 1, 4), ints(20, 3), ints(0, 1, 2, 3).view(2, 2), torch.zeros(6, 2, 16, 32)]
-    fine = dict(zip(NAMES, [*tensors, torch.zeros(6, 2, 16, 32), None, None], strict=True))
+def fine_arguments() -> dict[str, Any]:
+    """What kv_append takes, for BAD to change."""
+    tensors = [torch.ones(4, 4, 32), *(torch.ones(4, 2, 32) for _ in range(2)), torch.ones(40, 32)]
+    tensors += [None, ints(0, 1, 4), ints(20, 3), ints(0, 1, 2, 3).view(2, 2)]
+    pages = [torch.zeros(6, 2, 16, 32) for _ in range(2)]
+    return dict(zip(NAMES, [*tensors, *pages, None, None], strict=True))
+
+
+def check_refusal(
+    op: str, fine: dict[str, Any], change: dict[str, Any], message: str, metadata: bool
+) -> None:
+    """Both implementations take `fine` and refuse the change, before anything is written; that of
+    metadata without any contents too."""
     args = list((fine | change).values())
     for namespace in (torch.ops.qkernels, REFERENCE):
-        with pytest.raises(RuntimeError, match="qkernels::kv_append: .*" + message):
-            namespace.kv_append(*args)
-        assert (fine["k_pages"] == 0).all() and (
-            fine["v_pages"] == 0
-        ).all()  # refused before anything is written
+        with pytest.raises(RuntimeError, match=f"qkernels::{op}: .*{message}"):
+            getattr(namespace, op)(*args)
+        assert (fine["k_pages"] == 0).all() and (fine["v_pages"] == 0).all()
     if metadata:
         empty = [
             torch.empty_strided(a.shape, a.stride(), dtype=a.dtype, device="meta")
@@ -411,7 +411,12 @@ def test_bad_input(change: dict[str, Any], message: str, metadata: bool) -> None
             else a
             for a in args
         ]
-        with pytest.raises(RuntimeError, match="qkernels::kv_append: .*" + message):
-            torch.ops.qkernels.kv_append(*empty)
+        with pytest.raises(RuntimeError, match=f"qkernels::{op}: .*{message}"):
+            getattr(torch.ops.qkernels, op)(*empty)
     for namespace in (torch.ops.qkernels, REFERENCE):
-        namespace.kv_append(*clone(list(fine.values())))
+        getattr(namespace, op)(*clone(list(fine.values())))
+
+
+@pytest.mark.parametrize("change, message, metadata", BAD, ids=[m for _, m, _ in BAD])
+def test_bad_input(change: dict[str, Any], message: str, metadata: bool) -> None:
+    check_refusal("kv_append", fine_arguments(), change, message, metadata)

@@ -13,8 +13,8 @@ from torch import Tensor
 from . import checks
 
 MAX_HEAD_DIM = 512
-# Arguments of kv_append, with which those of append_attention begin: all from the fifth on are
-# those of attention.
+# How many arguments of append_attention are those of kv_append; q and those from index 5 on are
+# attention's.
 APPEND = 12
 PAGE_TYPES = (torch.float32, torch.float16, torch.bfloat16, torch.uint8)
 
